@@ -1,0 +1,1 @@
+"""Configurations: one file each, `get_config()` returns a statejax Config."""

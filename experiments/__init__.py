@@ -1,0 +1,1 @@
+"""Experiments: one absl script per claim."""

@@ -1,0 +1,1 @@
+"""Durable state: digests, crash-safe publishing, stored trees."""

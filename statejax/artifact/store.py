@@ -1,0 +1,204 @@
+"""Trees of arrays on disk: Orbax writes them, `leaves.json` says what they are.
+
+Orbax stores and reshards arrays well, but returns flipped bits and other dtypes
+silently. So shapes and dtypes are compared before a load, and the digest of
+every leaf after it. Written into a directory of `commit.publish`, which adds
+the safety against crashes:
+
+    DIRECTORY/leaves.json   {path: {digest, dtype, shape}}
+    DIRECTORY/state/        the Orbax checkpoint: nested dicts, by leaf path
+
+Containers are not stored: the caller's abstract tree says what they are.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import pathlib
+import threading
+
+import numpy as np
+
+from statejax.artifact import digest
+
+TABLE = 'leaves.json'
+PAYLOAD = 'state'
+
+# Orbax saves of one process disturb each other, even to different paths.
+_saving = threading.Lock()
+
+
+def write_tree(directory, tree):
+  """Writes a tree of arrays; returns its tree digest.
+
+  Args:
+    directory: where to write; made if missing, must hold no tree yet.
+    tree: a pytree of numpy or jax arrays, none of them empty. None is kept as
+      part of the structure.
+
+  Raises:
+    ValueError: there is a tree already, or a leaf cannot be stored; names it.
+  """
+  from orbax.checkpoint import v1 as ocp
+
+  directory = pathlib.Path(os.path.abspath(directory))
+  named = digest.named_leaves(tree)
+  _refuse_unstorable(named)
+  directory.mkdir(exist_ok=True)
+  if os.path.lexists(directory / PAYLOAD):
+    raise ValueError(f'{directory}: expected no tree, got one; nothing stored '
+                     'is overwritten: choose another directory.')
+  digests = digest.leaf_digests(tree)
+  with _quiet(), _saving, _context(ocp):
+    ocp.save(directory / PAYLOAD, _nest(named), checkpointable_name='state')
+  table = {}
+  for path, leaf in named.items():
+    dtype, shape = digest.describe(leaf)
+    table[path] = {'digest': digests[path], 'dtype': dtype, 'shape': shape}
+  (directory / TABLE).write_text(json.dumps(table, indent=1) + '\n')
+  return digest.combine(digests)
+
+
+def read_tree(directory, abstract_tree):
+  """Reads a tree back, into the containers and shardings of the target.
+
+  It trusts `leaves.json`: of a published directory call `commit.check` first.
+
+  Args:
+    directory: where `write_tree` has written.
+    abstract_tree: the tree which the caller expects. Leaves of
+      `jax.ShapeDtypeStruct` or jax arrays are read onto their sharding, or
+      the first device if they have none; numpy arrays as numpy arrays.
+
+  Returns:
+    the tree, every leaf bit-equal to what was written.
+
+  Raises:
+    ValueError: leaves, shapes or dtypes are not the expected ones, or the
+      payload is damaged; names the leaf.
+  """
+  import jax
+  from orbax.checkpoint import v1 as ocp
+
+  directory = pathlib.Path(os.path.abspath(directory))
+  table = read_table(directory)
+  targets = digest.named_leaves(abstract_tree)
+  _compare(directory, table, targets)
+  nested = _nest({path: _target(leaf) for path, leaf in targets.items()})
+  try:
+    with _quiet(), _context(ocp):
+      loaded = ocp.load(directory / PAYLOAD, nested,
+                        checkpointable_name='state')
+  except Exception as error:  # of any type: Orbax promises none
+    raise ValueError(f'{directory / PAYLOAD}: expected a readable payload, got '
+                     f'{type(error).__name__}: {error}; use another copy, or '
+                     'an earlier one.') from error
+  loaded = digest.named_leaves(loaded)
+  for path, leaf in loaded.items():
+    got, expected = digest.leaf_digest(path, leaf), table[path]['digest']
+    if got != expected:
+      raise ValueError(f'{directory}: leaf {path}: expected digest {expected}, '
+                       f'got {got}; the payload is damaged, use another copy, '
+                       'or an earlier one.')
+  return jax.tree_util.tree_map_with_path(
+      lambda keys, _: loaded[digest.leaf_path(keys)], abstract_tree)
+
+
+def read_table(directory):
+  """Returns {path: {digest, dtype, shape}} of a stored tree, no arrays."""
+  path = pathlib.Path(directory) / TABLE
+  try:
+    table = json.loads(path.read_bytes())
+    return {name: {'digest': str(leaf['digest']), 'dtype': str(leaf['dtype']),
+                   'shape': tuple(leaf['shape'])}
+            for name, leaf in table.items()}
+  except FileNotFoundError:
+    raise ValueError(f'{path}: expected the table of a stored tree, got none; '
+                     'give the directory which write_tree has filled.'
+                     ) from None
+  except (ValueError, TypeError, KeyError, AttributeError) as error:
+    raise ValueError(f'{path}: expected {{path: {{digest, dtype, shape}}}}, got '
+                     'something else; use another copy.') from error
+
+
+def _compare(directory, table, targets):
+  """Refuses a target which is not exactly what is stored."""
+  wrong = []
+  for path in sorted(table.keys() | targets.keys()):
+    got = expected = 'nothing'
+    if path in table:
+      got = f'{table[path]["dtype"]} {list(table[path]["shape"])}'
+    if path in targets:
+      dtype, shape = digest.describe(targets[path])
+      expected = f'{dtype} {list(shape)}'
+    if got != expected:
+      wrong.append(f'leaf {path}: expected {expected}, got {got}')
+  if wrong:
+    more = f'\n... and {len(wrong) - 8} more' if len(wrong) > 8 else ''
+    raise ValueError(
+        f'{directory}: the stored tree is not the expected one; build the '
+        'target from the config it was stored with, or convert it '
+        'explicitly.\n' + '\n'.join(wrong[:8]) + more)
+
+
+def _refuse_unstorable(named):
+  """Says what Orbax would say too late, or not at all."""
+  if not named:
+    raise ValueError('tree: expected at least one array, got none; there is '
+                     'nothing to store.')
+  seen = {}
+  for path, leaf in named.items():
+    if 0 in leaf.shape:
+      raise ValueError(f'leaf {path}: expected a size above zero, got shape '
+                       f'{tuple(leaf.shape)}; use None for an absent array.')
+    other = seen.setdefault(path.replace('/', '.'), path)
+    if other != path:
+      raise ValueError(f'leaf {path}: expected a name of its own, got the one '
+                       f'of {other}, as Orbax joins keys by "."; rename it.')
+
+
+def _target(leaf):
+  if isinstance(leaf, (np.ndarray, np.generic)):
+    return np.asarray(leaf)
+  import jax
+
+  # Without a sharding Orbax would take the one that was saved.
+  sharding = getattr(leaf, 'sharding', None)
+  if sharding is None:
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _nest(named):
+  nested = {}
+  for path, leaf in named.items():
+    *parents, name = path.split('/')
+    here = nested
+    for parent in parents:
+      here = here.setdefault(parent, {})
+    # Orbax refuses numpy scalars.
+    here[name] = np.asarray(leaf) if isinstance(leaf, np.generic) else leaf
+  return nested
+
+
+def _context(ocp):
+  context = ocp.Context()
+  # States hardly compress, and a small file must not unpack to a huge one.
+  context.array.saving.use_compression = False
+  return context
+
+
+@contextlib.contextmanager
+def _quiet():
+  """Keeps Orbax's progress reports, dozens per save, out of the log."""
+  def wanted(record):
+    return record.levelno >= logging.WARNING or (
+        os.path.join('orbax', 'checkpoint') not in record.pathname)
+
+  logger = logging.getLogger('absl')
+  logger.addFilter(wanted)
+  try:
+    yield
+  finally:
+    logger.removeFilter(wanted)

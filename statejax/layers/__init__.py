@@ -1,0 +1,1 @@
+"""Thin Linen modules (x, state, context) -> (y, state)."""

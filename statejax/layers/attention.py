@@ -1,0 +1,113 @@
+"""Softmax attention over a growing store, or over a sliding-window ring."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from statejax.config import AttentionConfig
+from statejax.layers.common import Proj, RMSNorm, weight
+from statejax.ops import attend, rope, store, window
+from statejax.state import Spec, leaf
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StoreState:
+  """Keys and values of every token of the row's document.
+
+  Attributes:
+    k: after norm and rope, [B, G, N, K], store dtype; growing.
+    v: [B, G, N, V], store dtype; growing.
+  """
+
+  k: jax.Array = leaf('batch kv_heads capacity key', 'growing')
+  v: jax.Array = leaf('batch kv_heads capacity value', 'growing')
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RingState:
+  """Keys and values of the last W tokens; position p is in slot p mod W.
+
+  Attributes:
+    k: after norm and rope, [B, G, W, K], store dtype; fixed.
+    v: [B, G, W, V], store dtype; fixed.
+  """
+
+  k: jax.Array = leaf('batch kv_heads window key')
+  v: jax.Array = leaf('batch kv_heads window value')
+
+
+class Attention(nn.Module):
+  """Grouped-query attention, optionally windowed, with sinks and a gate.
+
+  A query sees itself and the tokens before it in its document, with a window
+  W those less than W tokens back.
+  """
+
+  config: AttentionConfig
+
+  @staticmethod
+  def state(config, rows, capacity, dtype):
+    """Returns a `StoreState`, or with a window a `RingState`, of `Spec`."""
+    c = config
+    kind = StoreState if c.window is None else RingState
+    slots = capacity if c.window is None else c.window
+    return kind(k=Spec((rows, c.kv_heads, slots, c.key), dtype),
+                v=Spec((rows, c.kv_heads, slots, c.value), dtype))
+
+  @nn.compact
+  def __call__(self, x, state, context):
+    c = self.config
+    q = Proj((c.heads, c.key), ('embed', 'heads', 'key'), name='q')(x)
+    k = Proj((c.kv_heads, c.key), ('embed', 'kv_heads', 'key'), name='k')(x)
+    v = Proj((c.kv_heads, c.value), ('embed', 'kv_heads', 'value'),
+             name='v')(x)
+    if c.qk_norm:
+      q = RMSNorm(c.eps, axis='key', name='norm_q')(q)
+      k = RMSNorm(c.eps, axis='key', name='norm_k')(k)
+    if c.rope is not None:
+      inverse = rope.frequencies(
+          c.key, theta=c.rope.theta, fraction=c.rope.fraction)
+      q = rope.rotate(q, context.positions, inverse)
+      k = rope.rotate(k, context.positions, inverse)
+    sink = None
+    if c.sink:
+      sink = weight(self, 'sink', ('heads',), (c.heads,),
+                    nn.initializers.zeros)
+
+    # Keys enter this step as they enter the store, so that a token is the same
+    # key whether a query meets it now or later.
+    stored = (state.k.data if c.window is None else state.k).dtype
+    k, v = (a.swapaxes(1, 2).astype(stored) for a in (k, v))
+    past, state = (self._store if c.window is None else self._ring)(
+        state, k, v, context)
+    chunk = attend.Segment(k, v, context.visible_chunk(c.window))
+    y, _ = attend.attend(q, [past, chunk], scale=c.key ** -0.5, sink=sink)
+    if c.output_gate:
+      gate = Proj((c.heads, c.value), ('embed', 'heads', 'value'),
+                  name='gate')(x)
+      y = y * jax.nn.sigmoid(gate)
+    y = Proj(x.shape[-1:], ('heads', 'value', 'embed'), contract=2,
+             name='out')(y)
+    return y, state
+
+  def _store(self, state, k, v, context):
+    old_k, old_v = state.k.read(), state.v.read()
+    slots = jnp.arange(old_k.shape[2], dtype=jnp.int32)[None]
+    seen = context.visible_past(
+        jnp.broadcast_to(slots, (old_k.shape[0], old_k.shape[2])))
+    where = (context.base, context.start, context.n_valid)
+    new = StoreState(k=store.append(state.k, k, *where),
+                     v=store.append(state.v, v, *where))
+    return attend.Segment(old_k, old_v, seen), new
+
+  def _ring(self, state, k, v, context):
+    held = window.positions(context.length, self.config.window)
+    seen = context.visible_past(held, self.config.window)
+    where = (context.base, context.start, context.n_valid)
+    new = RingState(k=window.write(state.k, k, *where),
+                    v=window.write(state.v, v, *where))
+    return attend.Segment(state.k, state.v, seen), new

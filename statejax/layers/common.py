@@ -1,0 +1,151 @@
+"""What every layer shares: projections, weights with logical axes, context."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from statejax.ops import norm
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Context:
+  """What a step knows of its rows; equal for all layers.
+
+  Tokens are left-packed: the first `n_valid` of each row are real.
+
+  Attributes:
+    length: tokens of the row's document in the state, before this step, [B].
+    n_valid: real tokens of this step, [B].
+    positions: of each token in its document, [B, T].
+    document: borders up to each token, [B, T]; 0 continues the state. None
+      where the step has no borders.
+    start: index of the first token of the row's last document, [B].
+    base: position of that token; `length` or, past a border, 0, [B].
+    All are int32.
+  """
+
+  length: jax.Array
+  n_valid: jax.Array
+  positions: jax.Array
+  document: jax.Array | None
+  start: jax.Array
+  base: jax.Array
+
+  @property
+  def valid(self):
+    """[B, T] bool."""
+    steps = jnp.arange(self.positions.shape[1], dtype=jnp.int32)
+    return steps[None] < self.n_valid[:, None]
+
+  @property
+  def new_length(self):
+    """Length after the step, [B]."""
+    return self.base + self.n_valid - self.start
+
+  def visible_chunk(self, window=None):
+    """Which tokens of this step each query sees, [B, T, T]: causal, same
+    document, real, and less than `window` tokens back."""
+    steps = jnp.arange(self.positions.shape[1], dtype=jnp.int32)
+    age = steps[:, None] - steps[None]
+    near = age >= 0 if window is None else (age >= 0) & (age < window)
+    seen = near[None] & self.valid[:, None, :]
+    if self.document is not None:
+      seen &= self.document[:, :, None] == self.document[:, None, :]
+    return seen
+
+  def visible_past(self, positions, window=None):
+    """Which stored tokens each query sees, [B, T, N].
+
+    Args:
+      positions: of the stored tokens, [B, N]; negative where empty.
+      window: visible tokens including the query, or None.
+    """
+    seen = (positions >= 0) & (positions < self.length[:, None])
+    seen = seen[:, None, :]
+    if window is not None:
+      seen &= positions[:, None, :] > self.positions[:, :, None] - window
+    if self.document is not None:
+      seen &= (self.document == 0)[:, :, None]
+    return jnp.broadcast_to(
+        seen, (*self.positions.shape, positions.shape[1]))
+
+
+def context(length, n_valid, document, steps):
+  """Builds the `Context` of a step of `steps` left-packed tokens."""
+  index = jnp.arange(steps, dtype=jnp.int32)[None]
+  if document is None:
+    zero = jnp.zeros_like(length)
+    return Context(length, n_valid, length[:, None] + index, None, zero, length)
+  border = jnp.pad(document[:, 1:] != document[:, :-1], ((0, 0), (1, 0)))
+  border &= index < n_valid[:, None]
+  begin = jax.lax.cummax(jnp.where(border, index, 0), axis=1)
+  start = jnp.max(begin, axis=1)
+  count = jnp.cumsum(border, axis=1, dtype=jnp.int32)
+  old = jnp.where(count == 0, length[:, None], 0)
+  base = jnp.where(start == 0, length, 0)
+  return Context(length, n_valid, old + index - begin, count, start, base)
+
+
+def weight(module, name, axes, shape, init):
+  """Declares a float32 parameter with logical axis names."""
+  return module.param(
+      name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+
+
+class Proj(nn.Module):
+  """Linear map of the last axes of x, without bias, as one einsum.
+
+  Attributes:
+    shape: output dimensions.
+    axes: logical names of (input dimensions, output dimensions).
+    contract: number of trailing input dimensions that are summed over.
+  """
+
+  shape: tuple[int, ...]
+  axes: tuple[str, ...]
+  contract: int = 1
+
+  @nn.compact
+  def __call__(self, x):
+    inner = x.shape[x.ndim - self.contract:]
+    into = tuple(range(self.contract))
+    out = tuple(range(self.contract, self.contract + len(self.shape)))
+    init = nn.initializers.variance_scaling(
+        1.0, 'fan_in', 'truncated_normal', into, out)
+    kernel = weight(self, 'kernel', self.axes, (*inner, *self.shape), init)
+    return project(x, kernel, self.contract)
+
+
+def project(x, kernel, contract=1):
+  """Contracts the last `contract` axes of x with the first of the kernel.
+
+  Both are flattened to one matrix product: x.dtype operands, float32 sums.
+  """
+  outer, inner = x.shape[:x.ndim - contract], x.shape[x.ndim - contract:]
+  out = kernel.shape[contract:]
+  size = 1
+  for n in inner:
+    size *= n
+  wide = jnp.promote_types(x.dtype, jnp.float32)
+  y = jnp.matmul(
+      x.reshape(*outer, size), kernel.astype(x.dtype).reshape(size, -1),
+      precision=jax.lax.Precision.HIGHEST if x.dtype == wide else None,
+      preferred_element_type=wide)
+  return y.astype(x.dtype).reshape(*outer, *out)
+
+
+class RMSNorm(nn.Module):
+  """`statejax.ops.norm.rms_norm` with its weight, over the last axis."""
+
+  eps: float
+  offset: float = 0.0
+  axis: str = 'embed'
+
+  @nn.compact
+  def __call__(self, x):
+    init = nn.initializers.constant(1.0 - self.offset)
+    w = weight(self, 'weight', (self.axis,), (x.shape[-1],), init)
+    return norm.rms_norm(x, w, eps=self.eps, offset=self.offset)

@@ -1,0 +1,21 @@
+"""Feed-forward blocks: functions of each token alone, without state."""
+
+import flax.linen as nn
+import jax
+
+from statejax.config import SwiGLUConfig
+from statejax.layers.common import Proj
+
+
+class SwiGLU(nn.Module):
+  """`down(silu(gate x) * up x)` (arXiv 2002.05202)."""
+
+  config: SwiGLUConfig
+
+  @nn.compact
+  def __call__(self, x):
+    hidden = (self.config.hidden,)
+    gate = Proj(hidden, ('embed', 'hidden'), name='gate')(x)
+    up = Proj(hidden, ('embed', 'hidden'), name='up')(x)
+    return Proj(x.shape[-1:], ('hidden', 'embed'), name='down')(
+        jax.nn.silu(gate) * up)

@@ -1,0 +1,462 @@
+"""The language model: one step function over one explicit state."""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from statejax import state as st
+from statejax.config import ModelConfig
+from statejax.layers import block, common
+from statejax.ops import norm, witness
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+  """A decoder as pure functions of (params, state, tokens).
+
+  Training is a fresh state and T = sequence length; prefill is T = a chunk;
+  decode is T = 1. It is the same `step`.
+
+  Attributes:
+    config: see `statejax.config.ModelConfig`.
+
+  >>> from configs import tiny_kda
+  >>> model = LanguageModel(tiny_kda.get_config().model)
+  >>> params = model.init(jax.random.key(0))
+  >>> state = model.init_state(rows=2, capacity=16)
+  >>> logits, state = model.step(params, state, jnp.ones((2, 3), jnp.int32))
+  >>> logits.shape, state.length.tolist()
+  ((2, 3, 64), [3, 3])
+  """
+
+  config: ModelConfig
+
+  def __post_init__(self):
+    if not isinstance(self.config, ModelConfig):
+      raise ValueError(
+          f'config: expected a ModelConfig, got {type(self.config).__name__}; '
+          'a file in configs/ holds it as get_config().model.')
+    for name in self.config.names:
+      block.lookup(block.MIXERS, self.config.layer(name).mixer, name)
+
+  # Parameters.
+
+  def init(self, key):
+    """Returns float32 parameters, groups stacked over their repeats.
+
+    Args:
+      key: a typed key, `jax.random.key(seed)`.
+    """
+    return _initialise(self, key)
+
+  def axes(self):
+    """Returns the tree of logical axis names, one tuple per parameter."""
+    boxed = jax.eval_shape(self._boxed, jax.random.key(0))
+    is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)
+    names = jax.tree.map(lambda box: tuple(box.names), boxed, is_leaf=is_box)
+    for group in self._groups():
+      names[group] = jax.tree.map(lambda n: ('layers', *n), names[group],
+                                  is_leaf=lambda n: isinstance(n, tuple))
+    return names
+
+  def _groups(self):
+    return {f'group_{i}': g for i, g in enumerate(self.config.groups)}
+
+  def _boxed(self, key):
+    c = self.config
+    box = lambda value, *names: nn.LogicallyPartitioned(value, names)
+    normal = jax.nn.initializers.normal
+    params = {
+        'embed': box(normal(c.width ** -0.5)(
+            jax.random.fold_in(key, 0), (c.vocab, c.width), jnp.float32),
+                     'vocab', 'embed'),
+        'norm': box(jnp.full((c.width,), 1.0 - c.norm.offset), 'embed')}
+    if not c.tied:
+      params['head'] = box(normal(c.width ** -0.5)(
+          jax.random.fold_in(key, 1), (c.width, c.vocab), jnp.float32),
+                           'embed', 'vocab')
+    for i, (name, group) in enumerate(self._groups().items()):
+      keys = jax.random.split(jax.random.fold_in(key, 2 + i), group.repeats)
+      params[name] = jax.vmap(
+          functools.partial(self._init_pattern, group.pattern))(keys)
+    return params
+
+  def _init_pattern(self, pattern, key):
+    c = self.config
+    x = jnp.zeros((1, 1, c.width), c.dtype)
+    one = jnp.ones((1,), jnp.int32)
+    context = common.context(0 * one, one, None, 1)
+    out = {}
+    for j, name in enumerate(pattern):
+      state = layer_state(self._layer_specs(name, 1, 1))
+      out[f'layer_{j}'] = self._block(name).init(
+          jax.random.fold_in(key, j), x, state, context)['params']
+    return out
+
+  def _block(self, name):
+    return block.Block(self.config.layer(name), self.config.norm)
+
+  # State.
+
+  def _layer_specs(self, name, rows, capacity):
+    c = self.config
+    mixer = c.layer(name).mixer
+    return block.lookup(block.MIXERS, mixer, name).state(
+        mixer, rows, capacity, c.store_dtype or c.dtype)
+
+  def state_schema(self, rows: int, capacity: int, *, logits: bool = False):
+    """Returns a `ServingState` of `statejax.state.Leaf`.
+
+    Args:
+      rows: B.
+      capacity: tokens a growing store can hold. 0 keeps no store: enough for
+        one step from a fresh state, as in training.
+      logits: whether the state carries the next-token logits.
+    """
+    if rows < 1 or capacity < 0:
+      raise ValueError(f'state: expected rows >= 1 and capacity >= 0, got '
+                       f'rows={rows}, capacity={capacity}.')
+    stacked = {}
+    for name in sorted(set(self.config.names)):
+      count = self.config.names.count(name)
+      specs = self._layer_specs(name, rows, capacity)
+      stacked[name] = dataclasses.replace(specs, **{
+          f.name: dataclasses.replace(
+              s, shape=(count, *s.shape))
+          for f in dataclasses.fields(specs)
+          if (s := getattr(specs, f.name)) is not None})
+    return st.describe(st.ServingState(
+        layers=stacked,
+        length=st.Spec((rows,), 'int32'),
+        pending=st.Spec((rows,), 'int32'),
+        witness=st.Spec((rows, 4), 'uint32'),
+        key=st.Spec((rows, 2), 'uint32'),
+        logits=(st.Spec((rows, self.config.vocab), 'float32')
+                if logits else None)))
+
+  def init_state(self, rows: int, capacity: int, *, key=None,
+                 logits: bool = False):
+    """Returns the empty `ServingState`; see `state_schema`.
+
+    Args:
+      rows: B.
+      capacity: tokens a growing store can hold.
+      key: typed key from which the rows' sampler keys are folded; None means
+        `jax.random.key(0)`.
+      logits: whether the state carries the next-token logits.
+    """
+    state = st.allocate(self.state_schema(rows, capacity, logits=logits))
+    key = jax.random.key(0) if key is None else key
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(rows))
+    return dataclasses.replace(state, key=jax.random.key_data(keys))
+
+  # The step.
+
+  def step(self, params, state, tokens, n_valid=None, segment_ids=None, *,
+           keep: str = 'all'):
+    """Absorbs up to T tokens per row and returns next-token logits.
+
+    Called with concrete arrays it checks values on the host (token range,
+    capacity) and runs compiled. Inside `jax.jit` the same function is traced;
+    there a token out of range, or a step on a row that has outgrown its
+    capacity, gives NaN logits in that row and touches no other.
+
+    Args:
+      params: from `init`; groups stacked, or unstacked (see `unstack`).
+      state: `ServingState` of B rows.
+      tokens: [B, T] int32, T >= 1.
+      n_valid: [B] int32, the first n tokens of each row are real; None means
+        all. A row with 0 is bit-identical before and after.
+      segment_ids: [B, T] int32. A change between neighbours is a document
+        border and resets everything carried; at t = 0 the row's document goes
+        on. A negative id marks padding, anywhere in the row. The state that
+        comes back is that of the row's last document.
+      keep: 'all' or 'last': logits of every token, or of the last real one.
+
+    Returns:
+      logits: [B, T, P] float32, or [B, 1, P]; zero at padding.
+      state: `ServingState` of the same shapes.
+
+    Raises:
+      ValueError: bad shape, dtype, token id, capacity or state.
+    """
+    if keep not in ('all', 'last'):
+      raise ValueError(f"keep: expected 'all' or 'last', got {keep!r}.")
+    self._check(state, tokens, n_valid, segment_ids)
+    tokens = jnp.asarray(tokens, jnp.int32)
+    arrays = (params, state, tokens, n_valid, segment_ids)
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arrays)):
+      return apply(self, *arrays, keep=keep)
+    self._check_values(state, tokens, n_valid, segment_ids)
+    return _compiled(self, *arrays, keep=keep)
+
+  def _check(self, state, tokens, n_valid, segment_ids):
+    shape, dtype = np.shape(tokens), jnp.result_type(tokens)
+    if len(shape) != 2 or not jnp.issubdtype(dtype, jnp.integer):
+      raise ValueError(f'tokens: expected [B, T] integers, got {shape} '
+                       f'{dtype}.')
+    if shape[1] < 1:
+      raise ValueError('tokens: expected T >= 1, got T = 0; to leave a row '
+                       'alone pass n_valid = 0.')
+    if not isinstance(state, st.ServingState) or shape[0] != st.rows(state):
+      have = (st.rows(state) if isinstance(state, st.ServingState)
+              else type(state).__name__)
+      raise ValueError(f'tokens: expected one row per row of the state '
+                       f'({have}), got {shape[0]}.')
+    for name, value, want in (('n_valid', n_valid, shape[:1]),
+                              ('segment_ids', segment_ids, shape)):
+      if value is not None and (
+          np.shape(value) != want
+          or not jnp.issubdtype(jnp.result_type(value), jnp.integer)):
+        raise ValueError(f'{name}: expected {want} integers, got '
+                         f'{np.shape(value)} {jnp.result_type(value)}.')
+    st.validate(state, self.state_schema(
+        shape[0], st.capacity(state) or 0, logits=state.logits is not None))
+
+  def _check_values(self, state, tokens, n_valid, segment_ids):
+    tokens = np.asarray(tokens)
+    rows, steps = tokens.shape
+    n = np.full(rows, steps) if n_valid is None else np.asarray(n_valid)
+    if ((n < 0) | (n > steps)).any():
+      raise ValueError(f'n_valid: expected 0..{steps}, got {n.tolist()}.')
+    real = np.arange(steps)[None] < n[:, None]
+    if segment_ids is not None:
+      real &= np.asarray(segment_ids) >= 0
+    bad = real & ((tokens < 0) | (tokens >= self.config.vocab))
+    if bad.any():
+      row, t = np.argwhere(bad)[0]
+      raise ValueError(f'tokens[{row}, {t}] = {tokens[row, t]}: expected '
+                       f'0 <= token < vocab={self.config.vocab}.')
+    room = st.capacity(state)
+    if room is None:
+      return
+    length = np.asarray(state.length)
+    # Without a store the one step from a fresh state is still exact.
+    end = length if room == 0 else length + np.asarray(
+        _last_document(real, segment_ids, length))
+    if (end > room).any():
+      row = int(np.argmax(end > room))
+      raise ValueError(
+          f'capacity: row {row} would hold {end[row]} tokens, its stores have '
+          f'room for {room}; use statejax.state.grow(state, {end[row]}) first.')
+
+  # Parameter layout.
+
+  def unstack(self, params):
+    """Returns parameters with one subtree per layer instead of stacks.
+
+    A step then reads every weight where it lies; on a CPU decoding is about
+    three times faster. For accelerators and training keep the stacks.
+    """
+    out = dict(params)
+    for name, group in self._groups().items():
+      out[name] = {
+          f'repeat_{r}': jax.tree.map(lambda x, r=r: x[r], params[name])
+          for r in range(group.repeats)}
+    return out
+
+
+def layer_state(specs):
+  """Returns the empty state of a single layer, stores as a layer sees them."""
+  def one(path, axes, kind, spec):
+    if kind == 'fixed':
+      return jnp.zeros(spec.shape, spec.dtype)
+    return st.Store(jnp.zeros((1, *spec.shape), spec.dtype), jnp.int32(0))
+  return st.map_leaves(one, specs)
+
+
+def _last_document(real, segment_ids, length):
+  """Tokens by which each row's length grows, on the host; may be negative."""
+  out = real.sum(axis=1)
+  if segment_ids is None:
+    return out
+  for row, keep in enumerate(real):
+    ids = np.asarray(segment_ids)[row][keep]
+    borders = np.flatnonzero(ids[1:] != ids[:-1])
+    if borders.size:
+      out[row] = ids.size - (borders[-1] + 1) - length[row]
+  return out
+
+
+def apply(model, params, state, tokens, n_valid=None, segment_ids=None, *,
+          keep='all'):
+  """`LanguageModel.step` without host checks; pure and traceable."""
+  c = model.config
+  rows, steps = tokens.shape
+  n_valid = (jnp.full((rows,), steps, jnp.int32) if n_valid is None
+             else jnp.asarray(n_valid, jnp.int32))
+  document = back = None
+  if segment_ids is not None:
+    tokens, n_valid, document, back = _pack(tokens, n_valid, segment_ids)
+  context = common.context(state.length, n_valid, document, steps)
+  x = _embed(params['embed'], tokens, context.valid, c.dtype)
+  if st.capacity(state) is not None:
+    # A row that has outgrown its stores must not answer from a part of them.
+    lost = (state.length > st.capacity(state)) & (n_valid > 0)
+    x = jnp.where(lost[:, None, None], jnp.asarray(jnp.nan, x.dtype), x)
+  x, layers = _run_groups(model, params, x, state.layers, context)
+  x = norm.rms_norm(x, params['norm'], eps=c.norm.eps, offset=c.norm.offset)
+  x = jnp.where(context.valid[..., None], x, jnp.zeros((), x.dtype))
+  last = None
+  if keep == 'last' or state.logits is not None:
+    at = jnp.maximum(n_valid - 1, 0)[:, None, None]
+    last = _head(params, jnp.take_along_axis(x, at, axis=1))
+  if keep == 'all':
+    x = x if back is None else jnp.take_along_axis(x, back[..., None], axis=1)
+    logits = _head(params, x)
+  else:
+    logits = last
+  new = dataclasses.replace(
+      state, layers=layers, length=context.new_length,
+      witness=witness.absorb(
+          state.witness, tokens, n_valid,
+          None if document is None else context.start),
+      logits=None if state.logits is None else jnp.where(
+          (n_valid > 0)[:, None], last[:, 0], state.logits))
+  return logits, new
+
+
+_compiled = jax.jit(apply, static_argnums=0, static_argnames='keep')
+_initialise = jax.jit(lambda model, key: nn.meta.unbox(model._boxed(key)),
+                      static_argnums=0)
+
+
+def _pack(tokens, n_valid, segment_ids):
+  """Moves the real tokens of each row to its front.
+
+  Returns:
+    tokens, n_valid, document numbers [B, T], and for every place of the
+    given row where its token went, [B, T].
+  """
+  steps = tokens.shape[1]
+  index = jnp.arange(steps, dtype=jnp.int32)[None]
+  segment_ids = jnp.asarray(segment_ids, jnp.int32)
+  real = (index < n_valid[:, None]) & (segment_ids >= 0)
+  order = jnp.argsort(~real, axis=1, stable=True)
+  back = jnp.argsort(order, axis=1)
+  tokens = jnp.take_along_axis(tokens, order, axis=1)
+  ids = jnp.take_along_axis(segment_ids, order, axis=1)
+  n_valid = jnp.sum(real, axis=1, dtype=jnp.int32)
+  border = jnp.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 0)))
+  border &= index < n_valid[:, None]
+  return tokens, n_valid, jnp.cumsum(border, axis=1, dtype=jnp.int32), back
+
+
+def _embed(table, tokens, valid, dtype):
+  # Padding reads row 0; a bad id of a real token gives NaN, not a neighbour's
+  # embedding. Negative ids would wrap, so they are sent past the end.
+  ids = jnp.where(tokens < 0, table.shape[0], tokens)
+  ids = jnp.where(valid, ids, 0)
+  return table.at[ids].get(mode='fill', fill_value=jnp.nan).astype(dtype)
+
+
+def _head(params, x):
+  kernel = params['head'] if 'head' in params else params['embed'].T
+  return jnp.matmul(
+      x, kernel.astype(x.dtype),
+      precision=(jax.lax.Precision.HIGHEST if x.dtype == jnp.float32
+                 else None),
+      preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _run_groups(model, params, x, layers, context):
+  """Runs all groups; returns x and the new layer states."""
+  used = dict.fromkeys(layers, 0)
+  for name, group in model._groups().items():
+    run = (_unrolled if 'repeat_0' in params[name] else _scanned)
+    x, layers = run(model, group, params[name], x, layers, dict(used), context)
+    for layer in group.pattern:
+      used[layer] += group.repeats
+  return x, layers
+
+
+def _block_fn(model, name):
+  block_ = model._block(name)
+  def run(params, x, state, context):
+    return block_.apply({'params': params}, x, state, context)
+  return jax.checkpoint(run, prevent_cse=False) if model.config.remat else run
+
+
+def _unrolled(model, group, params, x, layers, used, context):
+  """Every layer in turn, states read and written in place in their stacks."""
+  layers = dict(layers)
+  for r in range(group.repeats):
+    for j, name in enumerate(group.pattern):
+      at = jnp.int32(used[name])
+      used[name] += 1
+      x, new = _block_fn(model, name)(
+          params[f'repeat_{r}'][f'layer_{j}'], x, _view(layers[name], at),
+          context)
+      layers[name] = _merge(layers[name], new, at)
+  return x, layers
+
+
+def _scanned(model, group, params, x, layers, used, context):
+  """One scan over the repeats: stores in the carry, fixed leaves in and out."""
+  counts = {name: group.pattern.count(name) for name in set(group.pattern)}
+  mine = {name: layers[name] for name in counts}
+  stores = {n: _only(s, 'growing') for n, s in mine.items()}
+  fixed = {}
+  for name, count in counts.items():
+    low, high = used[name], used[name] + count * group.repeats
+    fixed[name] = jax.tree.map(
+        lambda a, low=low, high=high, count=count: a[low:high].reshape(
+            group.repeats, count, *a.shape[1:]), _only(mine[name], 'fixed'))
+
+  def body(carry, slices):
+    x, stores = carry
+    r, params, fixed = slices
+    stores, fixed = dict(stores), dict(fixed)
+    seen = dict.fromkeys(counts, 0)
+    for j, name in enumerate(group.pattern):
+      i = seen[name]
+      seen[name] += 1
+      at = (used[name] + r * counts[name] + i).astype(jnp.int32)
+      views = {f: st.Store(data, at) for f, data in stores[name].items()}
+      values = {f: value[i] for f, value in fixed[name].items()}
+      x, new = _block_fn(model, name)(
+          params[f'layer_{j}'], x,
+          dataclasses.replace(mine[name], **views, **values), context)
+      stores[name] = {f: getattr(new, f).data for f in stores[name]}
+      fixed[name] = {f: value.at[i].set(getattr(new, f))
+                     for f, value in fixed[name].items()}
+    return (x, stores), fixed
+
+  (x, stores), fixed = jax.lax.scan(
+      body, (x, stores), (jnp.arange(group.repeats), params, fixed))
+  layers = dict(layers)
+  for name, count in counts.items():
+    low, whole = used[name], layers[name]
+    values = {}
+    for f, value in fixed[name].items():
+      flat = value.reshape(-1, *value.shape[2:])
+      old = getattr(whole, f)
+      values[f] = (flat if flat.shape == old.shape
+                   else old.at[low:low + flat.shape[0]].set(flat))
+    layers[name] = dataclasses.replace(whole, **stores[name], **values)
+  return x, layers
+
+
+def _only(layer, kind):
+  """The leaves of one kind, as a dict by field name."""
+  return {f.name: getattr(layer, f.name) for f in dataclasses.fields(layer)
+          if f.metadata['kind'] == kind}
+
+
+def _view(stacked, at):
+  """One layer of stacked leaves, as the layer sees it."""
+  views = {f: st.Store(a, at) for f, a in _only(stacked, 'growing').items()}
+  values = {f: a[at] for f, a in _only(stacked, 'fixed').items()}
+  return dataclasses.replace(stacked, **views, **values)
+
+
+def _merge(stacked, new, at):
+  """The stacked leaves with one layer replaced."""
+  stores = {f: getattr(new, f).data for f in _only(stacked, 'growing')}
+  values = {f: a.at[at].set(getattr(new, f))
+            for f, a in _only(stacked, 'fixed').items()}
+  return dataclasses.replace(stacked, **stores, **values)

@@ -1,0 +1,41 @@
+"""Chooses the implementation of an op, in one place and never silently."""
+
+from collections.abc import Callable, Mapping
+
+
+def choose(
+    op: str,
+    implementation: str | None,
+    candidates: Mapping[str, Callable | str],
+) -> Callable:
+  """Returns the function that runs an op.
+
+  Args:
+    op: name of the op, for messages.
+    implementation: 'reference', 'xla', 'pallas_tpu', 'pallas_gpu', or None for
+      the first candidate that applies.
+    candidates: from name to function, best first. A string in place of a
+      function is the reason why that implementation declines.
+
+  Returns:
+    The chosen function.
+
+  Raises:
+    ValueError: the implementation asked for is unknown or declines.
+    ExceptionGroup: None was asked for and every candidate declines.
+  """
+  available = [n for n, f in candidates.items() if not isinstance(f, str)]
+  if implementation is None:
+    if available:
+      return candidates[available[0]]
+    raise ExceptionGroup(
+        f'{op}: no implementation accepts these arguments',
+        [ValueError(f'{n}: {why}') for n, why in candidates.items()],
+    )
+  chosen = candidates.get(implementation, 'there is none of that name')
+  if isinstance(chosen, str):
+    raise ValueError(
+        f'{op}: implementation {implementation!r} cannot run: {chosen}; '
+        f'available: {", ".join(available)}. Choose one of these, or None.'
+    )
+  return chosen

@@ -1,0 +1,478 @@
+"""The carried state: declared leaves, and everything done to rows of it.
+
+A state is a pytree of frozen dataclasses. Each field of a state class declares
+its axis names and its kind once, by `leaf`:
+
+  growing  append-only store over the positions of a row; slots at and past
+           `length` mean nothing, so rewinding is setting `length`.
+  fixed    rewritten as a whole (delta matrices, convolution tails, rings);
+           rewinding needs a copy.
+
+The functions below walk these declarations. No mixer repeats them.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+KINDS = ('fixed', 'growing')
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+  """Schema of one leaf; itself a leaf of the schema tree.
+
+  Attributes:
+    axes: logical axis names, one per dimension.
+    shape: dimensions.
+    dtype: numpy dtype.
+    kind: 'growing' or 'fixed'.
+    stride: tokens per slot along `capacity`; 1 for token stores.
+  """
+
+  axes: tuple[str, ...]
+  shape: tuple[int, ...]
+  dtype: np.dtype
+  kind: str
+  stride: int = 1
+
+  @property
+  def nbytes(self) -> int:
+    return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+  def __str__(self):
+    dims = ', '.join(f'{a}={n}' for a, n in zip(self.axes, self.shape))
+    return f'[{dims}] {self.dtype}'
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+  """Shape, dtype and stride of a leaf, as a mixer's config decides them."""
+
+  shape: tuple[int, ...]
+  dtype: str
+  stride: int = 1
+
+
+def leaf(axes: str, kind: str = 'fixed', fill=0):
+  """Declares a field of a state class.
+
+  Args:
+    axes: logical axis names without the layer axis, 'batch heads key value'.
+      Exactly one is `batch`; a growing leaf has `capacity` too.
+    kind: 'growing' or 'fixed'.
+    fill: value of an empty leaf.
+  """
+  names = tuple(axes.split())
+  if kind not in KINDS or 'batch' not in names:
+    raise ValueError(
+        f'leaf({axes!r}, {kind!r}): expected a batch axis and a kind of '
+        f'{KINDS}.')
+  if (kind == 'growing') != ('capacity' in names):
+    raise ValueError(f'leaf({axes!r}): growing leaves have a capacity axis, '
+                     'fixed ones have none.')
+  return dataclasses.field(
+      metadata={'axes': names, 'kind': kind, 'fill': fill})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ServingState:
+  """Everything a model carries from one step to the next.
+
+  Attributes:
+    layers: layer name -> state of that kind, leaves stacked [layers, ...].
+    length: tokens absorbed since the start of the row's document, [B] int32.
+    pending: sampled but not yet absorbed token, -1 for none, [B] int32.
+    witness: rolling hash of the absorbed tokens, [B, 4] uint32; see
+      `statejax.ops.witness`.
+    key: the row's sampler key data, [B, 2] uint32; the draw at position p
+      depends on the key and p alone.
+    logits: next-token logits after the last absorbed token, [B, P] float32,
+      or None where not asked for.
+  """
+
+  layers: dict
+  length: jax.Array = leaf('batch')
+  pending: jax.Array = leaf('batch', fill=-1)
+  witness: jax.Array = leaf('batch lanes')
+  key: jax.Array = leaf('batch words')
+  logits: jax.Array | None = leaf('batch vocab')
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Store:
+  """What a layer sees of a growing leaf: the stacked array and its own index.
+
+  Reading and appending address `data[layer]` directly, so that a step over a
+  long store copies the rows it touches and not the store.
+
+  Attributes:
+    data: [layers, B, ...capacity...], the leaf of `ServingState`.
+    layer: index into the first axis, int32 scalar.
+  """
+
+  data: jax.Array
+  layer: jax.Array
+
+  def read(self):
+    """Returns this layer's [B, ...] slice."""
+    return jax.lax.dynamic_index_in_dim(self.data, self.layer, keepdims=False)
+
+
+def _declared(tree, path=(), stacked=False):
+  """Yields (path, value, metadata) of every declared leaf of a state."""
+  if isinstance(tree, dict):
+    for name in sorted(tree):
+      yield from _declared(tree[name], (*path, name), stacked)
+    return
+  for field in dataclasses.fields(tree):
+    value = getattr(tree, field.name)
+    where = (*path, field.name)
+    if value is None:
+      continue
+    if 'axes' in field.metadata:
+      yield where, value, {**field.metadata, 'stacked': stacked}
+    else:
+      yield from _declared(value, where, stacked or field.name == 'layers')
+
+
+def leaves(state):
+  """Yields (path, value, axes, kind) of every leaf, paths like `layers/kda/s`.
+
+  Works on states, on schemas and on trees of `Spec`.
+  """
+  for path, value, meta in _declared(state):
+    axes = (('layers',) if meta['stacked'] else ()) + meta['axes']
+    yield '/'.join(path), value, axes, meta['kind']
+
+
+def map_leaves(function, state, *others):
+  """Maps `function(path, axes, kind, value, *others)` over the leaves."""
+  rest = [iter(list(leaves(other))) for other in others]
+  values = []
+  for path, value, axes, kind in leaves(state):
+    more = [next(r) for r in rest]
+    values.append(function(path, axes, kind, value, *(m[1] for m in more)))
+  return _rebuild(state, iter(values))
+
+
+def _rebuild(tree, values):
+  if isinstance(tree, dict):
+    return {name: _rebuild(tree[name], values) for name in sorted(tree)}
+  changes = {}
+  for field in dataclasses.fields(tree):
+    value = getattr(tree, field.name)
+    if value is None:
+      continue
+    changes[field.name] = (
+        next(values) if 'axes' in field.metadata else _rebuild(value, values))
+  return dataclasses.replace(tree, **changes)
+
+
+def describe(specs):
+  """Turns a tree of `Spec` into a schema: the same tree of `Leaf`."""
+  def one(path, axes, kind, spec):
+    if len(spec.shape) != len(axes):
+      raise ValueError(f'{path}: axes {axes} do not name shape {spec.shape}.')
+    return Leaf(axes, tuple(spec.shape), np.dtype(jnp.dtype(spec.dtype)), kind,
+                spec.stride)
+  return map_leaves(one, specs)
+
+
+def allocate(schema):
+  """Returns the empty state of a schema; every leaf is memory of its own."""
+  fills = [meta['fill'] for _, _, meta in _declared(schema)]
+  values = (jnp.full(spec.shape, fill, spec.dtype)
+            for (_, spec, _, _), fill in zip(leaves(schema), fills))
+  return _rebuild(schema, values)
+
+
+def abstract(schema):
+  """Returns the tree of `jax.ShapeDtypeStruct` of a schema."""
+  return map_leaves(
+      lambda p, a, k, s: jax.ShapeDtypeStruct(s.shape, s.dtype), schema)
+
+
+def rows(state) -> int:
+  """Number of rows B."""
+  return state.length.shape[0]
+
+
+def capacity(state):
+  """Slots of the growing leaves, or None where the state has none."""
+  for _, value, axes, kind in leaves(state):
+    if kind == 'growing':
+      return value.shape[axes.index('capacity')]
+  return None
+
+
+def _indices(state, index):
+  index = np.atleast_1d(np.asarray(index))
+  if index.dtype.kind not in 'iu':
+    raise ValueError(f'rows: expected integers, got {index.dtype}.')
+  bad = index[(index < 0) | (index >= rows(state))]
+  if bad.size:
+    raise ValueError(
+        f'rows: {bad.tolist()} not among the {rows(state)} rows of the state.')
+  return index
+
+
+def take(state, index):
+  """Returns a state of the rows `index` (an int or a list), in that order."""
+  index = _indices(state, index)
+  return map_leaves(
+      lambda p, axes, k, x: jnp.take(x, index, axis=axes.index('batch')), state)
+
+
+def fork(state, row: int, copies: int):
+  """Returns a state of `copies` independent copies of one row."""
+  if copies < 1:
+    raise ValueError(f'fork: expected copies >= 1, got {copies}.')
+  return take(state, np.full((copies,), row))
+
+
+def put(state, index, other):
+  """Returns `state` with the rows `index` replaced by the rows of `other`.
+
+  Raises:
+    ValueError: `other` is of another config or capacity, or a row is named
+      twice.
+  """
+  index = _indices(state, index)
+  if len(set(index.tolist())) != len(index) or len(index) != rows(other):
+    raise ValueError(
+        f'put: expected {rows(other)} distinct rows, got {index.tolist()}.')
+  _match(state, other, 'put')
+  def one(path, axes, kind, x, y):
+    at = (slice(None),) * axes.index('batch') + (index,)
+    return x.at[at].set(y)
+  return map_leaves(one, state, other)
+
+
+def concat(states):
+  """Returns one state with the rows of all `states`, in order."""
+  first, *rest = states
+  for other in rest:
+    _match(first, other, 'concat')
+  return map_leaves(
+      lambda p, axes, k, *xs: jnp.concatenate(xs, axis=axes.index('batch')),
+      first, *rest)
+
+
+def clear(state, index):
+  """Returns `state` with the rows `index` fresh, whatever they held.
+
+  Rows are replaced, not scaled, so a NaN in an old row does not survive. The
+  sampler key stays: it belongs to the row, not to what the row has seen.
+  """
+  index = _indices(state, index)
+  fills = iter([meta['fill'] for _, _, meta in _declared(state)])
+  def one(path, axes, kind, x):
+    fill = next(fills)
+    at = (slice(None),) * axes.index('batch') + (index,)
+    return x if path == 'key' else x.at[at].set(fill)
+  return map_leaves(one, state)
+
+
+def grow(state, new: int, schema=None):
+  """Returns `state` with room for `new` tokens; contents keep their slots.
+
+  Args:
+    state: any state.
+    new: capacity in tokens, at least the present one.
+    schema: needed where a growing leaf holds one slot per several tokens.
+  """
+  strides = iter([s.stride for _, s, _, _ in leaves(schema)] if schema else ())
+  def one(path, axes, kind, x):
+    stride = next(strides, 1)
+    if kind == 'fixed':
+      return x
+    axis = axes.index('capacity')
+    slots = -(-new // stride)
+    if slots < x.shape[axis]:
+      raise ValueError(f'grow: {path} has capacity {x.shape[axis]}, asked for '
+                       f'{slots}; a store never shrinks.')
+    pad = [(0, 0)] * x.ndim
+    pad[axis] = (0, slots - x.shape[axis])
+    return jnp.pad(x, pad)
+  return map_leaves(one, state)
+
+
+def rewind(state, length):
+  """Returns `state` with each row set back to `length` tokens.
+
+  Exact for states whose layers are all growing. The witness is not
+  recomputed: take it from the copy of the fixed leaves, or from the token log.
+
+  Args:
+    state: a state without fixed layer leaves, or one whose fixed leaves are
+      already those of `length`.
+    length: [B] or int, at most the present length.
+
+  Raises:
+    ValueError: a length is larger than the present one, or negative.
+  """
+  old = np.asarray(state.length)
+  new = np.broadcast_to(np.asarray(length, np.int32), old.shape)
+  if (new > old).any() or (new < 0).any():
+    raise ValueError(f'rewind: expected lengths in 0..{old.tolist()}, got '
+                     f'{new.tolist()}.')
+  return dataclasses.replace(state, length=jnp.asarray(new))
+
+
+def restore_fixed(state, snapshot):
+  """Returns `state` rewound to `snapshot`: its fixed leaves and length.
+
+  The growing leaves stay where they are, so a snapshot needs no copy of them:
+  this is how rejected draft tokens leave no trace (law L6).
+  """
+  return map_leaves(
+      lambda p, a, kind, x, y: x if kind == 'growing' else y, state, snapshot)
+
+
+def snapshot(state):
+  """Returns `state` with its growing leaves emptied, to rewind to later."""
+  def one(path, axes, kind, x):
+    if kind == 'fixed':
+      return x
+    return jax.lax.slice_in_dim(x, 0, 0, axis=axes.index('capacity'))
+  return map_leaves(one, state)
+
+
+def nbytes(state) -> dict[str, int]:
+  """Returns bytes per kind, `{'fixed': .., 'growing': ..}`.
+
+  Works on states, schemas and abstract states: nothing is allocated.
+  """
+  total = dict.fromkeys(KINDS, 0)
+  for _, value, _, kind in leaves(state):
+    size = int(np.prod(value.shape, dtype=np.int64))
+    total[kind] += size * np.dtype(value.dtype).itemsize
+  return total
+
+
+def live(state, row: int, schema=None):
+  """Returns one row as numpy arrays, batch axis dropped, live prefix only.
+
+  What an artifact stores: slots past `length` are not part of a state.
+  """
+  length = int(state.length[row])
+  strides = iter([s.stride for _, s, _, _ in leaves(schema)] if schema else ())
+  def one(path, axes, kind, x):
+    stride = next(strides, 1)
+    batch = axes.index('batch')
+    value = np.asarray(jax.lax.index_in_dim(x, row, batch, keepdims=False))
+    if kind == 'growing':
+      axis = axes.index('capacity') - (batch < axes.index('capacity'))
+      value = np.take(value, np.arange(length // stride), axis=axis)
+    return value
+  return map_leaves(one, state)
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+  """First difference of two states: row, leaf, index, and both values."""
+
+  row: int
+  path: str
+  index: tuple[int, ...]
+  left: float
+  right: float
+
+  def __str__(self):
+    return (f'row {self.row}: {self.path}{list(self.index)} is {self.left} '
+            f'on the left and {self.right} on the right')
+
+
+def diff(left, right, *, tolerance: float = 0.0, schema=None):
+  """Returns the first `Difference` of two states, or None.
+
+  Rows are compared on their live prefix, so capacity does not matter.
+
+  Args:
+    left: a state.
+    right: a state of the same config and number of rows.
+    tolerance: largest accepted |a - b| / max(1, max |b|) of a float leaf;
+      0 compares bits.
+    schema: needed where a growing leaf holds one slot per several tokens.
+  """
+  if rows(left) != rows(right):
+    raise ValueError(f'diff: {rows(left)} rows against {rows(right)}.')
+  for row in range(rows(left)):
+    if int(left.length[row]) != int(right.length[row]):
+      return Difference(row, 'length', (), int(left.length[row]),
+                        int(right.length[row]))
+    pair = zip(leaves(live(left, row, schema)), leaves(live(right, row, schema)))
+    for (path, a, _, _), (_, b, _, _) in pair:
+      at = _first_difference(a, b, tolerance)
+      if at is not None:
+        return Difference(row, path, at, a[at].item(), b[at].item())
+  return None
+
+
+def _first_difference(a, b, tolerance):
+  if a.shape != b.shape or a.dtype != b.dtype:
+    raise ValueError(f'diff: {a.shape} {a.dtype} against {b.shape} {b.dtype}; '
+                     'these states are of two configs.')
+  if not a.size:
+    return None
+  if tolerance and a.dtype.kind not in 'iub':
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    scale = max(1.0, float(np.max(np.abs(b))))
+    bad = ~(np.abs(a - b) <= tolerance * scale)
+  else:
+    raw = np.dtype(f'u{a.dtype.itemsize}')
+    bad = np.ascontiguousarray(a).view(raw) != np.ascontiguousarray(b).view(raw)
+  if not bad.any():
+    return None
+  return tuple(int(i) for i in np.unravel_index(np.argmax(bad), bad.shape))
+
+
+def _match(left, right, what):
+  """Raises unless both have the same leaves but for the number of rows."""
+  def facts(tree):
+    return {path: (tuple(n for n, a in zip(x.shape, axes) if a != 'batch'),
+                   np.dtype(x.dtype), axes)
+            for path, x, axes, _ in leaves(tree)}
+  mine, theirs = facts(left), facts(right)
+  for path in sorted(mine.keys() | theirs.keys()):
+    if mine.get(path) == theirs.get(path):
+      continue
+    show = lambda f: 'nothing' if f is None else '[' + ', '.join(
+        f'{a}={n}' for a, n in zip([a for a in f[2] if a != 'batch'], f[0])
+    ) + f'] {f[1]}'
+    raise ValueError(
+        f'{what}: {path}: expected {show(mine.get(path))}, got '
+        f'{show(theirs.get(path))}; both states must come from one config and '
+        'capacity (see statejax.state.grow).')
+
+
+def validate(state, schema):
+  """Raises ValueError unless `state` is what `schema` says, leaf by leaf."""
+  if not isinstance(state, ServingState):
+    raise ValueError(f'state: expected a ServingState, got '
+                     f'{type(state).__name__}; make one with '
+                     'model.init_state(rows, capacity).')
+  got = {path: value for path, value, _, _ in leaves(state)}
+  want = {path: value for path, value, _, _ in leaves(schema)}
+  for path in sorted(got.keys() | want.keys()):
+    if path not in got or path not in want:
+      raise ValueError(
+          f'{path}: expected {want.get(path, "no such leaf")}, got '
+          f'{"a leaf" if path in got else "none"}; allocate the state from '
+          'this config, or load it with its own.')
+    value, spec = got[path], want[path]
+    if getattr(value, 'is_deleted', lambda: False)():
+      raise ValueError(
+          'state: already consumed by an earlier step; continue from the state '
+          'which that step returned, or fork it before calling.')
+    if tuple(value.shape) != spec.shape or value.dtype != spec.dtype:
+      wrong = [f'{a}={n}' for a, n, m in zip(spec.axes, value.shape, spec.shape)
+               if n != m] or [f'{value.dtype} {tuple(value.shape)}']
+      raise ValueError(
+          f'{path}: expected {spec}, got {", ".join(wrong)}; allocate the '
+          'state from this config, or load it with its own.')

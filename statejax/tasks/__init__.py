@@ -1,0 +1,1 @@
+"""Data: deterministic sources and the checkpointable input pipeline."""
