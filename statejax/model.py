@@ -259,6 +259,16 @@ class LanguageModel:
           for r in range(group.repeats)}
     return out
 
+  def stack(self, params):
+    """Undoes `unstack`; returns stacked parameters as they are."""
+    out = dict(params)
+    for name in self._groups():
+      if 'repeat_0' in params[name]:
+        repeats = [params[name][f'repeat_{r}']
+                   for r in range(len(params[name]))]
+        out[name] = jax.tree.map(lambda *xs: jnp.stack(xs), *repeats)
+    return out
+
 
 def layer_state(specs):
   """Returns the empty state of a single layer, stores as a layer sees them."""
@@ -291,14 +301,14 @@ def apply(model, params, state, tokens, n_valid=None, segment_ids=None, *,
              else jnp.asarray(n_valid, jnp.int32))
   document = back = None
   if segment_ids is not None:
-    tokens, n_valid, document, back = _pack(tokens, n_valid, segment_ids)
+    tokens, n_valid, document, back = pack(tokens, n_valid, segment_ids)
   context = common.context(state.length, n_valid, document, steps)
   x = _embed(params['embed'], tokens, context.valid, c.dtype)
   if st.capacity(state) is not None:
     # A row that has outgrown its stores must not answer from a part of them.
     lost = (state.length > st.capacity(state)) & (n_valid > 0)
     x = jnp.where(lost[:, None, None], jnp.asarray(jnp.nan, x.dtype), x)
-  x, layers = _run_groups(model, params, x, state.layers, context)
+  x, layers = run_groups(model, params, x, state.layers, context)
   x = norm.rms_norm(x, params['norm'], eps=c.norm.eps, offset=c.norm.offset)
   x = jnp.where(context.valid[..., None], x, jnp.zeros((), x.dtype))
   last = None
@@ -325,7 +335,7 @@ _initialise = jax.jit(lambda model, key: nn.meta.unbox(model._boxed(key)),
                       static_argnums=0)
 
 
-def _pack(tokens, n_valid, segment_ids):
+def pack(tokens, n_valid, segment_ids):
   """Moves the real tokens of each row to its front.
 
   Returns:
@@ -363,7 +373,7 @@ def _head(params, x):
       preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _run_groups(model, params, x, layers, context):
+def run_groups(model, params, x, layers, context):
   """Runs all groups; returns x and the new layer states."""
   used = dict.fromkeys(layers, 0)
   for name, group in model._groups().items():

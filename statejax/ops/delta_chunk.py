@@ -15,8 +15,8 @@ Every decay is a product of factors <= 1, or the exponential of a sum of terms
 is a reset.
 
 Inside a chunk arrays are [B, HK, R, C, D]: R value heads share a key head.
-`rows` stacks the queries and, unless erase is 0, the erasing keys on an axis
-Z behind R, so that one product serves both.
+Queries and erasing keys are multiplied by the same things, so they are joined
+along C, [.., Z * C, D] with Z = 2, or Z = 1 where erase is 0 (then e is None).
 
 Reference: arXiv 2412.06464, 2510.26692.
 """
@@ -28,9 +28,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-# exp is 0 below this in every float type; -inf itself would give 0 * -inf.
-_NO_MEMORY = -1e4
-
+from statejax.ops import delta_intra
 
 class Inputs(NamedTuple):
   """What `chunked` differentiates, in the layout of the public op.
@@ -53,31 +51,15 @@ class Inputs(NamedTuple):
 
 
 class _Chunk(NamedTuple):
-  """One chunk of `Inputs` in accumulation precision, neutral where padded."""
+  """One chunk in accumulation precision, neutral where padded."""
 
-  rows: jax.Array  # [B, HK, R, Z, C, K]
+  q: jax.Array  # [B, HK, 1, C, K]
   k: jax.Array  # [B, HK, 1, C, K]
+  e: jax.Array | None  # [B, HK, R, C, K]
   v: jax.Array  # [B, HK, R, C, V]
   log_decay: jax.Array  # [B, HK, R, C, 1 or K]
   erase: jax.Array | None
   write: jax.Array | None
-
-
-class _Intra(NamedTuple):
-  """What the tokens of a chunk are to each other, whatever the state."""
-
-  pre: jax.Array  # decay from the chunk's start to a token, [.., C, 1 or K]
-  suf: jax.Array  # decay from a token to the chunk's end, [.., C, 1 or K]
-  tot: jax.Array  # decay across the chunk, [.., 1 or K]
-  pairs: jax.Array  # A and L, [B, HK, R, Z, C, C]
-  saved: object  # for the adjoint
-
-
-def _dot(spec, a, b):
-  return jnp.einsum(
-      spec, a, b, precision=lax.Precision.HIGHEST,
-      preferred_element_type=a.dtype,
-  )
 
 
 def chunked(inputs, state, n_valid, resets, *, scale, chunk_size):
@@ -218,32 +200,28 @@ def _load_chunk(inputs, index, size, scale, valid, reset, dtype):
       reset = reset & valid
     infinity = jnp.asarray(-jnp.inf, dtype)
     log_decay = jnp.where(reset[:, None, None, :, None], infinity, log_decay)
-  groups = x.v.shape[2]
-  q = jnp.broadcast_to(x.q * scale, (*x.q.shape[:2], groups, *x.q.shape[3:]))
-  rows = [q] if x.erase is None else [q, x.erase * x.k]
-  return _Chunk(
-      jnp.stack(rows, axis=3), x.k, x.v, log_decay, x.erase, x.write
-  )
+  e = None if x.erase is None else x.erase * x.k
+  return _Chunk(x.q * scale, x.k, e, x.v, log_decay, x.erase, x.write)
 
 
 # One chunk.
 
 
+def _from_state(x, intra):
+  """Queries and erasing keys as they meet the chunk's first state."""
+  return delta_intra.join(x.q * intra.pre, None if x.e is None else x.e * intra.pre)
+
+
 def _chunk_forward(x, state):
-  intra = _intra(x)
-  from_state = _dot(
-      'bhrzck,bhrkv->bhrzcv', x.rows * intra.pre[:, :, :, None], state
-  )
+  intra = delta_intra.intra(x)
+  recalled = delta_intra.dot('bhrck,bhrkv->bhrcv', _from_state(x, intra), state)
+  y, erased = delta_intra.split(recalled, x.e)
   residual = x.v if x.write is None else x.write * x.v
-  if x.erase is not None:
-    inverse = _ladder_inverse(intra.pairs[:, :, :, 1])
-    residual = _dot(
-        'bhrij,bhrjv->bhriv', inverse, residual - from_state[:, :, :, 1]
-    )
-  y = from_state[:, :, :, 0] + _dot(
-      'bhrij,bhrjv->bhriv', intra.pairs[:, :, :, 0], residual
-  )
-  after = intra.tot[..., None] * state + _dot(
+  if x.e is not None:
+    inverse = delta_intra.ladder_inverse(intra.erasing)
+    residual = delta_intra.dot('bhrij,bhrjv->bhriv', inverse, residual - erased)
+  y += delta_intra.dot('bhrij,bhrjv->bhriv', intra.reading, residual)
+  after = intra.tot[..., None] * state + delta_intra.dot(
       'bhrck,bhrcv->bhrkv', x.k * intra.suf, residual
   )
   return y, after
@@ -251,46 +229,49 @@ def _chunk_forward(x, state):
 
 def _chunk_backward(x, state, d_y, d_after):
   """Returns the gradients of the chunk's `Inputs` and of its first state."""
-  intra = _intra(x)
-  reads = x.rows * intra.pre[:, :, :, None]
+  intra = delta_intra.intra(x)
+  reads = _from_state(x, intra)
   keys = x.k * intra.suf
   residual = x.v if x.write is None else x.write * x.v
-  d_residual = _dot(
-      'bhrij,bhriv->bhrjv', intra.pairs[:, :, :, 0], d_y
-  ) + _dot('bhrck,bhrkv->bhrcv', keys, d_after)
-  d_from_state = [d_y]
-  if x.erase is not None:
-    inverse = _ladder_inverse(intra.pairs[:, :, :, 1])
-    from_state = _dot('bhrck,bhrkv->bhrcv', reads[:, :, :, 1], state)
-    residual = _dot('bhrij,bhrjv->bhriv', inverse, residual - from_state)
-    d_residual = _dot('bhrij,bhriv->bhrjv', inverse, d_residual)
-    d_from_state.append(-d_residual)
-  d_from_state = jnp.stack(d_from_state, axis=3)
-  d_pairs = _dot('bhrziv,bhrjv->bhrzij', d_from_state, residual)
-  d_reads = _dot('bhrzcv,bhrkv->bhrzck', d_from_state, state)
-  d_keys = _dot('bhrcv,bhrkv->bhrck', residual, d_after)
-  d_state = intra.tot[..., None] * d_after + _dot(
-      'bhrzck,bhrzcv->bhrkv', reads, d_from_state
+  d_u = delta_intra.dot('bhrij,bhriv->bhrjv', intra.reading, d_y) + delta_intra.dot(
+      'bhrck,bhrkv->bhrcv', keys, d_after
+  )
+  d_erased = None
+  if x.e is not None:
+    inverse = delta_intra.ladder_inverse(intra.erasing)
+    erased = delta_intra.dot('bhrck,bhrkv->bhrcv', delta_intra.split(reads, x.e)[1], state)
+    residual = delta_intra.dot('bhrij,bhrjv->bhriv', inverse, residual - erased)
+    d_u = delta_intra.dot('bhrij,bhriv->bhrjv', inverse, d_u)
+    d_erased = -d_u
+  d_recalled = delta_intra.join(d_y, d_erased)
+  d_pairs = delta_intra.dot('bhriv,bhrjv->bhrij', d_recalled, residual)
+  d_reads = delta_intra.dot('bhrcv,bhrkv->bhrck', d_recalled, state)
+  d_keys = delta_intra.dot('bhrcv,bhrkv->bhrck', residual, d_after)
+  d_state = intra.tot[..., None] * d_after + delta_intra.dot(
+      'bhrck,bhrcv->bhrkv', reads, d_recalled
   )
   # Derivatives by the logarithms of pre, suf and tot.
-  d_pre = jnp.sum(reads * d_reads, axis=3)
+  d_pre, d_pre_e = delta_intra.split(reads * d_reads, x.e)
+  d_pre = d_pre if x.e is None else d_pre + d_pre_e
   d_suf = keys * d_keys
-  d_tot = intra.tot * jnp.sum(state * d_after, axis=-1)
-  d_rows, d_k, d_log_decay = _intra_backward(
-      x, intra, d_pairs, d_pre, d_suf, d_tot
+  over_values = 'bhrkv,bhrkv->bhr' + ('k' if intra.tot.shape[-1] > 1 else '')
+  d_tot = intra.tot * delta_intra.dot(over_values, state, d_after).reshape(intra.tot.shape)
+  d_q, d_e, d_k, d_log_decay = delta_intra.intra_backward(
+      x, intra, *delta_intra.split(d_pairs, x.e), d_pre, d_suf, d_tot
   )
-  d_rows += d_reads * intra.pre[:, :, :, None]
+  d_reads, d_reads_e = delta_intra.split(d_reads, x.e)
+  d_q += jnp.sum(d_reads * intra.pre, axis=2, keepdims=True)
   d_k += jnp.sum(d_keys * intra.suf, axis=2, keepdims=True)
-  return _inputs_backward(x, d_rows, d_k, d_residual, d_log_decay), d_state
+  if x.e is not None:
+    d_e += d_reads_e * intra.pre
+  return _inputs_backward(x, d_q, d_e, d_k, d_u, d_log_decay), d_state
 
 
-def _inputs_backward(x, d_rows, d_k, d_u, d_log_decay):
+def _inputs_backward(x, d_q, d_e, d_k, d_u, d_log_decay):
   """From e = erase * k and u = write * v to what they are made of."""
-  d_q = jnp.sum(d_rows[:, :, :, 0], axis=2, keepdims=True)
   d_erase = d_write = None
   d_v = d_u
   if x.erase is not None:
-    d_e = d_rows[:, :, :, 1]
     d_k += jnp.sum(x.erase * d_e, axis=2, keepdims=True)
     d_erase = _sum_like(x.k * d_e, x.erase)
   if x.write is not None:
@@ -300,186 +281,4 @@ def _inputs_backward(x, d_rows, d_k, d_u, d_log_decay):
 
 
 def _sum_like(x, gate):
-  return x if gate.shape[-1] > 1 else jnp.sum(x, axis=-1, keepdims=True)
-
-
-def _ladder_inverse(lower):
-  """Inverts I + lower, strictly lower triangular [.., C, C].
-
-  After the step with b the result inverts every diagonal block of size 2b. No
-  power of `lower` is formed: as stable as substitution, but only products.
-  """
-  size = lower.shape[-1]
-  i = jnp.arange(size)
-  result = jnp.eye(size, dtype=lower.dtype)[None, None, None]
-  result = jnp.broadcast_to(result, lower.shape)
-  zero = jnp.zeros((), lower.dtype)
-  b = 1
-  while b < size:
-    separated = (i[:, None] // b == i[None, :] // b + 1) & (
-        i[:, None] // (2 * b) == i[None, :] // (2 * b)
-    )
-    block = jnp.where(separated[None, None, None], lower, zero)
-    if b == 1:
-      result -= block
-    else:
-      left = _dot('bhrij,bhrjk->bhrik', result, block)
-      result -= _dot('bhrij,bhrjk->bhrik', left, result)
-    b *= 2
-  return result
-
-
-# Decays and pairs. One decay per head: a matrix of decays times plain products.
-
-
-def _intra(x):
-  if x.log_decay.shape[-1] == 1:
-    return _intra_head(x)
-  return _intra_channel(x)
-
-
-def _intra_backward(x, intra, d_pairs, d_pre, d_suf, d_tot):
-  if x.log_decay.shape[-1] == 1:
-    return _intra_head_backward(x, intra, d_pairs, d_pre, d_suf, d_tot)
-  return _intra_channel_backward(x, intra, d_pairs, d_pre, d_suf, d_tot)
-
-
-def _triangles(size, dtype):
-  """Returns [i >= j] and [i > j], each [1, 1, 1, C, C]."""
-  i = jnp.arange(size)[None, None, None, :]
-  inclusive = (i[..., :, None] >= i[..., None, :]).astype(dtype)
-  return inclusive, (i[..., :, None] > i[..., None, :]).astype(dtype)
-
-
-def _intra_head(x):
-  g = jnp.maximum(x.log_decay[..., 0], jnp.asarray(_NO_MEMORY, x.k.dtype))
-  inclusive, strict = _triangles(g.shape[-1], g.dtype)
-  # Sums of g over j < t <= i: terms of one sign, none subtracted.
-  to_token = g[..., None, :] * inclusive
-  sums = _dot('bhrit,tj->bhrij', to_token, strict[0, 0, 0])
-  decay = jnp.exp(sums) * inclusive
-  products = _dot('bhrzik,bhjk->bhrzij', x.rows, x.k[:, :, 0])
-  masks = jnp.stack([inclusive, strict][:x.rows.shape[3]], axis=3)
-  pre = jnp.exp(jnp.sum(to_token, axis=-1))
-  suf = jnp.exp(jnp.sum(g[..., :, None] * strict, axis=-2))
-  tot = jnp.exp(jnp.sum(g, axis=-1))
-  decay = decay[:, :, :, None] * masks
-  return _Intra(
-      pre[..., None], suf[..., None], tot[..., None], products * decay, decay
-  )
-
-
-def _intra_head_backward(x, intra, d_pairs, d_pre, d_suf, d_tot):
-  inclusive, strict = _triangles(d_pairs.shape[-1], d_pairs.dtype)
-  # A pair adds to every decay in between; summing exactly these pairs gives
-  # exact zeros across a reset, where a reverse sum would leave rounding.
-  by_pair = jnp.sum(d_pairs * intra.pairs, axis=3)
-  spans = _dot('bhrij,tj->bhrit', by_pair, strict[0, 0, 0])
-  spans += jnp.sum(d_pre, axis=-1)[..., :, None]
-  d_g = jnp.sum(spans * inclusive, axis=-2)
-  d_g += jnp.sum(jnp.sum(d_suf, axis=-1)[..., None, :] * strict, axis=-1)
-  d_g += jnp.sum(d_tot, axis=-1)[..., None]
-  d_products = d_pairs * intra.saved
-  d_rows = _dot('bhrzij,bhjk->bhrzik', d_products, x.k[:, :, 0])
-  d_k = _dot('bhrzij,bhrzik->bhjk', d_products, x.rows)
-  return d_rows, d_k[:, :, None], d_g[..., None]
-
-
-# One decay per channel: a binary tree. Two tokens are separated at exactly one
-# level, where the earlier is in the left and the later in the right half of a
-# block of 2b; the decay between them is (start of the right half to the later)
-# times (the earlier to the end of the left half).
-
-
-def _intra_channel(x):
-  batch, heads, groups, count, size, width = x.rows.shape
-  lead = (batch, heads, groups)
-  a = jnp.exp(x.log_decay)
-  pre = a.reshape(*lead, size, 1, width)
-  suf = jnp.ones_like(pre)
-  tot = a
-  diagonal = jnp.sum(x.rows[:, :, :, 0] * x.k, axis=-1)[:, :, :, None]
-  if count > 1:
-    diagonal = jnp.concatenate([diagonal, jnp.zeros_like(diagonal)], axis=3)
-  pairs = diagonal[..., None, None]
-  levels = []
-  b, n = 1, size // 2
-  while n:
-    pre_left, pre_right = _halves(pre, n)
-    suf_left, suf_right = _halves(suf, n)
-    tot = tot.reshape(*lead, n, 2, 1, width)
-    tot_left, tot_right = tot[..., 0, :, :], tot[..., 1, :, :]
-    rows = x.rows.reshape(*lead, count, n, 2, b, width)[..., 1, :, :]
-    rows = rows * pre_right[:, :, :, None]
-    keys = x.k.reshape(batch, heads, 1, n, 2, b, width)[..., 0, :, :]
-    keys = keys * suf_left
-    levels.append((rows, keys, pre_right, suf_left))
-    block = _dot('bhrznik,bhrnjk->bhrznij', rows, keys)
-    top, bottom = _halves(pairs, n)
-    pairs = jnp.concatenate([
-        jnp.concatenate([top, jnp.zeros_like(top)], axis=-1),
-        jnp.concatenate([block, bottom], axis=-1),
-    ], axis=-2)
-    pre = jnp.concatenate([pre_left, pre_right * tot_left], axis=-2)
-    suf = jnp.concatenate([suf_left * tot_right, suf_right], axis=-2)
-    tot = tot_left * tot_right
-    b, n = 2 * b, n // 2
-  pairs = pairs.reshape(x.rows.shape[:5] + (size,))
-  shape = (*lead, size, width)
-  return _Intra(
-      pre.reshape(shape), suf.reshape(shape), tot.reshape(*lead, width),
-      pairs, levels,
-  )
-
-
-def _halves(x, n):
-  """Splits [.., 2n, b, D] into the even and the odd blocks of b rows."""
-  x = x.reshape(*x.shape[:-3], n, 2, *x.shape[-2:])
-  return x[..., 0, :, :], x[..., 1, :, :]
-
-
-def _intra_channel_backward(x, intra, d_pairs, d_pre, d_suf, d_tot):
-  count, size, width = x.rows.shape[3:]
-  # From the top of the tree down; no sum ever has terms that must cancel, so
-  # that nothing leaks across a reset.
-  d_pre, d_suf = d_pre[:, :, :, None], d_suf[:, :, :, None]
-  d_tot = d_tot[:, :, :, None, None]
-  d_pairs = d_pairs[:, :, :, :, None]
-  d_rows = jnp.zeros_like(x.rows)[:, :, :, :, None]
-  d_k = jnp.zeros_like(d_pre)
-  b = size // 2
-  for rows, keys, pre, suf in reversed(intra.saved):
-    block = d_pairs[..., b:, :b]
-    d_pairs = _join(d_pairs[..., :b, :b], d_pairs[..., b:, b:])
-    d_level = _dot('bhrznij,bhrnjk->bhrznik', block, keys)
-    d_keys = _dot('bhrznij,bhrznik->bhrnjk', block, rows)
-    left, right = d_rows[..., :b, :], d_rows[..., b:, :]
-    d_rows = _join(left, right + d_level * pre[:, :, :, None])
-    left, right = d_k[..., :b, :], d_k[..., b:, :]
-    d_k = _join(left + d_keys * suf, right)
-    pre_left, pre_right = d_pre[..., :b, :], d_pre[..., b:, :]
-    suf_left, suf_right = d_suf[..., :b, :], d_suf[..., b:, :]
-    d_tot = _join(
-        d_tot + jnp.sum(pre_right, axis=-2, keepdims=True),
-        d_tot + jnp.sum(suf_left, axis=-2, keepdims=True),
-    )
-    d_pre = _join(pre_left, pre_right + jnp.sum(rows * d_level, axis=3))
-    d_suf = _join(suf_left + keys * d_keys, suf_right)
-    b //= 2
-  shape = d_k.shape[:3] + (size, width)
-  d_rows = d_rows.reshape(x.rows.shape)
-  diagonal = d_pairs.reshape(x.rows.shape[:5])[:, :, :, 0, :, None]
-  d_k = d_k.reshape(shape) + diagonal * x.rows[:, :, :, 0]
-  d_query = diagonal * x.k
-  if count > 1:
-    d_query = jnp.stack([d_query, jnp.zeros_like(d_query)], axis=3)
-  else:
-    d_query = d_query[:, :, :, None]
-  d_k = jnp.sum(d_k, axis=2, keepdims=True)
-  return d_rows + d_query, d_k, (d_pre + d_tot).reshape(shape)
-
-
-def _join(even, odd):
-  """Undoes `_halves`: [.., n, b, D] twice to [.., 2n, b, D]."""
-  x = jnp.stack([even, odd], axis=-3)
-  return x.reshape(*x.shape[:-4], -1, *x.shape[-2:])
+  return x if gate.shape[-1] > 1 else delta_intra.sum_last(x)[..., None]

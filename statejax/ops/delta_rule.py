@@ -141,7 +141,6 @@ def _gate(gate, shape, dtype):
 
 def _recurrent(inputs, state, n_valid, resets, scale):
   """Scans `_token` over time."""
-  length = inputs.q.shape[1]
   x, log_decay, valid = _by_token(inputs, state, n_valid, resets)
 
   def body(state, token):
@@ -152,7 +151,6 @@ def _recurrent(inputs, state, n_valid, resets, scale):
     y = jnp.where(valid[:, None, None], y, jnp.zeros((), y.dtype))
     return jnp.where(valid[:, None, None, None], after, state), y
 
-  del length
   state, y = lax.scan(body, state, (x, log_decay, valid))
   return jnp.moveaxis(y, 0, 1).astype(inputs.v.dtype), state
 
@@ -210,15 +208,18 @@ def _step(inputs, state, n_valid, resets, scale):
   del resets
   x, log_decay, valid = _by_token(inputs, state, n_valid, None)
   x, log_decay = jax.tree.map(lambda x: x[0], (x, log_decay))
-  decayed = jnp.exp(log_decay)[..., None] * state
+  decay = jnp.exp(log_decay)
+  reads = [scale * x.q] if x.erase is None else [scale * x.q, x.erase * x.k]
+  recalled = jnp.einsum(
+      'bhzk,bhkv->bhzv', jnp.stack(reads, axis=2) * decay[:, :, None], state,
+      precision=lax.Precision.HIGHEST, preferred_element_type=state.dtype,
+  )
   residual = x.v if x.write is None else x.write * x.v
   if x.erase is not None:
-    e = x.erase * x.k
-    residual -= jnp.sum(e[..., None] * decayed, axis=-2)
-  q = scale * x.q
-  y = jnp.sum(q[..., None] * decayed, axis=-2)
-  y += jnp.sum(q * x.k, axis=-1, keepdims=True) * residual
-  after = decayed + x.k[..., None] * residual[..., None, :]
+    residual -= recalled[:, :, 1]
+  attention = scale * jnp.sum(x.q * x.k, axis=-1, keepdims=True)
+  y = recalled[:, :, 0] + attention * residual
+  after = decay[..., None] * state + x.k[..., None] * residual[..., None, :]
   if valid is not None:
     y = jnp.where(valid[0][:, None, None], y, jnp.zeros((), y.dtype))
     after = jnp.where(valid[0][:, None, None, None], after, state)

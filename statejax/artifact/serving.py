@@ -1,0 +1,157 @@
+"""Serving states on disk, bound to the model they belong to."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+
+from statejax import config as cfg
+from statejax import state as st
+from statejax.artifact import commit, digest, store
+
+FORMAT = 'statejax-serving-state'
+ABOUT = 'about.json'
+
+
+def state_digest(state, schema=None) -> str:
+  """Digest of what a state means: live prefixes only, whatever its capacity.
+
+  Args:
+    state: `ServingState`.
+    schema: needed where a growing leaf holds one slot per several tokens.
+  """
+  rows = {f'row_{i}': _tree(st.live(state, i, schema))
+          for i in range(st.rows(state))}
+  return digest.tree_digest(rows)
+
+
+def _tree(state):
+  return {path: value for path, value, _, _ in st.leaves(state)}
+
+
+def save_state(path, model, params, state):
+  """Writes a serving state as a new directory; never overwrites one.
+
+  Args:
+    path: directory to create; its parent must exist.
+    model: `LanguageModel` of the state.
+    params: its parameters; their digest binds the state to them.
+    state: `ServingState`; stays usable.
+
+  Returns:
+    The state's digest, see `state_digest`.
+
+  Raises:
+    ValueError: the state is not of this model, or `path` exists.
+  """
+  capacity = st.capacity(state)
+  schema = model.state_schema(st.rows(state), capacity or 0,
+                              logits=state.logits is not None)
+  st.validate(state, schema)
+  length = np.asarray(state.length)
+  if capacity is not None and length.max() > capacity:
+    raise ValueError(f'state: a row absorbed {length.max()} tokens, its stores '
+                     f'have room for {capacity}; it is incomplete and cannot '
+                     'be saved.')
+  # An Orbax leaf cannot be empty, so an empty store keeps one slot.
+  kept = max(1, int(length.max()))
+  about = {
+      'format': FORMAT, 'version': 1,
+      'config': cfg.to_dict(model.config),
+      'params': digest.tree_digest(model.stack(params)),
+      'digest': state_digest(state, schema),
+      'rows': st.rows(state), 'capacity': capacity, 'stored': kept,
+      'logits': state.logits is not None,
+      'length': length.tolist(),
+      'pending': np.asarray(state.pending).tolist(),
+      'bytes': st.nbytes(state),
+      'jax': jax.__version__,
+  }
+  with commit.publish(path) as folder:
+    store.write_tree(folder, _cut(state, schema, kept))
+    (folder / ABOUT).write_text(json.dumps(about, indent=1) + '\n')
+  return about['digest']
+
+
+def _cut(state, schema, tokens):
+  strides = iter([leaf.stride for _, leaf, _, _ in st.leaves(schema)])
+  def one(path, axes, kind, x):
+    slots = -(-tokens // next(strides))
+    if kind == 'fixed':
+      return x
+    axis = axes.index('capacity')
+    return jax.lax.slice_in_dim(x, 0, min(slots, x.shape[axis]), axis=axis)
+  return st.map_leaves(one, state)
+
+
+def about(path) -> dict:
+  """Returns what a saved state says of itself, after checking its files."""
+  commit.check(path)
+  try:
+    facts = json.loads((pathlib.Path(path) / ABOUT).read_text())
+    if facts['format'] == FORMAT and facts['version'] == 1:
+      return facts
+  except (FileNotFoundError, ValueError, KeyError, TypeError):
+    pass
+  raise ValueError(f'{path}: expected a saved serving state (version 1), got '
+                   'something else; it must come from save_state.')
+
+
+def load_state(path, model, params, *, capacity: int | None = None):
+  """Reads a serving state back.
+
+  Continuing from it is bit-identical to never having stopped: same params,
+  program and topology.
+
+  Args:
+    path: what `save_state` has made.
+    model: `LanguageModel` of the same config.
+    params: the same parameters.
+    capacity: slots for the growing leaves; None means as saved.
+
+  Raises:
+    ValueError: damaged files, another config or other parameters (says which),
+      or not enough capacity.
+  """
+  facts = about(path)
+  _same_config(path, facts['config'], cfg.to_dict(model.config))
+  mine = digest.tree_digest(model.stack(params))
+  if mine != facts['params']:
+    raise ValueError(f'{path}: expected parameters with digest '
+                     f'{facts["params"]}, got {mine}; a state is only valid '
+                     'with the parameters that made it.')
+  capacity = facts['capacity'] if capacity is None else capacity
+  if facts['capacity'] is not None and capacity < max(facts['length']):
+    raise ValueError(f'{path}: expected capacity >= {max(facts["length"])} (the '
+                     f'longest row), got {capacity}.')
+  target = model.state_schema(facts['rows'], min(
+      facts['stored'], facts['capacity'] or 0), logits=facts['logits'])
+  state = store.read_tree(path, st.abstract(target))
+  if facts['capacity'] is not None:
+    state = _room(state, capacity, target)
+  got = state_digest(state, target)
+  if got != facts['digest']:
+    raise ValueError(f'{path}: expected state digest {facts["digest"]}, got '
+                     f'{got}; use another copy.')
+  return state
+
+
+def _room(state, capacity, schema):
+  """Cuts or pads the stores to a capacity; every length fits in it."""
+  cut = _cut(state, schema, capacity)
+  return st.grow(cut, capacity, schema)
+
+
+def _same_config(path, saved, mine, where='config'):
+  if saved == mine:
+    return
+  if isinstance(saved, dict) and isinstance(mine, dict):
+    for key in sorted(saved.keys() | mine.keys()):
+      _same_config(path, saved.get(key), mine.get(key), f'{where}.{key}')
+  elif isinstance(saved, list) and isinstance(mine, list) and (
+      len(saved) == len(mine)):
+    for i, (a, b) in enumerate(zip(saved, mine)):
+      _same_config(path, a, b, f'{where}.{i}')
+  raise ValueError(f'{path}: the state was saved with {where}={saved!r}, this '
+                   f'model has {mine!r}; load it with its own config.')

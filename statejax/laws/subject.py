@@ -1,0 +1,178 @@
+"""Whatever `check` is asked about, brought to one interface.
+
+A subject has
+
+  init(key) -> params
+  init_state(rows, capacity) -> ServingState
+  step(params, state, inputs, n_valid, segment_ids) -> (outputs, state)
+  inputs(key, rows, steps) -> [B, T, ...]
+
+with `step` pure and traceable, and inputs either floats or token ids. It may
+say more about itself:
+
+  reach: tokens that an output can see, itself included; None for all.
+  phases: chunk lengths worth trying, such as a window and its neighbours.
+  tolerance: largest relative error where a law is not exact.
+  state_schema(rows, capacity): the `statejax.state.Leaf` of every leaf.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from statejax import config as cfg
+from statejax import model as lm
+from statejax.layers import block, common
+
+# Per layer and for a whole tiny model, float32; see `statejax.laws`.
+LAYER, MODEL = 2e-6, 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSubject:
+  """A language model: token ids [B, T] in, logits [B, T, P] out.
+
+  Attributes:
+    model: the model.
+    unstacked: whether it runs on `model.unstack(params)`.
+  """
+
+  model: lm.LanguageModel
+  unstacked: bool = False
+
+  @property
+  def tolerance(self):
+    return MODEL
+
+  @property
+  def reach(self):
+    reaches = [_reach(self.model.config.layer(name).mixer)
+               for name in self.model.config.names]
+    return None if None in reaches else 1 + sum(r - 1 for r in reaches)
+
+  @property
+  def phases(self):
+    return _phases(layer.mixer for layer in self.model.config.layers)
+
+  def init(self, key):
+    params = self.model.init(key)
+    return self.model.unstack(params) if self.unstacked else params
+
+  def init_state(self, rows, capacity):
+    return self.model.init_state(rows, capacity, logits=True)
+
+  def state_schema(self, rows, capacity):
+    return self.model.state_schema(rows, capacity, logits=True)
+
+  def step(self, params, state, tokens, n_valid, segment_ids):
+    return lm.apply(self.model, params, state, tokens, n_valid, segment_ids)
+
+  def inputs(self, key, rows, steps):
+    return jax.random.randint(
+        key, (rows, steps), 0, self.model.config.vocab, jnp.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class MixerSubject:
+  """One layer with its residuals: floats [B, T, D] in and out.
+
+  It runs through the same functions as a model of that one layer, so its state
+  is a `ServingState` whose witness, lacking tokens, stays zero.
+
+  Attributes:
+    layer: configuration of the layer.
+    width: D.
+    norm: of the residual stream.
+    dtype: of activations.
+    store_dtype: of stores, rings and convolution tails; None means `dtype`.
+  """
+
+  layer: cfg.LayerConfig
+  width: int = 24
+  norm: cfg.NormConfig = cfg.NormConfig()
+  dtype: str = 'float32'
+  store_dtype: str | None = None
+
+  @property
+  def model(self):
+    return lm.LanguageModel(cfg.ModelConfig(
+        vocab=1, width=self.width, layers=(self.layer,),
+        groups=(cfg.GroupConfig((self.layer.name,)),), norm=self.norm,
+        dtype=self.dtype, store_dtype=self.store_dtype))
+
+  @property
+  def tolerance(self):
+    return LAYER
+
+  @property
+  def reach(self):
+    return _reach(self.layer.mixer)
+
+  @property
+  def phases(self):
+    return _phases([self.layer.mixer])
+
+  def init(self, key):
+    return {'group_0': self.model.init(key)['group_0']}
+
+  def init_state(self, rows, capacity):
+    return self.model.init_state(rows, capacity)
+
+  def state_schema(self, rows, capacity):
+    return self.model.state_schema(rows, capacity)
+
+  def step(self, params, state, x, n_valid, segment_ids):
+    rows, steps = x.shape[:2]
+    document = back = None
+    if segment_ids is not None:
+      index = jnp.broadcast_to(jnp.arange(steps, dtype=jnp.int32), (rows, steps))
+      order, n_valid, document, back = lm.pack(index, n_valid, segment_ids)
+      x = jnp.take_along_axis(x, order[..., None], axis=1)
+    context = common.context(state.length, n_valid, document, steps)
+    y, layers = lm.run_groups(self.model, params, x, state.layers, context)
+    y = jnp.where(context.valid[..., None], y, jnp.zeros((), y.dtype))
+    if back is not None:
+      y = jnp.take_along_axis(y, back[..., None], axis=1)
+    return y, dataclasses.replace(
+        state, layers=layers, length=context.new_length)
+
+  def inputs(self, key, rows, steps):
+    return jax.random.normal(key, (rows, steps, self.width), self.dtype)
+
+
+def resolve(subject):
+  """Returns the subject that an argument of `check` stands for.
+
+  Raises:
+    ValueError: it is none of the accepted things; says what is missing.
+  """
+  if isinstance(subject, cfg.ModelConfig):
+    subject = lm.LanguageModel(subject)
+  if isinstance(subject, lm.LanguageModel):
+    return ModelSubject(subject)
+  if type(subject) in block.MIXERS:
+    subject = cfg.LayerConfig('mixer', subject, cfg.SwiGLUConfig(32))
+  if isinstance(subject, cfg.LayerConfig):
+    return MixerSubject(subject)
+  needed = ('init', 'init_state', 'step', 'inputs')
+  missing = [name for name in needed if not hasattr(subject, name)]
+  if missing:
+    raise ValueError(
+        f'subject: {type(subject).__name__} lacks {", ".join(missing)}; '
+        'expected a LanguageModel, a ModelConfig, a LayerConfig, the config of '
+        'a registered mixer, or an object with init, init_state, step, inputs.')
+  return subject
+
+
+def _reach(mixer):
+  # Without a window everything before is visible, through the store or
+  # through the recurrent matrix.
+  return getattr(mixer, 'window', None)
+
+
+def _phases(mixers):
+  """Lengths at which something in one of the mixers begins anew."""
+  found = {getattr(mixer, name, None)
+           for mixer in mixers for name in ('window', 'conv', 'chunk')}
+  return tuple(sorted(found - {None}))

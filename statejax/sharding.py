@@ -1,0 +1,107 @@
+"""Logical axis names to mesh axes, and the mesh itself."""
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+AXES = ('data', 'fsdp', 'tensor')
+
+# Logical axis -> mesh axis. None replicates; a name that is absent is an error,
+# so that a misspelt axis cannot replicate in silence.
+RULES = {
+    'batch': ('data', 'fsdp'),
+    'embed': 'fsdp',
+    'vocab': 'tensor',
+    'heads': 'tensor',
+    'key_heads': 'tensor',
+    'kv_heads': 'tensor',
+    'hidden': 'tensor',
+    'layers': None,
+    'key': None,
+    'value': None,
+    'rank': None,
+    'taps': None,
+    'window': None,
+    'capacity': None,
+    'lanes': None,
+    'words': None,
+}
+
+
+def make_mesh(*, data=None, fsdp=1, tensor=1, devices=None):
+  """Returns a mesh with axes `data`, `fsdp`, `tensor`.
+
+  Args:
+    data: size of the data axis; None takes the devices that are left.
+    fsdp: size of the parameter-sharding axis.
+    tensor: size of the head-sharding axis.
+    devices: None means all.
+
+  Raises:
+    ValueError: the sizes do not multiply to the number of devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  data = len(devices) // (fsdp * tensor) if data is None else data
+  if data * fsdp * tensor != len(devices):
+    raise ValueError(
+        f'mesh: data={data} x fsdp={fsdp} x tensor={tensor} = '
+        f'{data * fsdp * tensor}, but there are {len(devices)} devices; '
+        'choose sizes that multiply to that.')
+  return jax.make_mesh((data, fsdp, tensor), AXES,
+                       axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def spec(axes, shape, mesh, path='array', rules=None):
+  """Returns the PartitionSpec of one array.
+
+  Args:
+    axes: logical names, one per dimension.
+    shape: dimensions.
+    mesh: a `jax.sharding.Mesh`.
+    path: named in errors.
+    rules: None means `RULES`.
+
+  Raises:
+    ValueError: an unknown axis, or a dimension that its mesh axes do not
+      divide.
+  """
+  rules = RULES if rules is None else rules
+  out, used = [], set()
+  for name, size in zip(axes, shape):
+    if name not in rules:
+      raise ValueError(f'{path}: no sharding rule for axis {name!r}; rules are '
+                       f'{sorted(rules)}.')
+    target = rules[name]
+    target = (target,) if isinstance(target, str) else (target or ())
+    target = tuple(a for a in target if mesh.shape[a] > 1 and a not in used)
+    parts = int(np.prod([mesh.shape[a] for a in target], dtype=np.int64))
+    if size % parts:
+      raise ValueError(f'{path}: axis {name}={size} is not divisible by '
+                       f'{parts} = mesh axes {target}; choose another mesh.')
+    used.update(target)
+    out.append(target[0] if len(target) == 1 else target or None)
+  return PartitionSpec(*out)
+
+
+def shardings(axes, abstract, mesh, rules=None):
+  """Returns the tree of NamedSharding for a tree of arrays.
+
+  Args:
+    axes: tree of tuples of logical names, as `LanguageModel.axes()`.
+    abstract: the same tree of arrays or shapes.
+    mesh: a mesh.
+    rules: None means `RULES`.
+  """
+  def one(path, names, value):
+    where = jax.tree_util.keystr(path, simple=True, separator='/')
+    return NamedSharding(mesh, spec(names, value.shape, mesh, where, rules))
+  return jax.tree_util.tree_map_with_path(
+      one, axes, abstract, is_leaf=lambda n: isinstance(n, tuple))
+
+
+def state_shardings(schema, mesh, rules=None):
+  """Returns the tree of NamedSharding for a state's schema."""
+  from statejax import state
+  return state.map_leaves(
+      lambda path, names, kind, leaf: NamedSharding(
+          mesh, spec(names, leaf.shape, mesh, path, rules)), schema)
