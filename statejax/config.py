@@ -381,3 +381,25 @@ def to_dict(config):
   if isinstance(config, tuple | list):
     return [to_dict(item) for item in config]
   return config
+
+
+def from_dict(data):
+  """Undoes `to_dict`, for the config types of this module.
+
+  Raises:
+    ValueError: an unknown type or field, as of a newer version.
+  """
+  if isinstance(data, list):
+    return tuple(from_dict(item) for item in data)
+  if not isinstance(data, dict):
+    return data
+  fields = {k: from_dict(v) for k, v in data.items() if k != 'type'}
+  kind = globals().get(data.get('type', ''))
+  if not dataclasses.is_dataclass(kind):
+    raise ValueError(f'config: unknown type {data.get("type")!r}; it was saved '
+                     'by another version, or defined outside statejax.config.')
+  unknown = fields.keys() - {f.name for f in dataclasses.fields(kind)}
+  if unknown:
+    raise ValueError(f'{kind.__name__}: unknown fields {sorted(unknown)}; the '
+                     'config was saved by another version.')
+  return kind(**fields)

@@ -74,7 +74,8 @@ class LanguageModel:
         'embed': box(normal(c.width ** -0.5)(
             jax.random.fold_in(key, 0), (c.vocab, c.width), jnp.float32),
                      'vocab', 'embed'),
-        'norm': box(jnp.full((c.width,), 1.0 - c.norm.offset), 'embed')}
+        'norm': box(jnp.full((c.width,), 1.0 - c.norm.offset, jnp.float32),
+                    'embed')}
     if not c.tied:
       params['head'] = box(normal(c.width ** -0.5)(
           jax.random.fold_in(key, 1), (c.width, c.vocab), jnp.float32),

@@ -66,7 +66,7 @@ class Bench:
     self.strides = {} if schema is None else {
         path: leaf.stride for path, leaf, _, _ in st.leaves(
             schema(self.rows, self.capacity))}
-    self._programs = {}
+    self.programs = {}
 
   @property
   def floats(self):
@@ -84,21 +84,15 @@ class Bench:
 
   # Programs.
 
-  def program(self, name, build):
-    """Returns the jitted program of that name, made once per check."""
-    if name not in self._programs:
-      self._programs[name] = jax.jit(build())
-    return self._programs[name]
+  def program(self, name, function):
+    """Returns `jit(function)` by name; every shape bears a name of its own."""
+    if name not in self.programs:
+      # A new function each time: jax caches traces by function, and what this
+      # one calls may have been replaced since the last check.
+      self.programs[name] = jax.jit(lambda *args: function(*args))
+    return self.programs[name]
 
-  def step(self, length, segmented=False):
-    """Returns the jitted step of T = `length`."""
-    def build():
-      # A new function each time: jax caches traces by function, and what it
-      # calls may have been replaced since the last check.
-      return lambda *args: self.subject.step(*args)
-    return self.program(f'step {length} {segmented}', build)
-
-  def run(self, state, inputs, n=None, segments=None):
+  def run(self, state, inputs, n=None, segments=None, *, params=None):
     """Absorbs inputs [B, t, ...], t <= T, padded with zeros to T unless t = 1.
 
     Args:
@@ -106,18 +100,21 @@ class Bench:
       inputs: numpy array.
       n: valid inputs per row, [B], or None for all t.
       segments: [B, t], or None.
+      params: other ones than the subject's.
 
     Returns:
       outputs [B, t, ...] as numpy, and the state.
     """
     rows, t = inputs.shape[:2]
     length = 1 if t == 1 else self.steps
+    name = (f'step of {rows} rows, T={length}, capacity={st.capacity(state)}, '
+            f'borders={segments is not None}')
     n = np.full((rows,), t) if n is None else np.broadcast_to(n, (rows,))
     if segments is not None:
       segments = jnp.asarray(_pad(segments, length), jnp.int32)
-    outputs, state = self.step(length, segments is not None)(
-        self.params, state, jnp.asarray(_pad(inputs, length)),
-        jnp.asarray(n, jnp.int32), segments)
+    outputs, state = self.program(name, self.subject.step)(
+        self.params if params is None else params, state,
+        jnp.asarray(_pad(inputs, length)), jnp.asarray(n, jnp.int32), segments)
     return np.asarray(outputs)[:, :t], state
 
   def pull(self, state, d_outputs, d_state=None, *, params=None, inputs=None,
@@ -139,26 +136,24 @@ class Bench:
     n = np.full((self.rows,), self.steps) if n is None else n
     segments = np.zeros((self.rows, self.steps)) if (
         segments is None) else segments
-    grads = self.program('pull', self._pullback)(
+    grads = self.program('gradient', self._pullback)(
         self.params if params is None else params, state,
         jnp.asarray(self.inputs if inputs is None else inputs),
         jnp.asarray(n, jnp.int32), jnp.asarray(segments, jnp.int32),
         jnp.asarray(d_outputs), d_state)
     return jax.tree.map(np.asarray, grads)
 
-  def _pullback(self):
-    def pullback(params, state, inputs, n, segments, d_outputs, d_state):
-      def function(params, leaves, inputs):
-        outputs, new = self.subject.step(
-            params, with_leaves(state, leaves), inputs, n, segments)
-        return outputs, float_leaves(new)
-      if self.floats:
-        _, pull = jax.vjp(function, params, float_leaves(state), inputs)
-        return pull((d_outputs, d_state))
-      _, pull = jax.vjp(lambda p, s: function(p, s, inputs), params,
-                        float_leaves(state))
-      return *pull((d_outputs, d_state)), None
-    return pullback
+  def _pullback(self, params, state, inputs, n, segments, *cotangents):
+    def function(params, leaves, inputs):
+      outputs, new = self.subject.step(
+          params, with_leaves(state, leaves), inputs, n, segments)
+      return outputs, float_leaves(new)
+    if self.floats:
+      _, pull = jax.vjp(function, params, float_leaves(state), inputs)
+      return pull(cotangents)
+    _, pull = jax.vjp(lambda p, s: function(p, s, inputs), params,
+                      float_leaves(state))
+    return *pull(cotangents), None
 
   # Comparisons. Each raises `LawError` or notes the error it saw.
 
@@ -169,15 +164,15 @@ class Bench:
     Args:
       got: [B, t, ...].
       want: [B, t, ...].
-      n: [B], or a [B, t] mask; None compares everything.
+      n: [B] or one for all, or a [B, t] mask; None compares everything.
       at: time step of `got[:, 0]`, an int or [B], for the message.
       exact: compare bits, else up to the tolerance.
       rows: the rows compared; None for all.
       note: what was tried, for the message.
     """
     t = np.arange(got.shape[1])[None]
-    n = np.full(len(got), got.shape[1]) if n is None else np.asarray(n)
-    real = (t < n[:, None]) if n.ndim == 1 else n
+    n = np.asarray(got.shape[1] if n is None else n)
+    real = n if n.ndim == 2 else t < np.broadcast_to(n, len(got))[:, None]
     at = np.broadcast_to(at, (len(got),))
     for row in range(len(got)) if rows is None else rows:
       bad = self._wrong(got[row][real[row]], want[row][real[row]], exact)

@@ -124,6 +124,8 @@ class MixerSubject:
 
   def step(self, params, state, x, n_valid, segment_ids):
     rows, steps = x.shape[:2]
+    if n_valid is None:
+      n_valid = jnp.full((rows,), steps, jnp.int32)
     document = back = None
     if segment_ids is not None:
       index = jnp.broadcast_to(jnp.arange(steps, dtype=jnp.int32), (rows, steps))

@@ -25,10 +25,19 @@ import functools
 from typing import NamedTuple
 
 import jax
-from jax import lax
 import jax.numpy as jnp
+from jax import lax
 
-from statejax.ops import delta_intra
+from statejax.ops.delta_intra import (
+  dot,
+  intra_chunk,
+  intra_chunk_backward,
+  join,
+  ladder_inverse,
+  split,
+  sum_last,
+)
+
 
 class Inputs(NamedTuple):
   """What `chunked` differentiates, in the layout of the public op.
@@ -209,19 +218,20 @@ def _load_chunk(inputs, index, size, scale, valid, reset, dtype):
 
 def _from_state(x, intra):
   """Queries and erasing keys as they meet the chunk's first state."""
-  return delta_intra.join(x.q * intra.pre, None if x.e is None else x.e * intra.pre)
+  erasing = None if x.e is None else x.e * intra.pre
+  return join(x.q * intra.pre, erasing)
 
 
 def _chunk_forward(x, state):
-  intra = delta_intra.intra(x)
-  recalled = delta_intra.dot('bhrck,bhrkv->bhrcv', _from_state(x, intra), state)
-  y, erased = delta_intra.split(recalled, x.e)
+  intra = intra_chunk(x)
+  recalled = dot('bhrck,bhrkv->bhrcv', _from_state(x, intra), state)
+  y, erased = split(recalled, x.e)
   residual = x.v if x.write is None else x.write * x.v
   if x.e is not None:
-    inverse = delta_intra.ladder_inverse(intra.erasing)
-    residual = delta_intra.dot('bhrij,bhrjv->bhriv', inverse, residual - erased)
-  y += delta_intra.dot('bhrij,bhrjv->bhriv', intra.reading, residual)
-  after = intra.tot[..., None] * state + delta_intra.dot(
+    inverse = ladder_inverse(intra.erasing)
+    residual = dot('bhrij,bhrjv->bhriv', inverse, residual - erased)
+  y += dot('bhrij,bhrjv->bhriv', intra.reading, residual)
+  after = intra.tot[..., None] * state + dot(
       'bhrck,bhrcv->bhrkv', x.k * intra.suf, residual
   )
   return y, after
@@ -229,37 +239,37 @@ def _chunk_forward(x, state):
 
 def _chunk_backward(x, state, d_y, d_after):
   """Returns the gradients of the chunk's `Inputs` and of its first state."""
-  intra = delta_intra.intra(x)
+  intra = intra_chunk(x)
   reads = _from_state(x, intra)
   keys = x.k * intra.suf
   residual = x.v if x.write is None else x.write * x.v
-  d_u = delta_intra.dot('bhrij,bhriv->bhrjv', intra.reading, d_y) + delta_intra.dot(
-      'bhrck,bhrkv->bhrcv', keys, d_after
-  )
+  d_u = dot('bhrij,bhriv->bhrjv', intra.reading, d_y)
+  d_u += dot('bhrck,bhrkv->bhrcv', keys, d_after)
   d_erased = None
   if x.e is not None:
-    inverse = delta_intra.ladder_inverse(intra.erasing)
-    erased = delta_intra.dot('bhrck,bhrkv->bhrcv', delta_intra.split(reads, x.e)[1], state)
-    residual = delta_intra.dot('bhrij,bhrjv->bhriv', inverse, residual - erased)
-    d_u = delta_intra.dot('bhrij,bhriv->bhrjv', inverse, d_u)
+    inverse = ladder_inverse(intra.erasing)
+    erased = dot('bhrck,bhrkv->bhrcv', split(reads, x.e)[1], state)
+    residual = dot('bhrij,bhrjv->bhriv', inverse, residual - erased)
+    d_u = dot('bhrij,bhriv->bhrjv', inverse, d_u)
     d_erased = -d_u
-  d_recalled = delta_intra.join(d_y, d_erased)
-  d_pairs = delta_intra.dot('bhriv,bhrjv->bhrij', d_recalled, residual)
-  d_reads = delta_intra.dot('bhrcv,bhrkv->bhrck', d_recalled, state)
-  d_keys = delta_intra.dot('bhrcv,bhrkv->bhrck', residual, d_after)
-  d_state = intra.tot[..., None] * d_after + delta_intra.dot(
+  d_recalled = join(d_y, d_erased)
+  d_pairs = dot('bhriv,bhrjv->bhrij', d_recalled, residual)
+  d_reads = dot('bhrcv,bhrkv->bhrck', d_recalled, state)
+  d_keys = dot('bhrcv,bhrkv->bhrck', residual, d_after)
+  d_state = intra.tot[..., None] * d_after + dot(
       'bhrck,bhrcv->bhrkv', reads, d_recalled
   )
   # Derivatives by the logarithms of pre, suf and tot.
-  d_pre, d_pre_e = delta_intra.split(reads * d_reads, x.e)
+  d_pre, d_pre_e = split(reads * d_reads, x.e)
   d_pre = d_pre if x.e is None else d_pre + d_pre_e
   d_suf = keys * d_keys
   over_values = 'bhrkv,bhrkv->bhr' + ('k' if intra.tot.shape[-1] > 1 else '')
-  d_tot = intra.tot * delta_intra.dot(over_values, state, d_after).reshape(intra.tot.shape)
-  d_q, d_e, d_k, d_log_decay = delta_intra.intra_backward(
-      x, intra, *delta_intra.split(d_pairs, x.e), d_pre, d_suf, d_tot
+  d_tot = dot(over_values, state, d_after).reshape(intra.tot.shape)
+  d_tot *= intra.tot
+  d_q, d_e, d_k, d_log_decay = intra_chunk_backward(
+      x, intra, *split(d_pairs, x.e), d_pre, d_suf, d_tot
   )
-  d_reads, d_reads_e = delta_intra.split(d_reads, x.e)
+  d_reads, d_reads_e = split(d_reads, x.e)
   d_q += jnp.sum(d_reads * intra.pre, axis=2, keepdims=True)
   d_k += jnp.sum(d_keys * intra.suf, axis=2, keepdims=True)
   if x.e is not None:
@@ -281,4 +291,4 @@ def _inputs_backward(x, d_q, d_e, d_k, d_u, d_log_decay):
 
 
 def _sum_like(x, gate):
-  return x if gate.shape[-1] > 1 else delta_intra.sum_last(x)[..., None]
+  return x if gate.shape[-1] > 1 else sum_last(x)[..., None]

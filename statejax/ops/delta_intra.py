@@ -10,8 +10,8 @@ same things, so they are joined along C; without erasing keys e is None.
 from typing import NamedTuple
 
 import jax
-from jax import lax
 import jax.numpy as jnp
+from jax import lax
 
 # exp is 0 below this in every float type; -inf itself would give 0 * -inf.
 _NO_MEMORY = -1e4
@@ -29,6 +29,7 @@ class Intra(NamedTuple):
 
 
 def dot(spec, a, b):
+  """An einsum that no accelerator rounds."""
   return jnp.einsum(
       spec, a, b, precision=lax.Precision.HIGHEST,
       preferred_element_type=a.dtype,
@@ -82,17 +83,18 @@ def ladder_inverse(lower):
 # Decays and pairs. One decay per head: a matrix of decays times plain products.
 
 
-def intra(x):
+def intra_chunk(x):
+  """Returns the `Intra` of a chunk with fields q, k, e and log_decay."""
   if x.log_decay.shape[-1] == 1:
     return _intra_head(x)
   return _intra_channel(x)
 
 
-def intra_backward(x, intra, d_reading, d_erasing, d_pre, d_suf, d_tot):
+def intra_chunk_backward(x, intra, d_reading, d_erasing, d_pre, d_suf, d_tot):
   """Returns gradients of q, e, k and log_decay.
 
-  d_pre, d_suf and d_tot are by the logarithms and not yet summed: over K of
-  [.., C, K] if there is one decay per head, over V of [.., K, V] in any case.
+  d_pre and d_suf [.., C, K] and d_tot [.., 1 or K] are by the logarithms of
+  the decays; where there is one per head, the first two are yet to be summed.
   """
   by_kind = (
       _intra_head_backward
@@ -235,32 +237,29 @@ def _intra_channel_backward(
   d_e = None
   if x.e is not None:
     d_e, d_erasing = jnp.zeros_like(d_pre), block(d_erasing)
-  b = x.log_decay.shape[-2] // 2
   for rows, keys, pre, suf in reversed(intra.saved):
-    upper = lambda x: x[..., :b, :]
-    lower = lambda x: x[..., b:, :]
-    d_between = lower(d_reading)[..., :b]
+    b = keys.shape[-2]
+    d_between = d_reading[..., b:, :b]
     d_reading = _diagonal_blocks(d_reading)
     if x.e is not None:
-      d_between = join(d_between, lower(d_erasing)[..., :b])
+      d_between = join(d_between, d_erasing[..., b:, :b])
       d_erasing = _diagonal_blocks(d_erasing)
     d_rows = dot('bhrnij,bhrnjk->bhrnik', d_between, keys)
     d_keys = dot('bhrnij,bhrnik->bhrnjk', d_between, rows)
     by_row = rows * d_rows
     d_right = d_rows * (pre if x.e is None else join(pre, pre))
-    d_q = _interleave(upper(d_q), lower(d_q) + upper(d_right))
-    d_k = _interleave(upper(d_k) + d_keys * suf, lower(d_k))
-    d_level = upper(by_row)
+    d_q = _interleave(_upper(d_q), _lower(d_q) + _upper(d_right))
+    d_k = _interleave(_upper(d_k) + d_keys * suf, _lower(d_k))
+    d_level = _upper(by_row)
     if x.e is not None:
-      d_level += lower(by_row)
-      d_e = _interleave(upper(d_e), lower(d_e) + lower(d_right))
+      d_level += _lower(by_row)
+      d_e = _interleave(_upper(d_e), _lower(d_e) + _lower(d_right))
     d_tot = _interleave(
-        d_tot + jnp.sum(lower(d_pre), axis=-2, keepdims=True),
-        d_tot + jnp.sum(upper(d_suf), axis=-2, keepdims=True),
+        d_tot + jnp.sum(_lower(d_pre), axis=-2, keepdims=True),
+        d_tot + jnp.sum(_upper(d_suf), axis=-2, keepdims=True),
     )
-    d_pre = _interleave(upper(d_pre), lower(d_pre) + d_level)
-    d_suf = _interleave(upper(d_suf) + keys * d_keys, lower(d_suf))
-    b //= 2
+    d_pre = _interleave(_upper(d_pre), _lower(d_pre) + d_level)
+    d_suf = _interleave(_upper(d_suf) + keys * d_keys, _lower(d_suf))
   rows = lambda x: x[..., 0, :]
   d_self = d_reading[..., 0]
   d_q = jnp.sum(rows(d_q) + d_self * x.k, axis=2, keepdims=True)
@@ -273,3 +272,11 @@ def _diagonal_blocks(x):
   """The two diagonal blocks of [.., n, 2b, 2b] as [.., 2n, b, b]."""
   b = x.shape[-1] // 2
   return _interleave(x[..., :b, :b], x[..., b:, b:])
+
+
+def _upper(x):
+  return x[..., : x.shape[-2] // 2, :]
+
+
+def _lower(x):
+  return x[..., x.shape[-2] // 2 :, :]

@@ -1,11 +1,10 @@
 """The gated delta rule: recurrence, single step, and the public op."""
 
 import jax
-from jax import lax
 import jax.numpy as jnp
+from jax import lax
 
-from statejax.ops import delta_chunk
-from statejax.ops import dispatch
+from statejax.ops import delta_chunk, dispatch
 
 
 def delta_rule(
@@ -265,8 +264,8 @@ def _check(q, k, v, log_decay, erase, write, state, n_valid, segment_ids):
     _expect('n_valid', n_valid, (batch,), jnp.integer)
   if segment_ids is not None:
     _expect('segment_ids', segment_ids, (batch, length), jnp.integer)
-  arrays = [x for x in (q, k, v, log_decay, erase, write) if hasattr(x, 'dtype')]
-  dtype = jnp.result_type(jnp.float32, *[x.dtype for x in arrays])
+  gates = [x for x in (log_decay, erase, write) if hasattr(x, 'dtype')]
+  dtype = jnp.result_type(jnp.float32, *[x.dtype for x in (q, k, v, *gates)])
   if state.dtype != dtype:
     raise ValueError(
         f'state: expected {dtype.name}, got {state.dtype.name}; carried state '

@@ -1,0 +1,117 @@
+"""Laws of gradients through the carried state."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from statejax.laws import bench as bn
+
+
+def initial_gradient(bench):
+  """L16: the gradient with respect to the initial state is right.
+
+  One pass equals the chain over a split, within ten times the tolerance; its
+  product with a direction equals the finite difference, to two digits.
+  """
+  cut, total = 10, bench.steps
+  first = np.full((bench.rows,), cut)
+  late = bn.gather(bench.inputs, first, np.full(bench.rows, total - cut))
+  late = np.concatenate([late, bench.inputs[:, :cut]], axis=1)
+  outputs, final = bench.run(bench.warm, bench.inputs)
+  d_outputs, d_final = _cotangents(bench, outputs, final)
+  _, whole, _ = bench.pull(bench.warm, d_outputs, d_final)
+
+  _, middle = bench.run(bench.warm, bench.inputs, first)
+  tail = np.zeros_like(d_outputs)
+  tail[:, :total - cut] = d_outputs[:, cut:]
+  head = d_outputs.copy()
+  head[:, cut:] = 0
+  _, d_middle, _ = bench.pull(
+      middle, tail, d_final, inputs=late, n=np.full(bench.rows, total - cut))
+  _, chained, _ = bench.pull(bench.warm, head, d_middle, n=first)
+  for path, want in whole.items():
+    _compare(bench, path, chained[path], want)
+  # Coarser arithmetic leaves no digits for a finite difference.
+  if bench.tolerance < 1e-4:
+    _finite_difference(bench, whole, d_outputs, d_final)
+
+
+def _cotangents(bench, outputs, state):
+  """Random ones; logits that the state carries count as output."""
+  draw = lambda x: bench.random.standard_normal(x.shape).astype(x.dtype)
+  return draw(outputs), {
+      path: draw(x) for path, x in bn.float_leaves(bn.host(state)).items()}
+
+
+def _compare(bench, path, got, want):
+  if not np.isfinite(want).all():
+    bench.fail(path, expected='a finite gradient', got='NaN or infinity')
+  got, want = np.float64(got), np.float64(want)
+  error = np.max(np.abs(got - want)) / max(1.0, np.max(np.abs(want)))
+  bench.worst = max(bench.worst, error)
+  if not error <= 10 * bench.tolerance:
+    bad = np.unravel_index(np.argmax(np.abs(got - want)), want.shape)
+    bench.fail(path, expected=want[bad], got=got[bad],
+               note='gradient through a split against one pass')
+
+
+def _finite_difference(bench, gradients, d_outputs, d_final):
+  """Central difference of <outputs, d_outputs> + <state, d_final>."""
+  leaves = bn.float_leaves(bn.host(bench.warm))
+  for path, gradient in gradients.items():
+    if not path.startswith('layers/') or not np.any(gradient):
+      continue
+    scale = np.max(np.abs(leaves[path].astype(np.float64)))
+    step = 1e-3 * max(scale, 1e-2)
+    direction = np.sign(np.float64(gradient))
+    value = []
+    for sign in (1, -1):
+      moved = leaves[path] + sign * step * direction
+      state = bn.with_leaves(
+          bench.warm, {path: jnp.asarray(moved.astype(leaves[path].dtype))})
+      outputs, final = bench.run(state, bench.inputs)
+      value.append(_inner(outputs, d_outputs) + sum(
+          _inner(x, d_final[p]) for p, x in bn.float_leaves(final).items()))
+    got = np.sum(np.abs(np.float64(gradient)))
+    want = (value[0] - value[1]) / (2 * step)
+    if not abs(got - want) <= 3e-2 * abs(want):
+      bench.fail(path, expected=want, got=got,
+                 note='gradient against a finite difference')
+
+
+def _inner(a, b):
+  return float(np.sum(np.float64(np.asarray(a)) * np.float64(b)))
+
+
+def extreme(bench):
+  """L10: outputs, states and gradients stay finite at extreme gates.
+
+  Float inputs, and every parameter called `kernel`, are 30 times larger.
+  """
+  params = jax.tree_util.tree_map_with_path(
+      lambda path, x: 30 * x if 'kernel' in jax.tree_util.keystr(path) else x,
+      bench.params)
+  inputs = 30 * bench.inputs if bench.floats else bench.inputs
+  outputs, state = bench.run(bench.fresh(), inputs, params=params)
+  _finite(bench, 'output', outputs)
+  for path, x in bn.float_leaves(state).items():
+    _finite(bench, path, np.asarray(x))
+  ones = {p: np.ones(x.shape, x.dtype)
+          for p, x in bn.float_leaves(state).items()}
+  d_params, d_leaves, d_inputs = bench.pull(
+      state, np.ones_like(outputs), ones, params=params, inputs=inputs)
+  _finite(bench, 'gradient of inputs', d_inputs)
+  for path, x in d_leaves.items():
+    _finite(bench, f'gradient of {path}', x)
+  for path, x in jax.tree_util.tree_leaves_with_path(d_params):
+    _finite(bench, f'gradient of {jax.tree_util.keystr(path)}', x)
+
+
+def _finite(bench, leaf, x):
+  if x is None or np.isfinite(x.astype(np.float32)).all():
+    return
+  bad = tuple(int(i) for i in np.argwhere(~np.isfinite(
+      x.astype(np.float32)))[0])
+  step = bad[1] if leaf == 'output' else None
+  bench.fail(leaf, row=bad[0] if leaf == 'output' else None, step=step,
+             expected='a finite number', got=x[bad])

@@ -1,0 +1,190 @@
+"""Command line: train | generate | show | doctor.
+
+  python -m statejax.main train --config=configs/text_kda.py --workdir=runs/a
+  python -m statejax.main generate --workdir=runs/a --prompt='def ' --save=s1
+  python -m statejax.main generate --workdir=runs/a --resume=s1
+  python -m statejax.main show runs/a
+  python -m statejax.main doctor
+"""
+
+import importlib.util
+import json
+import pathlib
+import sys
+
+from absl import app, flags
+
+CONFIG = flags.DEFINE_string('config', None, 'path of a file in configs/')
+SET = flags.DEFINE_multi_string('set', [], 'override, e.g. train.steps=50')
+WORKDIR = flags.DEFINE_string('workdir', None, 'directory of the run')
+PLOT = flags.DEFINE_bool('plot', False, 'train: write loss.png at the end')
+PROMPT = flags.DEFINE_string('prompt', None, 'generate: text to begin with')
+TOKENS = flags.DEFINE_integer('tokens', 200, 'generate: tokens to emit')
+CAPACITY = flags.DEFINE_integer(
+    'capacity', None, 'generate: room of the stores; default what is needed')
+TEMPERATURE = flags.DEFINE_float('temperature', 0.8, '0 is greedy')
+TOP_K = flags.DEFINE_integer('top_k', None, 'most likely tokens to draw from')
+TOP_P = flags.DEFINE_float('top_p', None, 'probability mass to draw from')
+SEED = flags.DEFINE_integer('seed', 0, 'generate: sampler seed')
+SAVE = flags.DEFINE_string('save', None, 'generate: write the state here')
+RESUME = flags.DEFINE_string('resume', None, 'generate: go on from this state')
+
+
+class UserError(Exception):
+  """Shown without a traceback."""
+
+
+def load_config(path, overrides=()):
+  """Returns the `Config` of a file, with typed overrides applied.
+
+  Args:
+    path: a python file with `get_config()`.
+    overrides: 'a.b=value' strings, see `statejax.config.override`.
+  """
+  from statejax import config as cfg
+  if path is None or not pathlib.Path(path).is_file():
+    near = ', '.join(sorted(map(str, pathlib.Path('configs').glob('[a-z]*.py'))))
+    raise UserError(f'--config={path}: expected a config file'
+                    + (f', for example one of {near}.' if near else '.'))
+  spec = importlib.util.spec_from_file_location('statejax_config', path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  config = module.get_config()
+  for assignment in overrides:
+    config = cfg.override(config, assignment)
+  return config
+
+
+def _workdir():
+  if WORKDIR.value is None:
+    raise UserError('--workdir: name the directory of the run.')
+  return pathlib.Path(WORKDIR.value)
+
+
+def train():
+  """Trains a config in a workdir, or goes on where it stopped."""
+  from statejax.train import loop
+  config = load_config(CONFIG.value, SET.value)
+  result = loop.train(config, _workdir())
+  print(json.dumps({'step': result.step, 'evaluation': result.evaluation}))
+  if PLOT.value:
+    from statejax.train import plot
+    print(plot.loss_curve(_workdir()))
+  if result.step < config.train.steps:
+    print('stopped early; the same command goes on', file=sys.stderr)
+
+
+def generate():
+  """Emits text from a trained run, or from a saved state."""
+  import jax
+  from statejax import generate as gen
+  from statejax import state as st
+  from statejax.artifact import serving
+  from statejax.tasks import text
+  from statejax.train import restore
+  model, params = restore.from_workdir(_workdir())
+  params = model.unstack(params)
+  sampling = gen.Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value)
+  if RESUME.value:
+    facts = serving.about(RESUME.value)
+    need = max(facts['length']) + TOKENS.value
+    state = serving.load_state(
+        RESUME.value, model, params,
+        capacity=max(CAPACITY.value or need, facts['capacity'] or 0))
+  else:
+    prompt = text.encode(PROMPT.value or '\n')[None]
+    state = model.init_state(
+        1, CAPACITY.value or prompt.shape[1] + TOKENS.value,
+        key=jax.random.key(SEED.value))
+    sys.stdout.write(PROMPT.value or '')
+    state = gen.prefill(model, params, state, prompt, sampling=sampling)
+  def show(tokens):
+    sys.stdout.write(text.decode(tokens[:1]))
+    sys.stdout.flush()
+  _, state = gen.generate(model, params, state, TOKENS.value,
+                          sampling=sampling, callback=show)
+  print()
+  if SAVE.value:
+    found = serving.save_state(SAVE.value, model, params, state)
+    print(f'saved {SAVE.value}: {int(state.length[0])} tokens, '
+          f'{sum(st.nbytes(state).values()):,} bytes, digest {found}',
+          file=sys.stderr)
+
+
+def show(path):
+  """Prints what a saved state, checkpoint or workdir is."""
+  from statejax.artifact import commit, serving
+  from statejax.artifact import store
+  from statejax.train import checkpoint
+  path = pathlib.Path(path)
+  if (path / 'checkpoints').is_dir():
+    found = checkpoint.steps(path / 'checkpoints')
+    if not found:
+      raise UserError(f'{path}: a run without a checkpoint yet.')
+    path = path / 'checkpoints' / f'step_{found[-1]:08d}'
+  if not (path / serving.ABOUT).is_file():
+    raise UserError(f'{path}: expected a saved state, a checkpoint or a '
+                    'workdir; found none of them.')
+  commit.check(path)
+  facts = json.loads((path / serving.ABOUT).read_text())
+  table = store.read_table(path)
+  print(f'{path}: every file matches its digest')
+  facts.pop('config', None)
+  facts.pop('data', None)
+  for key, value in facts.items():
+    print(f'  {key}: {value}')
+  print(f'  {len(table)} leaves')
+  for name, leaf in table.items():
+    print(f'    {name}  {leaf["dtype"]}{list(leaf["shape"])}  '
+          f'{leaf["digest"][:16]}')
+
+
+def doctor():
+  """Prints versions, devices, and which implementations can run here."""
+  import importlib.metadata as metadata
+  import platform
+
+  import jax
+  import pallas_kernels
+  print(f'python {platform.python_version()}')
+  for name in ('statejax', 'jax', 'jaxlib', 'flax', 'optax',
+               'orbax-checkpoint', 'grain', 'numpy', 'absl-py'):
+    try:
+      print(f'{name} {metadata.version(name)}')
+    except metadata.PackageNotFoundError:
+      print(f'{name} not installed')
+  print('devices', *(f'{d.platform}:{d.device_kind}' for d in jax.devices()))
+  for op, kernels in pallas_kernels.KERNELS.items():
+    print(f'{op}: reference: available')
+    print(f'{op}: xla: available')
+    for name, kernel in kernels.items():
+      why = f'declines: {kernel}' if isinstance(kernel, str) else 'available'
+      print(f'{op}: {name}: {why}')
+
+
+COMMANDS = {'train': train, 'generate': generate, 'show': show,
+            'doctor': doctor}
+
+
+def main(argv):
+  """Runs one command; a user's mistake prints one line and exits with 2."""
+  name, rest = (argv[1] if len(argv) > 1 else None), argv[2:]
+  try:
+    if name not in COMMANDS or (bool(rest) != (name == 'show')):
+      raise UserError(f'usage: python -m statejax.main '
+                      f'{"|".join(COMMANDS)} [flags]; show takes one path.')
+    COMMANDS[name](*rest)
+  except (UserError, ValueError) as error:
+    print(f'{name or "statejax"}: {error}', file=sys.stderr)
+    sys.exit(2)
+
+
+def run():
+  """Entry point."""
+  import jax
+  jax.config.config_with_absl()
+  app.run(main)
+
+
+if __name__ == '__main__':
+  run()
