@@ -133,7 +133,7 @@ class Bench:
     """
     if d_state is None:
       d_state = {p: np.zeros_like(x) for p, x in float_leaves(state).items()}
-    n = np.full((self.rows,), self.steps) if n is None else n
+    n = np.broadcast_to(self.steps if n is None else n, (self.rows,))
     segments = np.zeros((self.rows, self.steps)) if (
         segments is None) else segments
     grads = self.program('gradient', self._pullback)(

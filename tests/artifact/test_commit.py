@@ -177,7 +177,7 @@ for number in itertools.count(int(sys.argv[3])):
 
 
 def test_kill_at_any_time(tmp_path):
-  """Nine-tenths of a publication is nothing; an acknowledged one is kept."""
+  """What is visible is whole, and nothing acknowledged is lost."""
   random.seed(0)
   acknowledged, swept, start = [], 0, 0
   for _ in range(10):

@@ -1,0 +1,147 @@
+"""The main job: train, recall, generate, kill, resume, account, in minutes.
+
+  python -m experiments.quickstart
+
+Trains a small KDA-attention hybrid on the text of the Python standard library,
+a smaller one on associative recall, generates with the first, kills the
+generating process with SIGKILL, resumes from its saved state in another, and
+draws the bytes of state against context. Prints expected next to obtained and
+exits with 1 if a row is not ok. Everything lands in --workdir, where a second
+call goes on from what the first has done.
+"""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+from absl import app, flags
+
+from experiments import report, state_bytes
+
+WORKDIR = flags.DEFINE_string('workdir', 'runs/quickstart', 'where to work')
+SMOKE = flags.DEFINE_bool('smoke', False, 'a few steps only; claims not met')
+ROLE = flags.DEFINE_enum('role', 'main', ['main', 'whole', 'killed', 'resumed'],
+                         'what a child process does')
+
+# Bits per byte on held-out files, and accuracy on unseen recall items.
+BITS = 2.60
+RECALL = 0.99
+PROMPT = 'def __init__(self'
+HALF = 64
+
+
+def train(name, overrides):
+  """Trains one config in the workdir; returns the loop's result."""
+  from statejax import main as command
+  from statejax.train import loop
+  path = pathlib.Path(__file__).parent.parent / 'configs' / f'{name}.py'
+  config = command.load_config(path, overrides)
+  return loop.train(config, pathlib.Path(WORKDIR.value) / name,
+                    report=lambda line: print(f'  {line}', flush=True))
+
+
+def generate(role):
+  """Generates in this process as `role` says; prints what came of it."""
+  import jax
+  from statejax import generate as gen
+  from statejax.artifact import serving
+  from statejax.tasks import text
+  from statejax.train import restore
+  workdir = pathlib.Path(WORKDIR.value)
+  model, params = restore.from_workdir(workdir / 'text_kda')
+  params = model.unstack(params)
+  sampling = gen.Sampling(temperature=0.8)
+  saved = workdir / 'state'
+  if role == 'resumed':
+    state = serving.load_state(saved, model, params)
+  else:
+    prompt = text.encode(PROMPT)[None]
+    state = model.init_state(1, prompt.shape[1] + 2 * HALF,
+                             key=jax.random.key(1))
+    state = gen.prefill(model, params, state, prompt, sampling=sampling)
+  tokens, state = gen.generate(
+      model, params, state, 2 * HALF if role == 'whole' else HALF,
+      sampling=sampling)
+  if role == 'killed':
+    serving.save_state(saved, model, params, state)
+    print(json.dumps({'tokens': tokens[0].tolist()}), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+  print(json.dumps({'tokens': tokens[0].tolist(),
+                    'digest': serving.state_digest(state),
+                    'text': text.decode(tokens[0])}))
+
+
+def child(role):
+  """Runs `generate(role)` in a new process; returns (exit status, facts)."""
+  done = subprocess.run(
+      [sys.executable, '-m', 'experiments.quickstart', f'--role={role}',
+       f'--workdir={WORKDIR.value}'],
+      capture_output=True, text=True, check=False,
+      cwd=pathlib.Path(__file__).parent.parent)
+  try:
+    return done.returncode, json.loads(done.stdout.splitlines()[-1])
+  except (IndexError, ValueError):
+    raise RuntimeError(f'child {role} ended with {done.returncode}:\n'
+                       f'{done.stderr[-2000:]}') from None
+
+
+def kill_and_resume():
+  """Returns the rows that compare a killed run with one that never stopped."""
+  import shutil
+  shutil.rmtree(pathlib.Path(WORKDIR.value) / 'state', ignore_errors=True)
+  _, whole = child('whole')
+  status, killed = child('killed')
+  _, resumed = child('resumed')
+  print(f'  {PROMPT}{whole["text"]}'.replace('\n', '\n  '))
+  tokens = killed['tokens'] + resumed['tokens']
+  same = sum(a == b for a, b in zip(tokens, whole['tokens']))
+  return [
+      report.Row('generating process ends by', 'SIGKILL',
+                 signal.Signals(-status).name if status < 0 else str(status),
+                 status == -signal.SIGKILL),
+      report.Row('tokens equal to never stopped', f'{2 * HALF}', f'{same}',
+                 same == 2 * HALF and len(tokens) == 2 * HALF),
+      report.Row('state digest equal', whole['digest'][:16],
+                 resumed['digest'][:16],
+                 whole['digest'] == resumed['digest'])]
+
+
+def main(_):
+  """Runs all parts and prints the table."""
+  if ROLE.value != 'main':
+    generate(ROLE.value)
+    return
+  begin = time.perf_counter()
+  workdir = pathlib.Path(WORKDIR.value)
+  workdir.mkdir(parents=True, exist_ok=True)
+  short = ['train.steps=4', 'train.warmup=1', 'train.decay=1',
+           'train.eval_batches=1'] if SMOKE.value else []
+  print('1/4 text: a KDA-attention hybrid on the Python standard library')
+  text = train('text_kda', short)
+  print('2/4 recall: multi-query associative recall')
+  recall = train('mqar_kda', short)
+  rows = [
+      report.Row('text, bits per byte, held out', f'<= {BITS:.2f}',
+                 f'{text.evaluation["bits"]:.3f}',
+                 text.evaluation['bits'] <= BITS),
+      report.Row('recall accuracy, unseen items', f'>= {RECALL:.2f}',
+                 f'{recall.evaluation["accuracy"]:.4f}',
+                 recall.evaluation['accuracy'] >= RECALL)]
+  print('3/4 generate, kill, resume')
+  rows += kill_and_resume()
+  print('4/4 state bytes against context')
+  rows += state_bytes.run(workdir)[0]
+  seconds = time.perf_counter() - begin
+  print(f'\n{report.table(rows)}\n\n{seconds:.0f} s; figure: '
+        f'{workdir / "state_bytes.png"}')
+  report.write(workdir / 'results.json', rows,
+               'python -m experiments.quickstart', seconds=round(seconds, 1))
+  raise SystemExit(0 if all(r.ok for r in rows) else 1)
+
+
+if __name__ == '__main__':
+  app.run(main)
