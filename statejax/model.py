@@ -367,11 +367,8 @@ def _embed(table, tokens, valid, dtype):
 
 def _head(params, x):
   kernel = params['head'] if 'head' in params else params['embed'].T
-  return jnp.matmul(
-      x, kernel.astype(x.dtype),
-      precision=(jax.lax.Precision.HIGHEST if x.dtype == jnp.float32
-                 else None),
-      preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
+  wide = jnp.promote_types(x.dtype, jnp.float32)
+  return common.project(x, kernel, out_dtype=wide)
 
 
 def run_groups(model, params, x, layers, context):

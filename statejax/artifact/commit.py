@@ -78,11 +78,12 @@ def check(path):
   found.pop(LISTING, None)
   for name in sorted(listed.keys() | found.keys()):
     if name not in found:
-      raise ValueError(f'{path / name}: expected a file, as listed in {LISTING},'
-                       f' got none; {_ADVICE}.')
+      raise ValueError(f'{path / name}: expected a file, as listed in '
+                       f'{LISTING}, got none; {_ADVICE}.')
     if name not in listed:
-      raise ValueError(f'{path / name}: expected only files listed in {LISTING},'
-                       ' got one more; remove it if you know where it is from.')
+      raise ValueError(f'{path / name}: expected only files listed in '
+                       f'{LISTING}, got one more; remove it if you know where '
+                       'it is from.')
     size, digest = listed[name]
     if found[name] != size:
       raise ValueError(f'{path / name}: expected {size} bytes, got '

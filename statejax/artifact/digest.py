@@ -49,9 +49,9 @@ def leaf_path(keys):
   parts = [tree_util.keystr((key,), simple=True) for key in keys]
   if not parts or not all(map(_COMPONENT.fullmatch, parts)):
     raise ValueError(
-        f'leaf {"/".join(parts)!r}: expected keys made of letters, digits, "_", '
-        '"." and "-", in a container; rename the key, or put a bare array into '
-        'a dict.')
+        f'leaf {"/".join(parts)!r}: expected keys made of letters, digits, '
+        '"_", "." and "-", in a container; rename the key, or put a bare array '
+        'into a dict.')
   return '/'.join(parts)
 
 
@@ -119,7 +119,7 @@ def leaf_digest(path, leaf):
   for corner in corners:
     where = tuple(slice(i, i + step) for i, step in zip(corner, tile))
     digest = hashlib.sha256(b'statejax.tile.v1\0')
-    digest.update(np.ascontiguousarray(data[where]).reshape(-1))
+    digest.update(np.ascontiguousarray(data[where]).reshape(-1).data)
     result.update(digest.digest())
   return result.hexdigest()
 

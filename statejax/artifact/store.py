@@ -17,6 +17,7 @@ import logging
 import os
 import pathlib
 import threading
+from typing import Any
 
 import numpy as np
 
@@ -25,8 +26,9 @@ from statejax.artifact import digest
 TABLE = 'leaves.json'
 PAYLOAD = 'state'
 
-# Orbax saves of one process disturb each other, even to different paths.
-_saving = threading.Lock()
+# Orbax numbers its operations by one counter of the process: a save beside
+# another save or load, even of another path, waits for the wrong number.
+_orbax = threading.Lock()
 
 
 def write_tree(directory, tree):
@@ -50,8 +52,9 @@ def write_tree(directory, tree):
     raise ValueError(f'{directory}: expected no tree, got one; nothing stored '
                      'is overwritten: choose another directory.')
   digests = digest.leaf_digests(tree)
-  with _quiet(), _saving, _context(ocp):
-    ocp.save(directory / PAYLOAD, _nest(named), checkpointable_name='state')
+  with _orbax, _quiet(), _context(ocp):
+    ocp.save(str(directory / PAYLOAD), _nest(named),
+             checkpointable_name='state')
   table = {}
   for path, leaf in named.items():
     dtype, shape = digest.describe(leaf)
@@ -87,8 +90,8 @@ def read_tree(directory, abstract_tree):
   _compare(directory, table, targets)
   nested = _nest({path: _target(leaf) for path, leaf in targets.items()})
   try:
-    with _quiet(), _context(ocp):
-      loaded = ocp.load(directory / PAYLOAD, nested,
+    with _orbax, _quiet(), _context(ocp):
+      loaded = ocp.load(str(directory / PAYLOAD), nested,
                         checkpointable_name='state')
   except Exception as error:  # of any type: Orbax promises none
     raise ValueError(f'{directory / PAYLOAD}: expected a readable payload, got '
@@ -118,8 +121,9 @@ def read_table(directory):
                      'give the directory which write_tree has filled.'
                      ) from None
   except (ValueError, TypeError, KeyError, AttributeError) as error:
-    raise ValueError(f'{path}: expected {{path: {{digest, dtype, shape}}}}, got '
-                     'something else; use another copy.') from error
+    raise ValueError(
+        f'{path}: expected {{path: {{digest, dtype, shape}}}}, got something '
+        'else; use another copy.') from error
 
 
 def _compare(directory, table, targets):
@@ -170,7 +174,7 @@ def _target(leaf):
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _nest(named):
+def _nest(named) -> Any:
   nested = {}
   for path, leaf in named.items():
     *parents, name = path.split('/')

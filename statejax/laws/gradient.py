@@ -66,7 +66,7 @@ def _finite_difference(bench, origin, gradients, d_outputs, d_final):
     if not path.startswith('layers/') or not np.any(gradient):
       continue
     scale = np.max(np.abs(leaves[path].astype(np.float64)))
-    step = 1e-3 * max(scale, 1e-2)
+    step = 1e-4 * max(scale, 1e-2)
     direction = np.sign(np.float64(gradient))
     value = []
     for sign in (1, -1):
@@ -78,7 +78,7 @@ def _finite_difference(bench, origin, gradients, d_outputs, d_final):
           _inner(x, d_final[p]) for p, x in bn.float_leaves(final).items()))
     got = np.sum(np.abs(np.float64(gradient)))
     want = (value[0] - value[1]) / (2 * step)
-    if not abs(got - want) <= 3e-2 * abs(want):
+    if not abs(got - want) <= 1e-2 * abs(want):
       bench.fail(path, expected=want, got=got,
                  note='gradient against a finite difference')
 

@@ -95,13 +95,16 @@ class Attention(nn.Module):
     return y, state
 
   def _store(self, state, k, v, context):
-    old_k, old_v = state.k.read(), state.v.read()
-    slots = jnp.arange(old_k.shape[2], dtype=jnp.int32)[None]
-    seen = context.visible_past(
-        jnp.broadcast_to(slots, (old_k.shape[0], old_k.shape[2])))
     where = (context.base, context.start, context.n_valid)
     new = StoreState(k=store.append(state.k, k, *where),
                      v=store.append(state.v, v, *where))
+    # Without a document border no visible slot is written, and reading after
+    # the write lets XLA update the store in place instead of copying it.
+    past = new if context.document is None else state
+    old_k, old_v = past.k.read(), past.v.read()
+    slots = jnp.arange(old_k.shape[2], dtype=jnp.int32)[None]
+    seen = context.visible_past(
+        jnp.broadcast_to(slots, (old_k.shape[0], old_k.shape[2])))
     return attend.Segment(old_k, old_v, seen), new
 
   def _ring(self, state, k, v, context):

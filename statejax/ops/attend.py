@@ -1,6 +1,7 @@
 """Softmax attention of queries over several segments of keys at once."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -48,41 +49,46 @@ def attend(q, segments, *, scale, sink=None):
   """
   batch, length, heads, width = q.shape
   groups = segments[0].k.shape[1]
-  grouped = q.reshape(batch, length, groups, heads // groups, width)
+  per = heads // groups
   wide = jnp.promote_types(q.dtype, jnp.float32)
-  precise = dict(precision=jax.lax.Precision.HIGHEST,
-                 preferred_element_type=wide)
-  scores, masks = [], []
-  for segment in segments:
-    if segment.k.shape[2] == 0:
-      continue
-    s = scale * jnp.einsum('btgrk,bgnk->bgrtn', grouped,
-                           segment.k.astype(q.dtype), **precise)
-    mask = segment.visible[:, None, None]
-    scores.append(jnp.where(mask, s, jnp.asarray(_MASKED, wide)))
-    masks.append(mask)
-  top = jnp.full((batch, groups, heads // groups, length), _MASKED, wide)
-  if sink is not None:
-    logit = sink.astype(wide).reshape(1, groups, heads // groups, 1)
-    top = jnp.maximum(top, logit)
+  product = functools.partial(
+      jnp.matmul, preferred_element_type=wide,
+      precision=jax.lax.Precision.HIGHEST if q.dtype == wide else None)
+  # Heads of a group are rows of one product: [B, G, (H/G) T, K] x [B, G, K, N].
+  grouped = (q * jnp.asarray(scale, q.dtype)).reshape(batch, length, groups, per, width).transpose(
+      0, 2, 3, 1, 4).reshape(batch, groups, per * length, width)
+  segments = [s for s in segments if s.k.shape[2]]
+
+  def score(segment):
+    # Adding the mask costs one pass less than selecting; -1e30 swallows any
+    # finite score exactly.
+    bias = jnp.where(segment.visible, jnp.zeros((), wide),
+                     jnp.asarray(_MASKED, wide))[:, None, None]
+    s = product(grouped, segment.k.astype(q.dtype).swapaxes(2, 3))
+    return s.reshape(batch, groups, per, length, -1) + bias
+
+  scores = [score(segment) for segment in segments]
+  top = jnp.full((batch, groups, per, length), _MASKED, wide)
   for s in scores:
     top = jnp.maximum(top, jnp.max(s, axis=-1))
+  sees = top > 0.5 * _MASKED
+  if sink is not None:
+    logit = sink.astype(wide).reshape(1, groups, per, 1)
+    top = jnp.maximum(top, logit)
   # The maximum only conditions the exponentials; no gradient runs through it.
   top = jax.lax.stop_gradient(top)
-  total = jnp.zeros(top.shape, wide) if sink is None else (
-      jnp.exp(logit - top))
-  out = jnp.zeros((batch, length, groups, heads // groups,
-                   segments[0].v.shape[-1]), wide)
-  filled = [s for s in segments if s.k.shape[2]]
-  for segment, s, mask in zip(filled, scores, masks):
-    p = jnp.where(mask, jnp.exp(s - top[..., None]), jnp.zeros((), wide))
+  total = jnp.zeros(top.shape, wide) if sink is None else jnp.exp(logit - top)
+  out = jnp.zeros((batch, groups, per, length, segments[0].v.shape[-1]), wide)
+  for segment, s in zip(segments, scores):
+    p = jnp.exp(s - top[..., None])
     total = total + jnp.sum(p, axis=-1)
-    out = out + jnp.einsum('bgrtn,bgnv->btgrv', p.astype(q.dtype),
-                           segment.v.astype(q.dtype), **precise)
-  some = total > 0
-  safe = jnp.where(some, total, jnp.ones((), wide))
-  lse = jnp.where(some, top + jnp.log(safe), jnp.asarray(_MASKED, wide))
-  to_rows = lambda a: a.transpose(0, 3, 1, 2)
-  out = out / to_rows(safe)[..., None]
-  return (out.reshape(batch, length, heads, -1).astype(q.dtype),
-          to_rows(lse).reshape(batch, length, heads))
+    out = out + product(
+        p.astype(q.dtype).reshape(batch, groups, per * length, -1),
+        segment.v.astype(q.dtype)).reshape(out.shape)
+  out = jnp.where(sees[..., None], out / total[..., None],
+                  jnp.zeros((), wide))
+  some = sees if sink is None else jnp.ones_like(sees)
+  lse = jnp.where(some, top + jnp.log(total), jnp.asarray(_MASKED, wide))
+  return (out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, -1)
+          .astype(q.dtype),
+          lse.transpose(0, 3, 1, 2).reshape(batch, length, heads))

@@ -35,6 +35,7 @@ from statejax.ops.delta_intra import (
   join,
   ladder_inverse,
   split,
+  sum_groups,
   sum_last,
 )
 
@@ -270,8 +271,8 @@ def _chunk_backward(x, state, d_y, d_after):
       x, intra, *split(d_pairs, x.e), d_pre, d_suf, d_tot
   )
   d_reads, d_reads_e = split(d_reads, x.e)
-  d_q += jnp.sum(d_reads * intra.pre, axis=2, keepdims=True)
-  d_k += jnp.sum(d_keys * intra.suf, axis=2, keepdims=True)
+  d_q += sum_groups(d_reads * intra.pre)
+  d_k += sum_groups(d_keys * intra.suf)
   if x.e is not None:
     d_e += d_reads_e * intra.pre
   return _inputs_backward(x, d_q, d_e, d_k, d_u, d_log_decay), d_state
@@ -282,7 +283,7 @@ def _inputs_backward(x, d_q, d_e, d_k, d_u, d_log_decay):
   d_erase = d_write = None
   d_v = d_u
   if x.erase is not None:
-    d_k += jnp.sum(x.erase * d_e, axis=2, keepdims=True)
+    d_k += sum_groups(x.erase * d_e)
     d_erase = _sum_like(x.k * d_e, x.erase)
   if x.write is not None:
     d_v = x.write * d_u

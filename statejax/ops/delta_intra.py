@@ -7,6 +7,8 @@ Arrays are [B, HK, R, C, D]. Queries and erasing keys are multiplied by the
 same things, so they are joined along C; without erasing keys e is None.
 """
 
+import functools
+import operator
 from typing import NamedTuple
 
 import jax
@@ -52,6 +54,12 @@ def split(x, e):
 def sum_last(x):
   """Sums the last axis by a product, which XLA on CPU does much faster."""
   return dot('...d,d->...', x, jnp.ones(x.shape[-1:], x.dtype))
+
+
+def sum_groups(x):
+  """Sums R, kept as 1, by additions: XLA on CPU fuses those, not the sum."""
+  parts = [x[:, :, r : r + 1] for r in range(x.shape[2])]
+  return functools.reduce(operator.add, parts)
 
 
 def ladder_inverse(lower):
@@ -134,7 +142,7 @@ def _intra_head_backward(x, intra, d_reading, d_erasing, d_pre, d_suf, d_tot):
   inclusive, strict = _triangles(d_reading.shape[-1], d_reading.dtype)
   by_pair = d_reading * intra.reading
   d_reading *= intra.saved * inclusive
-  d_reading = jnp.sum(d_reading, axis=2)
+  d_reading = sum_groups(d_reading)[:, :, 0]
   k = x.k[:, :, 0]
   d_q = dot('bhij,bhjk->bhik', d_reading, k)
   d_k = dot('bhij,bhik->bhjk', d_reading, x.q[:, :, 0])
@@ -246,14 +254,13 @@ def _intra_channel_backward(
       d_erasing = _diagonal_blocks(d_erasing)
     d_rows = dot('bhrnij,bhrnjk->bhrnik', d_between, keys)
     d_keys = dot('bhrnij,bhrnik->bhrnjk', d_between, rows)
-    by_row = rows * d_rows
-    d_right = d_rows * (pre if x.e is None else join(pre, pre))
-    d_q = _interleave(_upper(d_q), _lower(d_q) + _upper(d_right))
+    d_level, d_level_e = split(rows * d_rows, None if x.e is None else keys)
+    d_rows, d_rows_e = split(d_rows, None if x.e is None else keys)
+    d_q = _interleave(_upper(d_q), _lower(d_q) + d_rows * pre)
     d_k = _interleave(_upper(d_k) + d_keys * suf, _lower(d_k))
-    d_level = _upper(by_row)
     if x.e is not None:
-      d_level += _lower(by_row)
-      d_e = _interleave(_upper(d_e), _lower(d_e) + _lower(d_right))
+      d_level += d_level_e
+      d_e = _interleave(_upper(d_e), _lower(d_e) + d_rows_e * pre)
     d_tot = _interleave(
         d_tot + jnp.sum(_lower(d_pre), axis=-2, keepdims=True),
         d_tot + jnp.sum(_upper(d_suf), axis=-2, keepdims=True),
@@ -262,8 +269,8 @@ def _intra_channel_backward(
     d_suf = _interleave(_upper(d_suf) + keys * d_keys, _lower(d_suf))
   rows = lambda x: x[..., 0, :]
   d_self = d_reading[..., 0]
-  d_q = jnp.sum(rows(d_q) + d_self * x.k, axis=2, keepdims=True)
-  d_k = jnp.sum(rows(d_k) + d_self * x.q, axis=2, keepdims=True)
+  d_q = sum_groups(rows(d_q) + d_self * x.k)
+  d_k = sum_groups(rows(d_k) + d_self * x.q)
   d_e = None if d_e is None else rows(d_e)
   return d_q, d_e, d_k, rows(d_pre + d_tot)
 

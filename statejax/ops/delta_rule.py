@@ -108,7 +108,7 @@ def _run(run, q, k, v, gates, state, n_valid, segment_ids, scale):
   """Fills in the defaults, then calls `run(inputs, state, n_valid, ...)`."""
   batch, length = q.shape[:2]
   if length == 0:
-    return jnp.zeros_like(v), state
+    return jnp.zeros_like(v), jnp.asarray(state)
   log_decay, erase, write = gates
   shape = (batch, length, v.shape[2])
   inputs = delta_chunk.Inputs(

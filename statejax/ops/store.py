@@ -49,11 +49,28 @@ def append(store, new, slot, first, count):
   fresh = jnp.take_along_axis(
       new, jnp.clip(source, 0, length - 1).reshape(shape), axis=-2)
   merged = jnp.where(keep.reshape(shape), fresh.astype(data.dtype), old)
-  data = jax.lax.scatter(
+  data = jax.lax.platform_dependent(
+      data, where, merged, cpu=_write_rows, default=_scatter_rows)
+  return dataclasses.replace(store, data=data)
+
+
+def _scatter_rows(data, where, merged):
+  """Writes merged[b] at data[layer, b, ..., slot:, :], all rows at once."""
+  rank = data.ndim
+  return jax.lax.scatter(
       data, where, merged,
       jax.lax.ScatterDimensionNumbers(
-          update_window_dims=middle, inserted_window_dims=(0,),
+          update_window_dims=tuple(range(1, rank - 1)),
+          inserted_window_dims=(0,),
           scatter_dims_to_operand_dims=(0, rank - 2),
           operand_batching_dims=(1,), scatter_indices_batching_dims=(0,)),
       unique_indices=True, mode='clip')
-  return dataclasses.replace(store, data=data)
+
+
+def _write_rows(data, where, merged):
+  """The same row after row: XLA's CPU backend copies a whole store before it
+  scatters into it, but updates a loop's carry in place."""
+  def one(row, data):
+    at = (where[row, 0], row, *(0,) * (data.ndim - 4), where[row, 1], 0)
+    return jax.lax.dynamic_update_slice(data, merged[row][None, None], at)
+  return jax.lax.fori_loop(0, merged.shape[0], one, data)

@@ -98,8 +98,10 @@ def test_typed_keys(impl):
 
 def test_digest_sees_value_dtype_shape_path():
   base = digest.leaf_digest('x', np.zeros((2, 3), np.int32))
-  others = [('x', np.zeros((3, 2), np.int32)), ('y', np.zeros((2, 3), np.int32)),
-            ('x', np.zeros((2, 3), np.uint32)), ('x', np.eye(2, 3, dtype='i4')),
+  others = [('x', np.zeros((3, 2), np.int32)),
+            ('y', np.zeros((2, 3), np.int32)),
+            ('x', np.zeros((2, 3), np.uint32)),
+            ('x', np.eye(2, 3, dtype=np.int32)),
             ('x', np.zeros((2, 0), np.int32))]
   assert len({base, *(digest.leaf_digest(*other) for other in others)}) == 6
 

@@ -147,9 +147,11 @@ def test_flipped_or_truncated_files_are_refused(published):
       continue
     flipped = bytearray(data)
     flipped[len(data) // 2] ^= 4
+    # A damaged listing may accuse any file.
+    name = '.' if file.name == commit.LISTING else file.name
     for damaged in (flipped, data[:-1], b''):
       file.write_bytes(damaged)
-      with pytest.raises(ValueError, match=file.name):
+      with pytest.raises(ValueError, match=name):
         commit.check(published)
     file.write_bytes(data)
   commit.check(published)
@@ -187,7 +189,7 @@ def test_threads_and_running_loops(tmp_path):
 
   def save(name):
     try:
-      for i in range(2):
+      for i in range(3):
         store.write_tree(tmp_path / f'{name}{i}', tree)
         assert_same(store.read_tree(tmp_path / f'{name}{i}', tree), tree)
     except BaseException as error:
