@@ -15,6 +15,7 @@ from statejax import config as cfg
 from statejax import sharding
 from statejax.model import LanguageModel
 from statejax.train import checkpoint, step as train_step
+from statejax.train import optimizer as optimizers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,9 +131,9 @@ class _Run:
         self.model.axes(), abstract.params, self.mesh)
     whole = jax.sharding.NamedSharding(
         self.mesh, jax.sharding.PartitionSpec())
+    chain = optimizers.make_optimizer(self.config.train, self.model.axes())
     optimizer = optax.tree_utils.tree_map_params(
-        lambda p: jax.tree.map(lambda _: 0, p), lambda _, s: s,
-        abstract.optimizer, params,
+        chain, lambda _, s: s, abstract.optimizer, params,
         transform_non_params=lambda _: whole)
     return make, abstract, train_step.TrainState(
         params, optimizer, whole, whole)
@@ -251,8 +252,8 @@ class _Run:
     t = self.config.train
     total = np.zeros(3)
     for batch in pipeline.evaluation(
-        make_task(self.config, 'eval'), rows=t.rows, length=t.length,
-        batches=t.eval_batches):
+        make_task(self.config, 'eval'), rows=t.rows // jax.process_count(),
+        length=t.length, batches=t.eval_batches):
       sums = train_step.evaluate(self.model, state.params, self._place(batch))
       total += [float(sums.loss), float(sums.correct), float(sums.count)]
     loss = total[0] / max(total[2], 1.0)
