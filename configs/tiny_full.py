@@ -1,6 +1,7 @@
-"""Full attention with rope in every layer (Llama-like), for tests.
+r"""Full attention with rope in every layer (Llama-like), for tests.
 
-    python -m statejax.main train --config tiny_full --workdir /tmp/tiny_full
+    python -m statejax.main train --config=configs/tiny_full.py \
+        --workdir=/tmp/tiny_full
     pytest tests/test_laws.py -k tiny_full
 
 Expected: twenty updates on mqar without NaN; every law of `statejax.laws`

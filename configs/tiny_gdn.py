@@ -1,6 +1,7 @@
-"""Three Gated DeltaNet layers to one gated attention layer, for tests.
+r"""Three Gated DeltaNet layers to one gated attention layer, for tests.
 
-    python -m statejax.main train --config tiny_gdn --workdir /tmp/tiny_gdn
+    python -m statejax.main train --config=configs/tiny_gdn.py \
+        --workdir=/tmp/tiny_gdn
     pytest tests/test_laws.py -k tiny_gdn
 
 Expected: twenty updates on mqar without NaN; every law of `statejax.laws`

@@ -1,6 +1,7 @@
-"""Two window layers with sinks to one full layer (MiMo-like), for tests.
+r"""Two window layers with sinks to one full layer (MiMo-like), for tests.
 
-    python -m statejax.main train --config tiny_window --workdir /tmp/tiny_window
+    python -m statejax.main train --config=configs/tiny_window.py \
+        --workdir=/tmp/tiny_window
     pytest tests/test_laws.py -k tiny_window
 
 Expected: twenty updates on mqar without NaN; every law of `statejax.laws`

@@ -390,17 +390,40 @@ def _block_fn(model, name):
 
 
 def _unrolled(model, group, params, x, layers, used, context):
-  """Every layer in turn, states read and written in place in their stacks."""
+  """Every layer in turn.
+
+  Fixed leaves are read from the stacks that came in and stacked anew at the
+  end: writing them one by one makes XLA copy all layers for each.
+  """
+  first, old = dict(used), layers
+  new = {name: [] for name in set(group.pattern)}
   layers = dict(layers)
   for r in range(group.repeats):
     for j, name in enumerate(group.pattern):
-      at = jnp.int32(used[name])
+      at = used[name]
       used[name] += 1
-      x, new = _block_fn(model, name)(
-          params[f'repeat_{r}'][f'layer_{j}'], x, _view(layers[name], at),
+      stores = _only(layers[name], 'growing')
+      x, state = _block_fn(model, name)(
+          params[f'repeat_{r}'][f'layer_{j}'], x, dataclasses.replace(
+              layers[name],
+              **{f: st.Store(a, jnp.int32(at)) for f, a in stores.items()},
+              **{f: a[at] for f, a in _only(old[name], 'fixed').items()}),
           context)
-      layers[name] = _merge(layers[name], new, at)
+      new[name].append(state)
+      layers[name] = dataclasses.replace(
+          layers[name], **{f: getattr(state, f).data for f in stores})
+  for name, states in new.items():
+    layers[name] = dataclasses.replace(layers[name], **{
+        f: _put(whole, first[name], jnp.stack([getattr(s, f) for s in states]))
+        for f, whole in _only(old[name], 'fixed').items()})
   return x, layers
+
+
+def _put(whole, low, part):
+  """`whole` with the layers from `low` on replaced by `part`."""
+  if part.shape == whole.shape:
+    return part
+  return whole.at[low:low + part.shape[0]].set(part)
 
 
 def _scanned(model, group, params, x, layers, used, context):
@@ -441,10 +464,8 @@ def _scanned(model, group, params, x, layers, used, context):
     low, whole = used[name], layers[name]
     values = {}
     for f, value in fixed[name].items():
-      flat = value.reshape(-1, *value.shape[2:])
-      old = getattr(whole, f)
-      values[f] = (flat if flat.shape == old.shape
-                   else old.at[low:low + flat.shape[0]].set(flat))
+      values[f] = _put(getattr(whole, f), low,
+                       value.reshape(-1, *value.shape[2:]))
     layers[name] = dataclasses.replace(whole, **stores[name], **values)
   return x, layers
 
@@ -453,18 +474,3 @@ def _only(layer, kind):
   """The leaves of one kind, as a dict by field name."""
   return {f.name: getattr(layer, f.name) for f in dataclasses.fields(layer)
           if f.metadata['kind'] == kind}
-
-
-def _view(stacked, at):
-  """One layer of stacked leaves, as the layer sees it."""
-  views = {f: st.Store(a, at) for f, a in _only(stacked, 'growing').items()}
-  values = {f: a[at] for f, a in _only(stacked, 'fixed').items()}
-  return dataclasses.replace(stacked, **views, **values)
-
-
-def _merge(stacked, new, at):
-  """The stacked leaves with one layer replaced."""
-  stores = {f: getattr(new, f).data for f in _only(stacked, 'growing')}
-  values = {f: a.at[at].set(getattr(new, f))
-            for f, a in _only(stacked, 'fixed').items()}
-  return dataclasses.replace(stacked, **stores, **values)

@@ -466,7 +466,9 @@ def validate(state, schema):
           f'{"a leaf" if path in got else "none"}; allocate the state from '
           'this config, or load it with its own.')
     value, spec = got[path], want[path]
-    if getattr(value, 'is_deleted', lambda: False)():
+    # Only what has memory can have lost it; a tracer raises when asked.
+    if (isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer)
+        and value.is_deleted()):
       raise ValueError(
           'state: already consumed by an earlier step; continue from the state '
           'which that step returned, or fork it before calling.')

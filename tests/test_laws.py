@@ -11,10 +11,13 @@ import dataclasses
 import importlib
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from statejax import config as c
 from statejax import laws
+from statejax import model as lm
+from statejax import state as st
 
 KDA = c.KDAConfig(heads=2, key=8, value=8, rank=8, chunk=8)
 MIXERS = {
@@ -36,7 +39,8 @@ MIXERS = {
     'window_1': c.AttentionConfig(heads=1, kv_heads=1, key=4, value=4,
                                   window=1),
     'post_norm': c.LayerConfig(
-        'post', c.AttentionConfig(heads=2, kv_heads=1, key=8, value=8, window=8),
+        'post', c.AttentionConfig(heads=2, kv_heads=1, key=8, value=8,
+                                  window=8),
         c.SwiGLUConfig(32), norm='post'),
 }
 MODELS = ('tiny_full', 'tiny_window', 'tiny_gdn', 'tiny_kda')
@@ -45,9 +49,10 @@ MODELS = ('tiny_full', 'tiny_window', 'tiny_gdn', 'tiny_kda')
 QUICK = ('schema', 'fixed_point', 'split', 'decode', 'padding', 'true_start',
          'rewind', 'save', 'witness', 'neighbours', 'no_recompile')
 
-# In bfloat16 one rounding is 2^-8 = 4e-3 of a number. Most outputs are bit-equal
-# 2e-2 in a model, and 5e-3 and 2e-2 in gradients (allowed tenfold).
-HALF_LAYER, HALF_MODEL = 2e-2, 8e-2
+# In bfloat16 one rounding is 2^-8 = 4e-3 of a number. Splits were bit-equal, or
+# up to 2e-2 apart in outputs of a model whose layers round a sum elsewhere;
+# gradients of the initial state, allowed tenfold, 5e-3 and 2e-2.
+HALF_LAYER, HALF_MODEL = 1e-2, 5e-2
 
 
 def model(name):
@@ -82,7 +87,7 @@ def test_repeats(name, unstacked):
   pattern = config.groups[0].pattern[-2:]
   config = dataclasses.replace(config, groups=(
       c.GroupConfig(pattern, 2), c.GroupConfig(pattern[:1])))
-  laws.check(laws.ModelSubject(laws.resolve(config).model, unstacked))
+  laws.check(laws.ModelSubject(lm.LanguageModel(config), unstacked))
 
 
 def test_repeats_quick():
@@ -121,20 +126,61 @@ def test_bfloat16_store(name):
   laws.check(subject, laws='initial_gradient', tolerance=HALF_LAYER)
 
 
-class Average:
-  """The mean of the inputs so far: a subject without any layer of ours."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SumState:
+  """The sum of what came, [B, D]."""
+
+  total: jax.Array = st.leaf('batch embed')
+
+
+class Sum:
+  """A subject without any layer of ours: the sum of the document so far."""
 
   def init(self, key):
-    return {}
+    del key
+    return {'scale': jnp.float32(0.5)}
 
   def init_state(self, rows, capacity):
-    return laws.resolve(KDA).init_state(rows, capacity)
+    del capacity
+    zeros = lambda *shape: jnp.zeros(shape, jnp.uint32)
+    return st.ServingState(
+        layers={'sum': SumState(jnp.zeros((1, rows, 4)))},
+        length=jnp.zeros((rows,), jnp.int32),
+        pending=jnp.full((rows,), -1, jnp.int32), witness=zeros(rows, 4),
+        key=zeros(rows, 2), logits=None)
 
   def inputs(self, key, rows, steps):
-    return jax.random.normal(key, (rows, steps, 3))
+    return jax.random.normal(key, (rows, steps, 4))
 
-  def step(self, params, state, inputs, n_valid, segment_ids):
-    raise NotImplementedError
+  def step(self, params, state, x, n_valid, segment_ids):
+    steps = x.shape[1]
+    real = jnp.arange(steps)[None] < jnp.broadcast_to(
+        steps if n_valid is None else n_valid, x.shape[:1])[:, None]
+    ids = jnp.zeros(x.shape[:2], jnp.int32)
+    if segment_ids is not None:
+      real &= segment_ids >= 0
+      ids = segment_ids
+    total, length, last = (
+        state.layers['sum'].total[0], state.length,
+        jnp.full(x.shape[:1], -1, jnp.int32))
+    outputs = []
+    for t in range(steps):
+      here = real[:, t]
+      border = here & (last >= 0) & (ids[:, t] != last)
+      new = jnp.where(border[:, None], 0.0, total) + x[:, t]
+      total = jnp.where(here[:, None], new, total)
+      length = jnp.where(here, jnp.where(border, 0, length) + 1, length)
+      last = jnp.where(here, ids[:, t], last)
+      outputs.append(params['scale'] * total)
+    return jnp.stack(outputs, 1), dataclasses.replace(
+        state, layers={'sum': SumState(total[None])}, length=length)
+
+
+def test_any_object_with_a_step():
+  report = laws.check(Sum())
+  silent = {name for name, error in report.worst.items() if error is None}
+  assert silent == {'schema', 'witness', 'neighbours'}
 
 
 def test_report_is_a_table():

@@ -3,12 +3,12 @@
 import dataclasses
 import functools
 
-from hypothesis import given, settings
-from hypothesis import strategies as hs
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as hs
 
 from statejax import config as c
 from statejax import model as lm
@@ -84,8 +84,8 @@ def test_concat_undoes_take():
 def test_clear_leaves_key_and_neighbours():
   state = numbered(logits=True)
   spoilt = st.map_leaves(
-      lambda p, a, k, x: x.at[...].set(jnp.nan) if x.dtype == jnp.float32 else x,
-      state)
+      lambda p, a, k, x: jnp.full_like(
+          x, jnp.nan) if x.dtype == jnp.float32 else x, state)
   new = st.clear(spoilt, [0, 2])
   fresh = MODEL.init_state(3, 5, logits=True)
   for row in (0, 2):
@@ -153,7 +153,7 @@ def test_grow_keeps_slots():
 
 def test_grow_never_shrinks():
   with pytest.raises(ValueError, match=(
-      'grow: layers/full/k has capacity 5, asked for 4; a store never shrinks')):
+      'grow: layers/full/k has capacity 5, asked for 4; a store never')):
     st.grow(numbered(), 4)
 
 
@@ -179,7 +179,7 @@ def test_rewind_sets_lengths():
 
 @pytest.mark.parametrize('length', ([3, 3, 4], [0, -1, 0]))
 def test_rewind_errors(length):
-  with pytest.raises(ValueError, match=r'rewind: expected lengths in 0..\[2, 3'):
+  with pytest.raises(ValueError, match=r'expected lengths in 0..\[2, 3, 4\]'):
     st.rewind(numbered(), length)
 
 
@@ -273,17 +273,17 @@ def test_describe_wants_a_name_per_axis():
       layers={}, length=st.Spec((2,), 'int32'), pending=st.Spec((2,), 'int32'),
       witness=st.Spec((2, 4), 'uint32'), key=st.Spec((2,), 'uint32'),
       logits=None)
-  with pytest.raises(ValueError, match=r"key: axes \('batch', 'words'\) do not"):
+  with pytest.raises(ValueError, match=r"key: axes \('batch', 'words'\) do"):
     st.describe(specs)
 
 
 @pytest.mark.parametrize('state, match', [
     (lambda: {}, 'state: expected a ServingState, got dict; make one with'),
     (lambda: numbered(2),
-     r'layers/delta/matrix: expected \[layers=1, batch=3, heads=1, key=4, '
-     r'value=4\] float32, got batch=2; allocate the state from this config'),
+     r'key: expected \[batch=3, words=2\] uint32, got batch=2; allocate the '
+     'state from this config, or load it with its own'),
     (lambda: numbered(3, 6), 'layers/full/k: expected .*, got capacity=6'),
-    (lambda: numbered(logits=True), 'logits: expected no such leaf, got a leaf'),
+    (lambda: numbered(logits=True), 'logits: expected no such leaf, got a'),
     (lambda: dataclasses.replace(numbered(), layers={}),
      r'layers/delta/matrix: expected \[.*\] float32, got none'),
     (lambda: dataclasses.replace(

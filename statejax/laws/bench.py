@@ -1,6 +1,5 @@
 """The workplace of the laws: compiled steps, comparisons, the error raised."""
 
-import dataclasses
 import functools
 
 import jax

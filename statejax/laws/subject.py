@@ -66,7 +66,7 @@ class ModelSubject:
     return self.model.state_schema(rows, capacity, logits=True)
 
   def step(self, params, state, tokens, n_valid, segment_ids):
-    return lm.apply(self.model, params, state, tokens, n_valid, segment_ids)
+    return self.model.step(params, state, tokens, n_valid, segment_ids)
 
   def inputs(self, key, rows, steps):
     return jax.random.randint(
@@ -128,7 +128,8 @@ class MixerSubject:
       n_valid = jnp.full((rows,), steps, jnp.int32)
     document = back = None
     if segment_ids is not None:
-      index = jnp.broadcast_to(jnp.arange(steps, dtype=jnp.int32), (rows, steps))
+      index = jnp.arange(steps, dtype=jnp.int32)
+      index = jnp.broadcast_to(index[None], (rows, steps))
       order, n_valid, document, back = lm.pack(index, n_valid, segment_ids)
       x = jnp.take_along_axis(x, order[..., None], axis=1)
     context = common.context(state.length, n_valid, document, steps)
