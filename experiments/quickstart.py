@@ -10,6 +10,7 @@ exits with 1 if a row is not ok. Everything lands in --workdir, where a second
 call goes on from what the first has done.
 """
 
+import importlib
 import json
 import os
 import pathlib
@@ -36,10 +37,11 @@ HALF = 64
 
 def train(name, overrides):
   """Trains one config in the workdir; returns the loop's result."""
-  from statejax import main as command
+  from statejax import config as cfg
   from statejax.train import loop
-  path = pathlib.Path(__file__).parent.parent / 'configs' / f'{name}.py'
-  config = command.load_config(path, overrides)
+  config = importlib.import_module(f'configs.{name}').get_config()
+  for assignment in overrides:
+    config = cfg.override(config, assignment)
   return loop.train(config, pathlib.Path(WORKDIR.value) / name,
                     report=lambda line: print(f'  {line}', flush=True))
 

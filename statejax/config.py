@@ -222,7 +222,8 @@ class TrainConfig:
     eval_every: updates between evaluations; 0 evaluates at the end only.
     eval_batches: held-out batches of an evaluation.
     log_every: updates between metric lines.
-    data: size of the data mesh axis; None means every device that is left.
+    data: size of the data mesh axis; None means every device that is left, a
+      number only the first `data * fsdp * tensor`.
     fsdp: size of the parameter-sharding mesh axis.
     tensor: size of the head-sharding mesh axis.
   """
@@ -387,7 +388,8 @@ def from_dict(data):
   """Undoes `to_dict`, for the config types of this module.
 
   Raises:
-    ValueError: an unknown type or field, as of a newer version.
+    ValueError: an unknown type or field, or one is missing, as of another
+      version.
   """
   if isinstance(data, list):
     return tuple(from_dict(item) for item in data)
@@ -398,8 +400,11 @@ def from_dict(data):
   if not dataclasses.is_dataclass(kind):
     raise ValueError(f'config: unknown type {data.get("type")!r}; it was saved '
                      'by another version, or defined outside statejax.config.')
-  unknown = fields.keys() - {f.name for f in dataclasses.fields(kind)}
-  if unknown:
-    raise ValueError(f'{kind.__name__}: unknown fields {sorted(unknown)}; the '
+  known = {f.name: f.default is dataclasses.MISSING
+           for f in dataclasses.fields(kind)}
+  odd = sorted(fields.keys() - known.keys())
+  odd += sorted(n for n in known.keys() - fields.keys() if known[n])
+  if odd:
+    raise ValueError(f'{kind.__name__}: unknown or missing fields {odd}; the '
                      'config was saved by another version.')
   return kind(**fields)

@@ -27,7 +27,7 @@ class Sampling:
   top_p: float | None = None
 
   def __post_init__(self):
-    if self.temperature < 0:
+    if not self.temperature >= 0:
       raise ValueError(f'temperature: expected >= 0, got {self.temperature}.')
     if self.top_k is not None and self.top_k < 1:
       raise ValueError(f'top_k: expected >= 1 or None, got {self.top_k}.')
@@ -120,8 +120,8 @@ def decode(model, params, state, sampling: Sampling = GREEDY,
            stop: tuple[int, ...] = ()):
   """Absorbs each row's pending token and draws the next; consumes `state`.
 
-  A row without a pending token, or whose pending token is in `stop`, stays
-  bit-identical.
+  A row without a pending token stays bit-identical. So does one whose pending
+  token is in `stop`, but for `pending`, which becomes -1: the row has ended.
 
   Args:
     model: `LanguageModel`.
@@ -131,8 +131,7 @@ def decode(model, params, state, sampling: Sampling = GREEDY,
     stop: static token ids.
 
   Returns:
-    tokens: the absorbed tokens, [B] int32; the pending token of a row that
-      did not move.
+    tokens: the tokens that were pending, [B] int32, -1 where none was.
     state: one token further.
   """
   return _decode(model, params, state, sampling, tuple(stop))
@@ -152,13 +151,15 @@ def generate(model, params, state, steps: int, *,
     state: `ServingState` with pending tokens; stays usable.
     steps: tokens per row, >= 1.
     sampling: how tokens are drawn.
-    stop: a row ends after emitting one of these; it stays pending, unabsorbed.
+    stop: a row ends after emitting one of these. It is not absorbed, and
+      nothing is pending then: a next prompt may begin with it.
     callback: called as `callback(tokens)` with [B] int32 numpy per step, -1
       where a row has ended.
 
   Returns:
     tokens: [B, n] int32 numpy, n <= steps, -1 after a row's end.
-    state: after the emitted tokens; `pending` is the next one.
+    state: after the emitted tokens; `pending` is the next one, -1 where the
+      row has ended.
 
   Raises:
     ValueError: no pending token, not enough capacity, a consumed state.
@@ -227,4 +228,4 @@ def _decode(model, params, state, sampling, stop):
                            moves.astype(jnp.int32), keep='last')
   drawn = sample(logits[:, 0], state.key, state.length, sampling)
   return tokens, dataclasses.replace(
-      state, pending=jnp.where(moves, drawn, state.pending))
+      state, pending=jnp.where(moves, drawn, -1))

@@ -7,8 +7,10 @@
   python -m statejax.main doctor
 """
 
+import codecs
 import importlib.util
 import json
+import logging
 import pathlib
 import sys
 
@@ -43,9 +45,9 @@ def load_config(path, overrides=()):
   """
   from statejax import config as cfg
   if path is None or not pathlib.Path(path).is_file():
-    near = ', '.join(sorted(map(str, pathlib.Path('configs').glob('[a-z]*.py'))))
-    raise UserError(f'--config={path}: expected a config file'
-                    + (f', for example one of {near}.' if near else '.'))
+    known = sorted(map(str, pathlib.Path('configs').glob('[a-z]*.py')))
+    hint = f', for example one of {", ".join(known)}' if known else ''
+    raise UserError(f'--config={path}: expected a config file{hint}.')
   spec = importlib.util.spec_from_file_location('statejax_config', path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
@@ -77,11 +79,17 @@ def train():
 def generate():
   """Emits text from a trained run, or from a saved state."""
   import jax
+
   from statejax import generate as gen
   from statejax import state as st
   from statejax.artifact import serving
   from statejax.tasks import text
   from statejax.train import restore
+  if RESUME.value and PROMPT.value:
+    raise UserError('--resume goes on where the state stands, --prompt begins '
+                    'anew: give one of them.')
+  if SAVE.value:
+    _refuse_unsavable(pathlib.Path(SAVE.value))
   model, params = restore.from_workdir(_workdir())
   params = model.unstack(params)
   sampling = gen.Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value)
@@ -98,8 +106,11 @@ def generate():
         key=jax.random.key(SEED.value))
     sys.stdout.write(PROMPT.value or '')
     state = gen.prefill(model, params, state, prompt, sampling=sampling)
+  # Tokens are bytes, a character may take several of them.
+  decoder = codecs.getincrementaldecoder('utf-8')('replace')
   def show(tokens):
-    sys.stdout.write(text.decode(tokens[:1]))
+    ids = [i for i in tokens[:1].tolist() if 0 <= i < text.END]
+    sys.stdout.write(decoder.decode(bytes(ids)))
     sys.stdout.flush()
   _, state = gen.generate(model, params, state, TOKENS.value,
                           sampling=sampling, callback=show)
@@ -111,10 +122,19 @@ def generate():
           file=sys.stderr)
 
 
+def _refuse_unsavable(path):
+  """Says before the work, not after it, that it could not be saved."""
+  if path.exists():
+    raise UserError(f'--save={path}: exists already, and nothing saved is '
+                    'overwritten; choose another name.')
+  if not path.absolute().parent.is_dir():
+    raise UserError(f'--save={path}: expected {path.parent} to be a directory; '
+                    'make it first.')
+
+
 def show(path):
   """Prints what a saved state, checkpoint or workdir is."""
-  from statejax.artifact import commit, serving
-  from statejax.artifact import store
+  from statejax.artifact import commit, serving, store
   from statejax.train import checkpoint
   path = pathlib.Path(path)
   if (path / 'checkpoints').is_dir():
@@ -145,6 +165,7 @@ def doctor():
   import platform
 
   import jax
+
   import pallas_kernels
   print(f'python {platform.python_version()}')
   for name in ('statejax', 'jax', 'jaxlib', 'flax', 'optax',
@@ -170,7 +191,7 @@ def main(argv):
   """Runs one command; a user's mistake prints one line and exits with 2."""
   name, rest = (argv[1] if len(argv) > 1 else None), argv[2:]
   try:
-    if name not in COMMANDS or (bool(rest) != (name == 'show')):
+    if name not in COMMANDS or len(rest) != (name == 'show'):
       raise UserError(f'usage: python -m statejax.main '
                       f'{"|".join(COMMANDS)} [flags]; show takes one path.')
     COMMANDS[name](*rest)
@@ -183,6 +204,8 @@ def run():
   """Entry point."""
   import jax
   jax.config.config_with_absl()
+  # It reports every kind of device that is not there.
+  logging.getLogger('jax._src.xla_bridge').setLevel(logging.WARNING)
   app.run(main)
 
 

@@ -1,7 +1,8 @@
 """Logical axis names to mesh axes, and the mesh itself."""
 
+import math
+
 import jax
-import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 AXES = ('data', 'fsdp', 'tensor')
@@ -32,23 +33,27 @@ def make_mesh(*, data=None, fsdp=1, tensor=1, devices=None):
   """Returns a mesh with axes `data`, `fsdp`, `tensor`.
 
   Args:
-    data: size of the data axis; None takes the devices that are left.
+    data: size of the data axis; None takes the devices that are left. A
+      number takes the first `data * fsdp * tensor` devices, no more.
     fsdp: size of the parameter-sharding axis.
     tensor: size of the head-sharding axis.
-    devices: None means all.
+    devices: to choose from; None means all of `jax.devices()`.
 
   Raises:
-    ValueError: the sizes do not multiply to the number of devices.
+    ValueError: a size is below 1, or they do not fit the devices.
   """
   devices = jax.devices() if devices is None else devices
-  data = len(devices) // (fsdp * tensor) if data is None else data
-  if data * fsdp * tensor != len(devices):
+  sizes = (len(devices) // max(1, fsdp * tensor) if data is None else data,
+           fsdp, tensor)
+  count = math.prod(sizes)
+  idle = len(devices) - count
+  if min(sizes) < 1 or idle < 0 or (idle and data is None):
     raise ValueError(
-        f'mesh: data={data} x fsdp={fsdp} x tensor={tensor} = '
-        f'{data * fsdp * tensor}, but there are {len(devices)} devices; '
-        'choose sizes that multiply to that.')
-  return jax.make_mesh((data, fsdp, tensor), AXES,
-                       axis_types=(AxisType.Auto,) * 3, devices=devices)
+        'mesh: expected sizes above 0 that multiply to the number of devices, '
+        f'{len(devices)}, or with a given data to less; got data={data}, '
+        f'fsdp={fsdp}, tensor={tensor}.')
+  return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3,
+                       devices=devices[:count])
 
 
 def spec(axes, shape, mesh, path='array', rules=None):
@@ -74,7 +79,7 @@ def spec(axes, shape, mesh, path='array', rules=None):
     target = rules[name]
     target = (target,) if isinstance(target, str) else (target or ())
     target = tuple(a for a in target if mesh.shape[a] > 1 and a not in used)
-    parts = int(np.prod([mesh.shape[a] for a in target], dtype=np.int64))
+    parts = math.prod(mesh.shape[a] for a in target)
     if size % parts:
       raise ValueError(f'{path}: axis {name}={size} is not divisible by '
                        f'{parts} = mesh axes {target}; choose another mesh.')

@@ -220,8 +220,11 @@ def append_clamps_at_the_end(right, store, new, slot, first, count):
 
 
 @mutant('full', 'fixed_point', common.Context, 'new_length')
-def length_in_16_bits(right, self):
-  return right(self).astype(jnp.int16)
+@mutant('full', 'no_recompile', common.Context, 'new_length')
+@mutant('full', 'donation', common.Context, 'new_length')
+def length_changes_its_type(right, self):
+  other = {jnp.dtype('int32'): 'int16', jnp.dtype('int16'): 'int32'}
+  return right(self).astype(other[self.length.dtype])
 
 
 @mutant('full', 'padding', common.Context, 'valid')

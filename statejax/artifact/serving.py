@@ -21,13 +21,9 @@ def state_digest(state, schema=None) -> str:
     state: `ServingState`.
     schema: needed where a growing leaf holds one slot per several tokens.
   """
-  rows = {f'row_{i}': _tree(st.live(state, i, schema))
+  rows = {f'row_{i}': st.live(state, i, schema)
           for i in range(st.rows(state))}
   return digest.tree_digest(rows)
-
-
-def _tree(state):
-  return {path: value for path, value, _, _ in st.leaves(state)}
 
 
 def save_state(path, model, params, state):
@@ -123,8 +119,8 @@ def load_state(path, model, params, *, capacity: int | None = None):
                      'with the parameters that made it.')
   capacity = facts['capacity'] if capacity is None else capacity
   if facts['capacity'] is not None and capacity < max(facts['length']):
-    raise ValueError(f'{path}: expected capacity >= {max(facts["length"])} (the '
-                     f'longest row), got {capacity}.')
+    raise ValueError(f'{path}: expected capacity >= {max(facts["length"])}, '
+                     f'the longest row, got {capacity}.')
   target = model.state_schema(facts['rows'], min(
       facts['stored'], facts['capacity'] or 0), logits=facts['logits'])
   state = store.read_tree(path, st.abstract(target))

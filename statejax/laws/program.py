@@ -1,5 +1,7 @@
 """Laws of the compiled step: its types, its memory, its cache."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -90,7 +92,10 @@ def donation(bench):
   before = bn.host(copy)
   # A program of its own: the others must leave their states alive.
   step = jax.jit(lambda *args: bench.subject.step(*args), donate_argnums=1)
-  compiled = step.lower(bench.params, state, token, n, None).compile()
+  with warnings.catch_warnings():
+    # What jax would warn of is an error here, with the leaf's name.
+    warnings.simplefilter('ignore')
+    compiled = step.lower(bench.params, state, token, n, None).compile()
   size = sum(st.nbytes(state).values())
   got, new = compiled(bench.params, state, token, n, None)
   for path, x, _, _ in st.leaves(state):

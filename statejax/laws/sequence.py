@@ -11,20 +11,29 @@ def split(bench):
 
   Chunks of length 0, 1, and around every window, convolution and chunk length,
   in another order in each row, and random ones. After each chunk the state is
-  that of one pass over the prefix. Within tolerance.
+  that of one pass over the prefix. Within tolerance; at multiples of the
+  subject's `grid` exact.
   """
-  whole, _ = bench.run(bench.warm, bench.inputs)
+  grid = getattr(bench.subject, 'grid', None)
+  if grid is not None and bench.steps % grid == 0:
+    even = np.full((bench.rows, bench.steps // grid), grid)
+    _run_chunks(bench, even, exact=True)
   for lengths in _partitions(bench):
-    state, at = bench.warm, np.zeros(bench.rows, int)
-    for count in lengths.T:
-      note = f'chunks {lengths.tolist()}'
-      part, state = bench.run(
-          state, bn.gather(bench.inputs, at, count), count)
-      bench.same_outputs(part, bn.gather(whole, at, count), count, at=at,
-                         note=note)
-      at = at + count
-      _, prefix = bench.run(bench.warm, bench.inputs, at)
-      bench.same_state(state, prefix, note=note)
+    _run_chunks(bench, lengths, exact=False)
+
+
+def _run_chunks(bench, lengths, exact):
+  """Compares chunks of `lengths` [B, chunks] with one pass."""
+  whole, _ = bench.run(bench.warm, bench.inputs)
+  state, at = bench.warm, np.zeros(bench.rows, int)
+  note = f'chunks {lengths.tolist()}'
+  for count in lengths.T:
+    part, state = bench.run(state, bn.gather(bench.inputs, at, count), count)
+    bench.same_outputs(part, bn.gather(whole, at, count), count, at=at,
+                       exact=exact, note=note)
+    at = at + count
+    _, prefix = bench.run(bench.warm, bench.inputs, at)
+    bench.same_state(state, prefix, exact=exact, note=note)
 
 
 def _partitions(bench):
@@ -175,7 +184,22 @@ def packed(bench):
     bench.same_outputs(bn.gather(got, start, count), want, count, at=start,
                        note=note)
   bench.same_state(state, final, note=note)
+  _padded_border(bench)
   _no_leak(bench, segments, starts[:, -1], got, state)
+
+
+def _padded_border(bench):
+  """A border with padding on it, as where documents are aligned."""
+  lengths = np.array([5, 3, 9, 7])
+  segments = np.tile(np.repeat([2, -1, 5, -1], lengths), (bench.rows, 1))
+  inputs = bn.poisoned(bench.inputs, segments >= 0, 1e9)
+  got, state = bench.run(bench.warm, inputs, segments=segments)
+  note = 'documents of 5 and 9 tokens with padding between'
+  for origin, start, count in ((bench.warm, 0, 5), (bench.fresh(), 8, 9)):
+    place = slice(start, start + count)
+    want, final = bench.run(origin, bench.inputs[:, place])
+    bench.same_outputs(got[:, place], want, at=start, note=note)
+  bench.same_state(state, final, note=note)
 
 
 def _no_leak(bench, segments, start, outputs, state):

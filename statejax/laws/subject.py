@@ -12,6 +12,7 @@ say more about itself:
 
   reach: tokens that an output can see, itself included; None for all.
   phases: chunk lengths worth trying, such as a window and its neighbours.
+  grid: chunk length such that splits at its multiples are exact; None for none.
   tolerance: largest relative error where a law is not exact.
   state_schema(rows, capacity): the `statejax.state.Leaf` of every leaf.
 """
@@ -112,6 +113,10 @@ class MixerSubject:
   @property
   def phases(self):
     return _phases([self.layer.mixer])
+
+  @property
+  def grid(self):
+    return getattr(self.layer.mixer, 'chunk', None)
 
   def init(self, key):
     return {'group_0': self.model.init(key)['group_0']}

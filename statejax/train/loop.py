@@ -3,19 +3,19 @@
 import dataclasses
 import json
 import math
+import os
 import pathlib
 import signal
 import sys
 import time
 
 import jax
-import numpy as np
 
 from statejax import config as cfg
 from statejax import sharding
 from statejax.model import LanguageModel
-from statejax.train import checkpoint, step as train_step
-from statejax.train import optimizer as optimizers
+from statejax.train import checkpoint
+from statejax.train import step as train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Result:
     model: the `LanguageModel`.
     params: trained parameters.
     step: updates done.
-    metrics: the last line of `metrics.jsonl`.
+    metrics: of the last update; empty if this process made none.
     evaluation: loss, bits and accuracy on held-out data, or None if the run
       was stopped before its end.
     seconds: wall-clock time of this process's updates.
@@ -83,10 +83,18 @@ class _Run:
     self.report = report or (lambda line: print(line, file=sys.stderr))
     self.model = LanguageModel(config.model)
     t = config.train
-    if t.rows % t.accumulate:
-      raise ValueError(f'train: rows={t.rows} must be divisible by '
-                       f'accumulate={t.accumulate}.')
     self.mesh = sharding.make_mesh(data=t.data, fsdp=t.fsdp, tensor=t.tensor)
+    parts = self.mesh.shape['data'] * self.mesh.shape['fsdp']
+    if t.rows % t.accumulate or t.rows % parts:
+      raise ValueError(
+          f'train: expected rows divisible by accumulate={t.accumulate} and by '
+          f'data * fsdp = {parts} devices, got rows={t.rows}; change one of '
+          'them, e.g. train.data=1.')
+    if t.keep < 1 or t.save_every < 1 or t.log_every < 1:
+      raise ValueError(
+          'train: expected keep, save_every and log_every of at least 1, got '
+          f'keep={t.keep}, save_every={t.save_every}, '
+          f'log_every={t.log_every}.')
     self.folder = workdir / 'checkpoints'
     self.stopping = False
 
@@ -112,7 +120,7 @@ class _Run:
       if _identity(old) != _identity(mine):
         raise ValueError(f'{self.workdir}: holds a run of another config; use '
                          'another workdir, or remove this one.')
-    path.write_text(json.dumps(mine, indent=1) + '\n')
+    _replace(path, json.dumps(mine, indent=1) + '\n')
 
   def _data(self):
     from statejax.tasks import pipeline
@@ -124,17 +132,13 @@ class _Run:
 
   def _shardings(self):
     """Of the whole TrainState: optimizer moments lie where parameters do."""
-    import optax
     make = lambda: train_step.initial(self.model, self.config.train)
     abstract = jax.eval_shape(make)
     params = sharding.shardings(
         self.model.axes(), abstract.params, self.mesh)
     whole = jax.sharding.NamedSharding(
         self.mesh, jax.sharding.PartitionSpec())
-    chain = optimizers.make_optimizer(self.config.train, self.model.axes())
-    optimizer = optax.tree_utils.tree_map_params(
-        chain, lambda _, s: s, abstract.optimizer, params,
-        transform_non_params=lambda _: whole)
+    optimizer = _like_params(abstract.optimizer, params, whole)
     return make, abstract, train_step.TrainState(
         params, optimizer, whole, whole)
 
@@ -161,12 +165,14 @@ class _Run:
   def _truncate_log(self, done):
     """Drops metric lines of steps that will run again."""
     path = self.workdir / 'metrics.jsonl'
-    kept = []
-    if path.exists():
-      for line in path.read_text().splitlines(keepends=True):
-        if line.endswith('\n') and json.loads(line)['step'] <= done:
-          kept.append(line)
-    path.write_text(''.join(kept))
+    path.touch()
+    size = 0
+    for line in path.read_bytes().splitlines(keepends=True):
+      if not line.endswith(b'\n') or json.loads(line)['step'] > done:
+        break
+      size += len(line)
+    # In place, so that there is no moment at which the kept lines are missing.
+    os.truncate(path, size)
 
   def _place(self, batch):
     return {name: jax.make_array_from_process_local_data(self.by_row, x)
@@ -177,7 +183,8 @@ class _Run:
     begin, first, line = time.perf_counter(), done, {}
     ready, waiting = begin, None
     with open(self.workdir / 'metrics.jsonl', 'a') as log:
-      while done < t.steps and not self.stopping:
+      stopping = False
+      while done < t.steps and not stopping:
         batch = self._place(next(data))
         state, metrics = train_step.update(self.model, t, state, batch)
         # Metrics of a step are read after the next one is dispatched.
@@ -192,18 +199,20 @@ class _Run:
           line = self._flush(log, waiting)
           waiting = None
           self._write(log, {'step': done, 'eval': self._evaluate(state)})
-        if self._due(t.save_every, done) or done == t.steps or self.stopping:
+        stopping = self.stopping  # read once: the signal may come any time
+        if self._due(t.save_every, done) or done == t.steps or stopping:
           line = self._flush(log, waiting) or line
           waiting = None
+          os.fsync(log.fileno())
           self._save(state, done, data)
         if line and done % max(1, t.steps // 20) == 0:
           self._progress(line, done, (done - first - 1) * t.rows * t.length
                          / max(time.perf_counter() - ready, 1e-9))
     evaluation = None
-    if done == t.steps:
+    if done >= t.steps:
       evaluation = self._evaluate(state)
-      (self.workdir / 'evaluation.json').write_text(
-          json.dumps(evaluation) + '\n')
+      _replace(self.workdir / 'evaluation.json',
+               json.dumps(evaluation) + '\n')
     return Result(self.model, state.params, done, line, evaluation,
                   time.perf_counter() - begin,
                   (done - first) * t.rows * t.length)
@@ -250,16 +259,36 @@ class _Run:
   def _evaluate(self, state):
     from statejax.tasks import pipeline
     t = self.config.train
-    total = np.zeros(3)
+    loss = correct = count = 0.0
     for batch in pipeline.evaluation(
         make_task(self.config, 'eval'), rows=t.rows // jax.process_count(),
         length=t.length, batches=t.eval_batches):
       sums = train_step.evaluate(self.model, state.params, self._place(batch))
-      total += [float(sums.loss), float(sums.correct), float(sums.count)]
-    loss = total[0] / max(total[2], 1.0)
+      loss += float(sums.loss)
+      correct += float(sums.correct)
+      count += float(sums.count)
+    loss, accuracy = loss / max(count, 1.0), correct / max(count, 1.0)
     return {'loss': round(loss, 6), 'bits': round(loss / math.log(2), 6),
-            'accuracy': round(total[1] / max(total[2], 1.0), 6),
-            'tokens': int(total[2])}
+            'accuracy': round(accuracy, 6), 'tokens': int(count)}
+
+
+def _like_params(tree, params, default):
+  """Gives each leaf what the parameter has whose path its own path ends with.
+
+  So an optimizer's moments, wherever it keeps them, lie as their parameters.
+  """
+  named = dict(jax.tree_util.tree_flatten_with_path(params)[0])
+  def one(path, _):
+    ends = (path[i:] for i in range(len(path)))
+    return next((named[end] for end in ends if end in named), default)
+  return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def _replace(path, text):
+  """Writes a file of which a kill leaves the old or the new, never a part."""
+  new = path.with_name(f'.{path.name}.new')
+  new.write_text(text)
+  new.replace(path)
 
 
 def _identity(config: dict):

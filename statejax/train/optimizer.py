@@ -1,4 +1,4 @@
-"""Optax chains from a TrainConfig: clip, AdamW or Muon, warm-up-stable-decay."""
+"""Optax chains of a TrainConfig: clip, AdamW or Muon, warm up, hold, decay."""
 
 import jax
 import optax

@@ -8,7 +8,8 @@ import numpy as np
 
 from statejax import config as cfg
 from statejax.model import LanguageModel
-from statejax.train import checkpoint, step as train_step
+from statejax.train import checkpoint
+from statejax.train import step as train_step
 
 
 def from_workdir(workdir):
