@@ -17,3 +17,11 @@ def float64():
   with jax.enable_x64(True) if hasattr(jax, 'enable_x64') else (
       jax.experimental.enable_x64()):
     yield
+
+
+@pytest.fixture(scope='module')
+def quick_compile():
+  """Compiles three times as fast, to slower programs; for tiny models."""
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)

@@ -97,8 +97,9 @@ def about(path) -> dict:
 def load_state(path, model, params, *, capacity: int | None = None):
   """Reads a serving state back.
 
-  Continuing from it is bit-identical to never having stopped: same params,
-  program and topology.
+  Continuing from it is bit-identical to never having stopped: with the same
+  params, capacity, program and topology. Another capacity is another program,
+  equal within rounding.
 
   Args:
     path: what `save_state` has made.

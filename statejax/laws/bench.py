@@ -192,11 +192,12 @@ class Bench:
         self.fail('length', row=row, expected=lengths[1], got=lengths[0],
                   note=note)
       for (path, a, axes, kind), (_, b, _, _) in pairs:
-        slots = lengths[0] // self.strides.get(path, 1)
-        a, b = (_live(x, axes, kind, row, slots) for x in (a, b))
+        stride = self.strides.get(path, 1)
+        a, b = (_live(x, axes, kind, row, lengths[0] // stride)
+                for x in (a, b))
         bad = self._wrong(a, b, exact)
         if bad is not None:
-          step = bad[0] if kind == 'growing' else lengths[0]
+          step = bad[0] * stride if kind == 'growing' else lengths[0]
           self.fail(path, row=row, step=step, expected=b[bad], got=a[bad],
                     note=note)
 

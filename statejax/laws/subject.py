@@ -42,6 +42,11 @@ class ModelSubject:
   model: lm.LanguageModel
   unstacked: bool = False
 
+  def __str__(self):
+    c = self.model.config
+    return (f'model of {len(c.names)} layers ({", ".join(sorted(set(c.names)))}'
+            f'), width {c.width}, {c.dtype}')
+
   @property
   def tolerance(self):
     return MODEL
@@ -94,6 +99,10 @@ class MixerSubject:
   norm: cfg.NormConfig = cfg.NormConfig()
   dtype: str = 'float32'
   store_dtype: str | None = None
+
+  def __str__(self):
+    return (f'{type(self.layer.mixer).__name__} in a layer of width '
+            f'{self.width}, {self.dtype}')
 
   @property
   def model(self):
