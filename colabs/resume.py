@@ -24,17 +24,18 @@ import tempfile
 
 setup = '''
 import jax
-import statejax
 from statejax import config as c
 from statejax.artifact import serving
+from statejax.generate import Sampling, generate, prefill
+from statejax.model import LanguageModel
 
 layers = (c.LayerConfig('kda', c.KDAConfig(heads=2, key=16, value=16, rank=8)),
           c.LayerConfig('full', c.AttentionConfig(4, 2, 16, 16, rope=None)))
-model = statejax.LanguageModel(c.ModelConfig(
+model = LanguageModel(c.ModelConfig(
     vocab=256, width=64, layers=layers,
     groups=(c.GroupConfig(('kda', 'kda', 'kda', 'full'), 1),)))
 params = model.init(jax.random.key(0))
-sampling = statejax.Sampling(temperature=1.0)
+sampling = Sampling(temperature=1.0)
 '''
 exec(setup)
 
@@ -44,8 +45,8 @@ exec(setup)
 # %%
 prompt = jax.random.randint(jax.random.key(1), (1, 40), 0, 256)
 state = model.init_state(rows=1, capacity=128)
-state = statejax.prefill(model, params, state, prompt, sampling=sampling)
-first, state = statejax.generate(model, params, state, 16, sampling=sampling)
+state = prefill(model, params, state, prompt, sampling=sampling)
+first, state = generate(model, params, state, 16, sampling=sampling)
 
 folder = pathlib.Path(tempfile.mkdtemp())
 digest = serving.save_state(folder / 'state', model, params, state)
@@ -57,7 +58,7 @@ print('saved', digest[:16], 'after', int(state.length[0]), 'tokens')
 # %%
 script = setup + f'''
 state = serving.load_state({str(folder / 'state')!r}, model, params)
-tokens, state = statejax.generate(model, params, state, 16, sampling=sampling)
+tokens, state = generate(model, params, state, 16, sampling=sampling)
 print(*tokens[0], serving.state_digest(state))
 '''
 done = subprocess.run([sys.executable, '-c', script], capture_output=True,
@@ -68,7 +69,7 @@ done = subprocess.run([sys.executable, '-c', script], capture_output=True,
 # Never having stopped gives the same.
 
 # %%
-tokens, state = statejax.generate(model, params, state, 16, sampling=sampling)
+tokens, state = generate(model, params, state, 16, sampling=sampling)
 print('expected', *tokens[0], serving.state_digest(state)[:16])
 print('obtained', *resumed, resumed_digest[:16])
 assert [int(t) for t in resumed] == tokens[0].tolist()

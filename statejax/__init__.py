@@ -8,7 +8,6 @@ __version__ = '0.1.0'
 # costs nothing and the artifact verifier never imports jax.
 _NAMES = {
     'config': ('override',),
-    'generate': ('Sampling', 'decode', 'generate', 'prefill'),
     'model': ('LanguageModel',),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
