@@ -1,9 +1,9 @@
 # %% [markdown]
 # # A state that survives its process
 #
-# A sequence model's state is one pytree. Here it is filled from a prompt, saved,
-# restored in **another process**, and continued there: same tokens, same bits
-# as if nothing had happened. CPU, under a minute.
+# A sequence model's state is one pytree. Here it is filled from a prompt,
+# saved, restored in **another process**, and continued there: same tokens, same
+# bits as if nothing had happened. CPU, under a minute.
 
 # %%
 import subprocess

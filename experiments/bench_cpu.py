@@ -140,6 +140,7 @@ def our_jobs(model, params, sizes, tokens):
   import jax
   import jax.numpy as jnp
   import optax
+
   from statejax import generate as gen
   from statejax import model as lm
   train_tokens, prompt, context = tokens
@@ -264,6 +265,7 @@ def main(_):
   import jax
   import numpy as np
   import torch
+
   from statejax.model import LanguageModel
   torch.set_num_threads(os.cpu_count())
   smoke = SMOKE.value
@@ -316,6 +318,7 @@ def main(_):
 def bounds(model, params, sizes, times):
   """How far each job is from the machine's own limits, in this run."""
   import jax
+
   from statejax import state as st
   count = sum(x.size for x in jax.tree.leaves(params))
   flops = 2 * 1024 ** 3 / min(times['machine', 'matmul, jax'],

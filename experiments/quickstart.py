@@ -49,6 +49,7 @@ def train(name, overrides):
 def generate(role):
   """Generates in this process as `role` says; prints what came of it."""
   import jax
+
   from statejax import generate as gen
   from statejax.artifact import serving
   from statejax.tasks import text

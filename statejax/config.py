@@ -278,7 +278,7 @@ class Config:
   task: TaskConfig = TaskConfig()
 
 
-def override(config, assignment: str):
+def override(config, assignment: str) -> typing.Any:
   """Returns `config` with one typed field replaced.
 
   The path may pass through fields of dataclasses, and through tuples of
@@ -369,7 +369,7 @@ def _fits(value, hint):
   return isinstance(value, hint)
 
 
-def to_dict(config):
+def to_dict(config) -> typing.Any:
   """Returns `config` as nested dicts and lists that JSON can hold.
 
   Every dataclass carries its type under `type`, so that two mixers with equal
@@ -384,7 +384,7 @@ def to_dict(config):
   return config
 
 
-def from_dict(data):
+def from_dict(data) -> typing.Any:
   """Undoes `to_dict`, for the config types of this module.
 
   Raises:

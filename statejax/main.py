@@ -8,10 +8,10 @@
 """
 
 import codecs
-import importlib.util
 import json
 import logging
 import pathlib
+import runpy
 import sys
 
 from absl import app, flags
@@ -48,10 +48,8 @@ def load_config(path, overrides=()):
     known = sorted(map(str, pathlib.Path('configs').glob('[a-z]*.py')))
     hint = f', for example one of {", ".join(known)}' if known else ''
     raise UserError(f'--config={path}: expected a config file{hint}.')
-  spec = importlib.util.spec_from_file_location('statejax_config', path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  config = module.get_config()
+  module = runpy.run_path(str(path))
+  config = module['get_config']()
   for assignment in overrides:
     config = cfg.override(config, assignment)
   return config

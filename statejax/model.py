@@ -70,7 +70,7 @@ class LanguageModel:
     c = self.config
     box = lambda value, *names: nn.LogicallyPartitioned(value, names)
     normal = jax.nn.initializers.normal
-    params = {
+    params: dict = {
         'embed': box(normal(c.width ** -0.5)(
             jax.random.fold_in(key, 0), (c.vocab, c.width), jnp.float32),
                      'vocab', 'embed'),
@@ -312,15 +312,11 @@ def apply(model, params, state, tokens, n_valid=None, segment_ids=None, *,
   x, layers = run_groups(model, params, x, state.layers, context)
   x = norm.rms_norm(x, params['norm'], eps=c.norm.eps, offset=c.norm.offset)
   x = jnp.where(context.valid[..., None], x, jnp.zeros((), x.dtype))
-  last = None
-  if keep == 'last' or state.logits is not None:
-    at = jnp.maximum(n_valid - 1, 0)[:, None, None]
-    last = _head(params, jnp.take_along_axis(x, at, axis=1))
-  if keep == 'all':
-    x = x if back is None else jnp.take_along_axis(x, back[..., None], axis=1)
-    logits = _head(params, x)
-  else:
-    logits = last
+  # Of the two, XLA computes what is used.
+  at = jnp.maximum(n_valid - 1, 0)[:, None, None]
+  last = _head(params, jnp.take_along_axis(x, at, axis=1))
+  x = x if back is None else jnp.take_along_axis(x, back[..., None], axis=1)
+  logits = last if keep == 'last' else _head(params, x)
   new = dataclasses.replace(
       state, layers=layers, length=context.new_length,
       witness=witness.absorb(
@@ -460,7 +456,7 @@ def _scanned(model, group, params, x, layers, used, context):
   (x, stores), fixed = jax.lax.scan(
       body, (x, stores), (jnp.arange(group.repeats), params, fixed))
   layers = dict(layers)
-  for name, count in counts.items():
+  for name in counts:
     low, whole = used[name], layers[name]
     values = {}
     for f, value in fixed[name].items():

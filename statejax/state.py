@@ -12,12 +12,17 @@ The functions below walk these declarations. No mixer repeats them.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 KINDS = ('fixed', 'growing')
+
+# A leaf of a state class: a jax.Array, or what describes one (`Spec`, `Leaf`, a
+# sharding), as schemas are states too.
+Array = Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,11 +100,11 @@ class ServingState:
   """
 
   layers: dict
-  length: jax.Array = leaf('batch')
-  pending: jax.Array = leaf('batch', fill=-1)
-  witness: jax.Array = leaf('batch lanes')
-  key: jax.Array = leaf('batch words')
-  logits: jax.Array | None = leaf('batch vocab')
+  length: Array = leaf('batch')
+  pending: Array = leaf('batch', fill=-1)
+  witness: Array = leaf('batch lanes')
+  key: Array = leaf('batch words')
+  logits: Array | None = leaf('batch vocab')
 
 
 @jax.tree_util.register_dataclass
@@ -146,7 +151,7 @@ def leaves(state):
   Works on states, on schemas and on trees of `Spec`.
   """
   for path, value, meta in _declared(state):
-    axes = (('layers',) if meta['stacked'] else ()) + meta['axes']
+    axes = (*(('layers',) if meta['stacked'] else ()), *meta['axes'])
     yield '/'.join(path), value, axes, meta['kind']
 
 
@@ -348,7 +353,7 @@ def nbytes(state) -> dict[str, int]:
 
   Works on states, schemas and abstract states: nothing is allocated.
   """
-  total = dict.fromkeys(KINDS, 0)
+  total = {kind: 0 for kind in KINDS}
   for _, value, _, kind in leaves(state):
     size = int(np.prod(value.shape, dtype=np.int64))
     total[kind] += size * np.dtype(value.dtype).itemsize
@@ -406,8 +411,8 @@ def diff(left, right, *, tolerance: float = 0.0, schema=None):
     if int(left.length[row]) != int(right.length[row]):
       return Difference(row, 'length', (), int(left.length[row]),
                         int(right.length[row]))
-    pair = zip(leaves(live(left, row, schema)), leaves(live(right, row, schema)))
-    for (path, a, _, _), (_, b, _, _) in pair:
+    pair = (leaves(live(state, row, schema)) for state in (left, right))
+    for (path, a, _, _), (_, b, _, _) in zip(*pair):
       at = _first_difference(a, b, tolerance)
       if at is not None:
         return Difference(row, path, at, a[at].item(), b[at].item())

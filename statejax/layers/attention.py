@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from statejax.config import AttentionConfig
 from statejax.layers.common import Proj, RMSNorm, weight
 from statejax.ops import attend, rope, store, window
-from statejax.state import Spec, leaf
+from statejax.state import Array, Spec, leaf
 
 
 @jax.tree_util.register_dataclass
@@ -22,8 +22,8 @@ class StoreState:
     v: [B, G, N, V], store dtype; growing.
   """
 
-  k: jax.Array = leaf('batch kv_heads capacity key', 'growing')
-  v: jax.Array = leaf('batch kv_heads capacity value', 'growing')
+  k: Array = leaf('batch kv_heads capacity key', 'growing')
+  v: Array = leaf('batch kv_heads capacity value', 'growing')
 
 
 @jax.tree_util.register_dataclass
@@ -36,8 +36,8 @@ class RingState:
     v: [B, G, W, V], store dtype; fixed.
   """
 
-  k: jax.Array = leaf('batch kv_heads window key')
-  v: jax.Array = leaf('batch kv_heads window value')
+  k: Array = leaf('batch kv_heads window key')
+  v: Array = leaf('batch kv_heads window value')
 
 
 class Attention(nn.Module):

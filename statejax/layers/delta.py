@@ -9,7 +9,7 @@ import numpy as np
 
 from statejax.layers import common
 from statejax.ops import conv
-from statejax.state import Spec, leaf
+from statejax.state import Array, Spec, leaf
 
 
 @jax.tree_util.register_dataclass
@@ -24,10 +24,10 @@ class DeltaState:
     tail_v: of the value convolution, [B, taps-1, HV, V].
   """
 
-  matrix: jax.Array = leaf('batch heads key value')
-  tail_q: jax.Array = leaf('batch taps key_heads key')
-  tail_k: jax.Array = leaf('batch taps key_heads key')
-  tail_v: jax.Array = leaf('batch taps heads value')
+  matrix: Array = leaf('batch heads key value')
+  tail_q: Array = leaf('batch taps key_heads key')
+  tail_k: Array = leaf('batch taps key_heads key')
+  tail_v: Array = leaf('batch taps heads value')
 
 
 def state_specs(rows, heads, value_heads, key, value, taps, dtype):

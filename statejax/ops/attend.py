@@ -55,8 +55,9 @@ def attend(q, segments, *, scale, sink=None):
       jnp.matmul, preferred_element_type=wide,
       precision=jax.lax.Precision.HIGHEST if q.dtype == wide else None)
   # Heads of a group are rows of one product: [B, G, (H/G) T, K] x [B, G, K, N].
-  grouped = (q * jnp.asarray(scale, q.dtype)).reshape(batch, length, groups, per, width).transpose(
-      0, 2, 3, 1, 4).reshape(batch, groups, per * length, width)
+  grouped = (q * jnp.asarray(scale, q.dtype)).reshape(
+      batch, length, groups, per, width).transpose(0, 2, 3, 1, 4).reshape(
+          batch, groups, per * length, width)
   segments = [s for s in segments if s.k.shape[2]]
 
   def score(segment):
@@ -72,12 +73,14 @@ def attend(q, segments, *, scale, sink=None):
   for s in scores:
     top = jnp.maximum(top, jnp.max(s, axis=-1))
   sees = top > 0.5 * _MASKED
+  logit = None
   if sink is not None:
     logit = sink.astype(wide).reshape(1, groups, per, 1)
     top = jnp.maximum(top, logit)
   # The maximum only conditions the exponentials; no gradient runs through it.
   top = jax.lax.stop_gradient(top)
-  total = jnp.zeros(top.shape, wide) if sink is None else jnp.exp(logit - top)
+  total = (jnp.zeros(top.shape, wide) if logit is None
+           else jnp.exp(logit - top))
   out = jnp.zeros((batch, groups, per, length, segments[0].v.shape[-1]), wide)
   for segment, s in zip(segments, scores):
     p = jnp.exp(s - top[..., None])

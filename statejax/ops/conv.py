@@ -38,6 +38,7 @@ def short_conv(x, tail, weight, n_valid, *, document=None, start=None,
   # that a token convolves with the same bits whether it arrives in this call
   # or in a later one.
   full = jnp.concatenate([tail, x.astype(tail.dtype)], axis=1)
+  owner = None
   if document is not None:
     before = jnp.zeros((x.shape[0], taps - 1), document.dtype)
     owner = jnp.concatenate([before, document], axis=1)
@@ -46,7 +47,7 @@ def short_conv(x, tail, weight, n_valid, *, document=None, start=None,
     total = total + bias.astype(wide)[None, None]
   for w in range(taps):
     seen = full[:, w:w + length].astype(wide)
-    if document is not None:
+    if owner is not None:
       same = owner[:, w:w + length] == document
       seen = jnp.where(same[..., None], seen, jnp.zeros((), wide))
     total = total + seen * weight[w].astype(wide)[None, None]

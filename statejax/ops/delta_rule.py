@@ -1,5 +1,7 @@
 """The gated delta rule: recurrence, single step, and the public op."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -64,8 +66,8 @@ def delta_rule(
   Reference: arXiv 2406.06484 (no decay); arXiv 2412.06464 (decay per head);
     arXiv 2510.26692 (decay per channel).
   """
-  def fast(*args):
-    return _chunked(*args, chunk_size) if q.shape[1] > 1 else _step(*args)
+  fast = (_step if q.shape[1] == 1 else
+          functools.partial(_chunked, chunk_size=chunk_size))
 
   _check(q, k, v, log_decay, erase, write, state, n_valid, segment_ids)
   _check_chunk_size(chunk_size)

@@ -213,7 +213,7 @@ class _Run:
       evaluation = self._evaluate(state)
       _replace(self.workdir / 'evaluation.json',
                json.dumps(evaluation) + '\n')
-    return Result(self.model, state.params, done, line, evaluation,
+    return Result(self.model, state.params, done, line or {}, evaluation,
                   time.perf_counter() - begin,
                   (done - first) * t.rows * t.length)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +25,10 @@ class TrainState:
     key: root key data, [2] uint32; step n uses `fold_in(key, n)`.
   """
 
-  params: dict
-  optimizer: tuple
-  step: jax.Array
-  key: jax.Array
+  params: Any
+  optimizer: Any
+  step: Any
+  key: Any
 
 
 @jax.tree_util.register_dataclass

@@ -114,7 +114,7 @@ def test_gradient(float64, f):
   args = [jnp.asarray(normal(7 + i, *shape), jnp.float64)
           for i, shape in enumerate([(2, 6), (2, 6), (6,)])]
   assert f(*args).dtype == jnp.float64
-  check_grads(jit(f), args, order=1, modes=['rev'], atol=1e-7, rtol=1e-7)
+  check_grads(jax.jit(f), args, order=1, modes=['rev'], atol=1e-7, rtol=1e-7)
 
 
 # Rotary embedding.
