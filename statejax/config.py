@@ -396,7 +396,7 @@ def from_dict(data) -> typing.Any:
   if not isinstance(data, dict):
     return data
   fields = {k: from_dict(v) for k, v in data.items() if k != 'type'}
-  kind = globals().get(data.get('type', ''))
+  kind: typing.Any = globals().get(data.get('type', ''))
   if not dataclasses.is_dataclass(kind):
     raise ValueError(f'config: unknown type {data.get("type")!r}; it was saved '
                      'by another version, or defined outside statejax.config.')

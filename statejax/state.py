@@ -12,6 +12,7 @@ The functions below walk these declarations. No mixer repeats them.
 """
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -128,7 +129,8 @@ class Store:
     return jax.lax.dynamic_index_in_dim(self.data, self.layer, keepdims=False)
 
 
-def _declared(tree, path=(), stacked=False):
+def _declared(tree, path=(), stacked=False) -> Iterator[
+    tuple[tuple[str, ...], Any, dict[str, Any]]]:
   """Yields (path, value, metadata) of every declared leaf of a state."""
   if isinstance(tree, dict):
     for name in sorted(tree):
@@ -151,7 +153,7 @@ def leaves(state):
   Works on states, on schemas and on trees of `Spec`.
   """
   for path, value, meta in _declared(state):
-    axes = (*(('layers',) if meta['stacked'] else ()), *meta['axes'])
+    axes = ('layers', *meta['axes']) if meta['stacked'] else meta['axes']
     yield '/'.join(path), value, axes, meta['kind']
 
 
@@ -165,7 +167,7 @@ def map_leaves(function, state, *others):
   return _rebuild(state, iter(values))
 
 
-def _rebuild(tree, values):
+def _rebuild(tree, values) -> Any:
   if isinstance(tree, dict):
     return {name: _rebuild(tree[name], values) for name in sorted(tree)}
   changes = {}
@@ -353,7 +355,7 @@ def nbytes(state) -> dict[str, int]:
 
   Works on states, schemas and abstract states: nothing is allocated.
   """
-  total = {kind: 0 for kind in KINDS}
+  total: dict[str, int] = {'fixed': 0, 'growing': 0}
   for _, value, _, kind in leaves(state):
     size = int(np.prod(value.shape, dtype=np.int64))
     total[kind] += size * np.dtype(value.dtype).itemsize

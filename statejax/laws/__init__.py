@@ -62,7 +62,7 @@ class Report:
 
 def statement(name: str) -> str:
   """Returns the first line of a law's docstring."""
-  return LAWS[name].__doc__.partition('\n')[0]
+  return (LAWS[name].__doc__ or '').partition('\n')[0]
 
 
 def check(subject, *, laws=None, tolerance=None, key=None) -> Report:

@@ -1,6 +1,7 @@
 """The workplace of the laws: compiled steps, comparisons, the error raised."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +57,7 @@ class Bench:
     draw = lambda key: np.asarray(
         subject.inputs(key, self.rows, self.steps))
     self.subject, self.tolerance = subject, tolerance
-    self.law, self.worst = None, 0.0
+    self.law, self.worst = '', 0.0
     # The compiler would work longer on this than on the steps.
     self.params = jax.jit(lambda key: subject.init(key), **_quickly())(keys[0])
     self.inputs, self.others, self.before = map(draw, keys[1:4])
@@ -306,7 +307,7 @@ def gather(inputs, at, count):
   return out
 
 
-def _quickly():
+def _quickly() -> dict[str, Any]:
   """Options of a program that runs a few times: compiled three times faster.
 
   Not for steps, whose bits are compared and which are what will be used.

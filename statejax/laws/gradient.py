@@ -50,7 +50,7 @@ def _cotangents(bench, outputs, state):
 def _compare(bench, path, got, want):
   if not np.isfinite(want).all():
     bench.fail(path, expected='a finite gradient', got='NaN or infinity')
-  got, want = np.float64(got), np.float64(want)
+  got, want = (np.asarray(x, np.float64) for x in (got, want))
   error = np.max(np.abs(got - want)) / max(1.0, np.max(np.abs(want)))
   bench.worst = max(bench.worst, error)
   if not error <= 10 * bench.tolerance:

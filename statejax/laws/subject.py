@@ -55,7 +55,9 @@ class ModelSubject:
   def reach(self):
     reaches = [_reach(self.model.config.layer(name).mixer)
                for name in self.model.config.names]
-    return None if None in reaches else 1 + sum(r - 1 for r in reaches)
+    known = [r for r in reaches if r is not None]
+    return (1 + sum(r - 1 for r in known) if len(known) == len(reaches)
+            else None)
 
   @property
   def phases(self):
@@ -190,6 +192,6 @@ def _reach(mixer):
 
 def _phases(mixers):
   """Lengths at which something in one of the mixers begins anew."""
-  found = {getattr(mixer, name, None)
+  found = {getattr(mixer, name, None) or 0
            for mixer in mixers for name in ('window', 'conv', 'chunk')}
-  return tuple(sorted(found - {None}))
+  return tuple(sorted(found - {0}))

@@ -47,7 +47,7 @@ def short_conv(x, tail, weight, n_valid, *, document=None, start=None,
     total = total + bias.astype(wide)[None, None]
   for w in range(taps):
     seen = full[:, w:w + length].astype(wide)
-    if owner is not None:
+    if owner is not None and document is not None:
       same = owner[:, w:w + length] == document
       seen = jnp.where(same[..., None], seen, jnp.zeros((), wide))
     total = total + seen * weight[w].astype(wide)[None, None]

@@ -273,7 +273,7 @@ def _chunk_backward(x, state, d_y, d_after):
   d_reads, d_reads_e = split(d_reads, x.e)
   d_q += sum_groups(d_reads * intra.pre)
   d_k += sum_groups(d_keys * intra.suf)
-  if d_e is not None:
+  if d_e is not None and d_reads_e is not None:
     d_e += d_reads_e * intra.pre
   return _inputs_backward(x, d_q, d_e, d_k, d_u, d_log_decay), d_state
 

@@ -24,10 +24,10 @@ def choose(
     ValueError: the implementation asked for is unknown or declines.
     ExceptionGroup: None was asked for and every candidate declines.
   """
-  available = [n for n, f in candidates.items() if not isinstance(f, str)]
+  available = {n: f for n, f in candidates.items() if not isinstance(f, str)}
   if implementation is None:
     if available:
-      return candidates[available[0]]
+      return next(iter(available.values()))
     raise ExceptionGroup(
         f'{op}: no implementation accepts these arguments',
         [ValueError(f'{n}: {why}') for n, why in candidates.items()],
