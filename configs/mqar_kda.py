@@ -14,6 +14,6 @@ def get_config():
       model=c.ModelConfig(vocab=64, width=64, layers=(layer,),
                           groups=(c.GroupConfig(('kda',), 2),)),
       train=c.TrainConfig(
-          steps=400, rows=32, length=64, peak=1.5e-2, warmup=20, decay=150,
-          b2=0.98, save_every=200),
+          steps=440, rows=64, length=40, peak=8e-3, warmup=20, decay=220,
+          save_every=110),
       task=c.TaskConfig('mqar', pairs=8, items=100_000, vocab=64))

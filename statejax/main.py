@@ -112,7 +112,7 @@ def generate():
     sys.stdout.flush()
   _, state = gen.generate(model, params, state, TOKENS.value,
                           sampling=sampling, callback=show)
-  print()
+  print(decoder.decode(b'', final=True))
   if SAVE.value:
     found = serving.save_state(SAVE.value, model, params, state)
     print(f'saved {SAVE.value}: {int(state.length[0])} tokens, '

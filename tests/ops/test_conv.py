@@ -22,15 +22,20 @@ def strict():
     yield
 
 
-@jax.jit
-def conv(x, tail, weight, n_valid=None, document=None, start=None, bias=None):
+@functools.partial(jax.jit, static_argnames='activation')
+def conv(x, tail, weight, n_valid=None, document=None, start=None, bias=None,
+         activation=jax.nn.silu):
   if n_valid is None:
     n_valid = jnp.full((x.shape[0],), x.shape[1], jnp.int32)
   return short_conv(x, tail, weight, n_valid, document=document, start=start,
-                    bias=bias)
+                    bias=bias, activation=activation)
 
 
-def make(seed, taps=4, steps=9, rows=3, width=5, dtype='float32', tail=None):
+def identity(x):
+  return x
+
+
+def make(seed, taps=4, steps=9, rows=3, width=16, dtype='float32', tail=None):
   rng = np.random.default_rng(seed)
   normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
   return (normal(rows, steps, width).astype(dtype),
@@ -62,50 +67,56 @@ def test_oracle(taps):
   np.testing.assert_array_equal(new, full[:, x.shape[1]:])
 
 
-def pieces(x, tail, weight, bias, sizes):
+def pieces(x, tail, weight, bias, sizes, activation):
   out, x = [], np.asarray(x)
   for part in np.split(np.arange(x.shape[1]), np.cumsum(sizes)):
-    y, tail = conv(x[:, part], tail, weight, bias=bias)
+    y, tail = conv(x[:, part], tail, weight, bias=bias, activation=activation)
     out.append(np.asarray(y))
   return np.concatenate(out, 1), tail
 
 
-@pytest.mark.parametrize('dtype, tail', [
-    ('float32', 'float32'), ('bfloat16', 'bfloat16'), ('float32', 'bfloat16')])
-def test_splits(dtype, tail):
-  args = make(1, dtype=dtype, tail=tail)
-  want = conv(args[0], args[1], args[2], bias=args[3])
+# Since jax 0.12 XLA on CPU ends loops over sizes that do not fill its vectors
+# with another exponential, so SiLU meets full vectors only.
+@pytest.mark.parametrize('dtype, tail, width, activation', [
+    ('float32', 'float32', 16, jax.nn.silu),
+    ('float32', 'bfloat16', 16, jax.nn.silu),
+    ('bfloat16', 'bfloat16', 16, jax.nn.silu),
+    ('float32', 'float32', 5, identity)])
+def test_splits(dtype, tail, width, activation):
+  args = make(1, dtype=dtype, tail=tail, width=width)
+  want = conv(*args[:3], bias=args[3], activation=activation)
   cuts = [[i] for i in range(1, 9)] + [
       [1] * 8, [2, 2, 2, 2], [1, 2, 3], [3, 1, 1], [2, 1, 5]]
   for sizes in cuts:
-    for a, b in zip(pieces(*args, sizes), want):
+    for a, b in zip(pieces(*args, sizes, activation), want):
       np.testing.assert_array_equal(a, b, err_msg=str(sizes))
 
 
 def test_ragged_stream():
   """Rows advance by their own n_valid in 0..3, with loud or NaN padding."""
   x, tail, weight, bias = make(2, steps=14)
-  want, _ = conv(x, tail, weight, bias=bias)
+  want, _ = map(np.asarray, conv(x, tail, weight, bias=bias))
+  x, tail = np.asarray(x), np.asarray(tail)
   full = np.concatenate([tail, x], 1)
   rng = np.random.default_rng(3)
   done = np.zeros((3,), np.int32)
   for step in range(12):
     n_valid = np.minimum(rng.integers(0, 4, 3), 14 - done).astype(np.int32)
-    chunk = np.full((3, 3, 5), np.nan if step % 2 else 1e9, np.float32)
+    chunk = np.full((3, 3, 16), np.nan if step % 2 else 1e9, np.float32)
     for b, n in enumerate(n_valid):
       chunk[b, :n] = x[b, done[b]:done[b] + n]
-    y, new = conv(chunk, tail, weight, n_valid, bias=bias)
+    y, new = map(np.asarray, conv(chunk, tail, weight, n_valid, bias=bias))
     for b, n in enumerate(n_valid):
       np.testing.assert_array_equal(y[b, :n], want[b, done[b]:done[b] + n])
       if n == 0:
-        assert np.asarray(new[b]).tobytes() == np.asarray(tail[b]).tobytes()
+        assert new[b].tobytes() == tail[b].tobytes()
       done[b] += n
       np.testing.assert_array_equal(new[b], full[b, done[b]:done[b] + 3])
     tail = new
 
 
 def test_no_token_keeps_every_bit():
-  raw = np.random.default_rng(4).integers(0, 2**32 - 1, (2, 3, 5), np.uint32)
+  raw = np.random.default_rng(4).integers(0, 2**32 - 1, (2, 3, 16), np.uint32)
   raw[0, 0], raw[0, 1] = 0x80000000, 0x7F800001  # -0.0, a signalling NaN
   to = lambda x: jax.lax.bitcast_convert_type(x, jnp.float32)
   x, _, weight, _ = make(4, rows=2)
@@ -120,6 +131,7 @@ def test_no_token_keeps_every_bit():
 @pytest.mark.parametrize('taps', [2, 4])
 def test_documents_equal_separate_runs(taps):
   rng = np.random.default_rng(5)
+  contexts = jax.jit(functools.partial(common.context, steps=9))
   one = jax.jit(lambda x, b, start: jnp.roll(x[b][None], -start, axis=1))
   for seed in range(5):
     x, tail, weight, bias = make(seed, taps, rows=4)
@@ -127,9 +139,9 @@ def test_documents_equal_separate_runs(taps):
     n_valid = rng.integers(0, 10, 4).astype(np.int32)
     n_valid[0], document[1] = 9, 7
     zero = jnp.zeros((4,), jnp.int32)
-    context = common.context(zero, n_valid, document, 9)
-    y, new = conv(x, tail, weight, n_valid, context.document, context.start,
-                  bias)
+    context = contexts(zero, n_valid, document)
+    y, new = map(np.asarray, conv(x, tail, weight, n_valid, context.document,
+                                  context.start, bias))
     for b, n in enumerate(n_valid):
       borders = [t for t in range(1, n) if document[b, t] != document[b, t - 1]]
       before = np.asarray(tail)[b:b + 1]
@@ -170,7 +182,8 @@ def test_no_gradient_across_a_border():
 
 @pytest.mark.parametrize('packed', [False, True])
 def test_gradient(float64, packed):
-  args = [jnp.asarray(a, jnp.float64) for a in make(7, rows=2, steps=5)]
+  args = [jnp.asarray(a, jnp.float64)
+          for a in make(7, rows=2, steps=5, width=3)]
   n_valid, start = (jnp.asarray(n, jnp.int32) for n in ([5, 2], [3, 0]))
   document = jnp.asarray([[0, 1, 1, 2, 2], [0] * 5], jnp.int32)
   more = dict(document=document, start=start) if packed else {}
