@@ -363,7 +363,7 @@ def _embed(table, tokens, valid, dtype):
 
 def _head(params, x):
   kernel = params['head'] if 'head' in params else params['embed'].T
-  wide = jnp.promote_types(x.dtype, jnp.float32)
+  wide = (jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
   return common.project(x, kernel, out_dtype=wide)
 
 

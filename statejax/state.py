@@ -335,7 +335,9 @@ def restore_fixed(state, snapshot):
   """Returns `state` rewound to `snapshot`: its fixed leaves and length.
 
   The growing leaves stay where they are, so a snapshot needs no copy of them:
-  this is how rejected draft tokens leave no trace (law L6).
+  this is how rejected draft tokens leave no trace (law L6). A row whose logits
+  became NaN has NaN in its stores: clear it, rewinding is not enough (it goes on
+  to give NaN, never a wrong number).
   """
   return map_leaves(
       lambda p, a, kind, x, y: x if kind == 'growing' else y, state, snapshot)

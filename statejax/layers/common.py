@@ -130,7 +130,7 @@ def project(x, kernel, contract=1, out_dtype=None):
   size = 1
   for n in inner:
     size *= n
-  wide = jnp.promote_types(x.dtype, jnp.float32)
+  wide = (jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
   y = jnp.matmul(
       x.reshape(-1, size), kernel.astype(x.dtype).reshape(size, -1),
       precision=jax.lax.Precision.HIGHEST if x.dtype == wide else None,

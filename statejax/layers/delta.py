@@ -90,6 +90,6 @@ def log_decay(x, rate, bias):
   Returns:
     log gate <= 0 of the shape of x, float32.
   """
-  wide = jnp.promote_types(x.dtype, jnp.float32)
+  wide = (jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
   scale = jnp.exp(rate).reshape((1, 1, -1) + (1,) * (x.ndim - 3))
   return -scale * jax.nn.softplus(x.astype(wide) + bias[None, None])

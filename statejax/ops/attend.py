@@ -50,7 +50,7 @@ def attend(q, segments, *, scale, sink=None):
   batch, length, heads, width = q.shape
   groups = segments[0].k.shape[1]
   per = heads // groups
-  wide = jnp.promote_types(q.dtype, jnp.float32)
+  wide = (jnp.float64 if q.dtype == jnp.float64 else jnp.float32)
   product = functools.partial(
       jnp.matmul, preferred_element_type=wide,
       precision=jax.lax.Precision.HIGHEST if q.dtype == wide else None)
@@ -58,6 +58,7 @@ def attend(q, segments, *, scale, sink=None):
   grouped = (q * jnp.asarray(scale, q.dtype)).reshape(
       batch, length, groups, per, width).transpose(0, 2, 3, 1, 4).reshape(
           batch, groups, per * length, width)
+  value = segments[0].v.shape[-1]
   segments = [s for s in segments if s.k.shape[2]]
 
   def score(segment):
@@ -66,13 +67,13 @@ def attend(q, segments, *, scale, sink=None):
     bias = jnp.where(segment.visible, jnp.zeros((), wide),
                      jnp.asarray(_MASKED, wide))[:, None, None]
     s = product(grouped, segment.k.astype(q.dtype).swapaxes(2, 3))
-    return s.reshape(batch, groups, per, length, -1) + bias
+    return s.reshape(batch, groups, per, length, segment.k.shape[2]) + bias
 
   scores = [score(segment) for segment in segments]
   top = jnp.full((batch, groups, per, length), _MASKED, wide)
   for s in scores:
     top = jnp.maximum(top, jnp.max(s, axis=-1))
-  sees = top > 0.5 * _MASKED
+  sees = ~(top <= 0.5 * _MASKED)
   logit = None
   if sink is not None:
     logit = sink.astype(wide).reshape(1, groups, per, 1)
@@ -81,17 +82,17 @@ def attend(q, segments, *, scale, sink=None):
   top = jax.lax.stop_gradient(top)
   total = (jnp.zeros(top.shape, wide) if logit is None
            else jnp.exp(logit - top))
-  out = jnp.zeros((batch, groups, per, length, segments[0].v.shape[-1]), wide)
+  out = jnp.zeros((batch, groups, per, length, value), wide)
   for segment, s in zip(segments, scores):
     p = jnp.exp(s - top[..., None])
     total = total + jnp.sum(p, axis=-1)
     out = out + product(
-        p.astype(q.dtype).reshape(batch, groups, per * length, -1),
+        p.astype(q.dtype).reshape(batch, groups, per * length, s.shape[-1]),
         segment.v.astype(q.dtype)).reshape(out.shape)
   out = jnp.where(sees[..., None], out / total[..., None],
                   jnp.zeros((), wide))
   some = sees if sink is None else jnp.ones_like(sees)
   lse = jnp.where(some, top + jnp.log(total), jnp.asarray(_MASKED, wide))
-  return (out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, -1)
+  return (out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, value)
           .astype(q.dtype),
           lse.transpose(0, 3, 1, 2).reshape(batch, length, heads))

@@ -33,7 +33,7 @@ def short_conv(x, tail, weight, n_valid, *, document=None, start=None,
   Reference: causal-conv1d as used by Mamba and Gated DeltaNet layers.
   """
   taps, length = weight.shape[0], x.shape[1]
-  wide = jnp.promote_types(x.dtype, jnp.float32)
+  wide = (jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
   # The tail is kept in its own dtype; appended inputs are rounded to it, so
   # that a token convolves with the same bits whether it arrives in this call
   # or in a later one.

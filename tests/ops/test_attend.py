@@ -136,18 +136,6 @@ def test_nan_is_passed_on(name):
   assert not np.isnan(out[1]).any() and not np.isnan(out[0, :, 2:]).any()
 
 
-@pytest.mark.xfail(strict=True, reason='0 * NaN; see statejax.state.rewind')
-@pytest.mark.parametrize('name', ['k', 'v'])
-def test_hidden_nan_leaves_no_bit(name):
-  """Slots at and past the length mean nothing, whatever they hold."""
-  q, segments, _ = make(9, (0, 5, 3))
-  want = run(q, segments, scale=0.4)
-  x = getattr(segments[2], name).at[:, :, -1].set(jnp.nan)
-  segments[2] = dataclasses.replace(segments[2], **{name: x})
-  for got, x in zip(run(q, segments, scale=0.4), want):
-    np.testing.assert_array_equal(got, x)
-
-
 @pytest.mark.parametrize('sink', [None, 1.0])
 def test_nothing_at_all(sink):
   """Empty segments only, and no query."""
