@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 
 def _wide(x):
-  return x.astype((jnp.float64 if x.dtype == jnp.float64 else jnp.float32))
+  return x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
 
 
 def _row(weight, x):
