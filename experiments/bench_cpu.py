@@ -17,7 +17,7 @@ import pathlib
 import statistics
 import time
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from experiments import report
 from statejax import config as c
@@ -262,6 +262,7 @@ def interleave(jobs, repeats):
 
 def main(_):
   """Checks that both compute the same, times them, prints ratios."""
+  logging.set_verbosity(logging.WARNING)
   import jax
   import numpy as np
   import torch

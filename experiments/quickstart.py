@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from experiments import report, state_bytes
 
@@ -115,6 +115,7 @@ def kill_and_resume():
 
 def main(_):
   """Runs all parts and prints the table."""
+  logging.set_verbosity(logging.WARNING)
   if ROLE.value != 'main':
     generate(ROLE.value)
     return

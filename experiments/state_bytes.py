@@ -10,7 +10,7 @@ Expected: bytes(KDA, 1M) == bytes(KDA, 1K); nothing is allocated; one second.
 import json
 import pathlib
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from experiments import report
 from statejax import config as c
@@ -94,6 +94,7 @@ def run(out) -> tuple[list[report.Row], dict]:
 
 def main(_):
   """Prints bytes per context and the claims."""
+  logging.set_verbosity(logging.WARNING)
   rows, curves = run(OUT.value)
   print('MiB per row'.ljust(20), *(f'{n:>9,}' for n in CONTEXTS[::3]))
   for name, values in curves.items():

@@ -336,8 +336,8 @@ def restore_fixed(state, snapshot):
 
   The growing leaves stay where they are, so a snapshot needs no copy of them:
   this is how rejected draft tokens leave no trace (law L6). A row whose logits
-  became NaN has NaN in its stores: clear it, rewinding is not enough (it goes on
-  to give NaN, never a wrong number).
+  became NaN has NaN in its stores: clear it, rewinding is not enough (it would
+  go on to give NaN, though never a wrong number).
   """
   return map_leaves(
       lambda p, a, kind, x, y: x if kind == 'growing' else y, state, snapshot)

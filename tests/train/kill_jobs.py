@@ -103,8 +103,23 @@ def outcome(job, workdir):
   return (workdir / 'tokens.jsonl').read_bytes(), serving.about(last)
 
 
-def attempt(job, workdir, seconds, cache=True):
-  """Works in a new process; returns whether it was killed, after `seconds`."""
+def size(job, workdir):
+  """Bytes of the job's log."""
+  path = workdir / {'train': 'metrics.jsonl', 'generate': 'tokens.jsonl'}[job]
+  return path.stat().st_size if path.exists() else 0
+
+
+def attempt(job, workdir, seconds, cache=True, at_work=False):
+  """Works in a new process; returns whether it was killed.
+
+  Args:
+    job: its name.
+    workdir: of the job.
+    seconds: after which it is killed, if it is not done before.
+    cache: whether compiled programs are taken from the disk.
+    at_work: the seconds count from its first new log line, not from its start.
+  """
+  lowest, end = size(job, workdir), None
   child = os.fork()
   if not child:
     try:
@@ -114,9 +129,11 @@ def attempt(job, workdir, seconds, cache=True):
     except BaseException:
       traceback.print_exc()
       os._exit(1)
-  end = time.monotonic() + seconds
   while not (ended := os.waitpid(child, os.WNOHANG))[0]:
-    if time.monotonic() > end:
+    lowest = min(lowest, now := size(job, workdir))
+    if end is None and (now > lowest or not at_work):
+      end = time.monotonic() + seconds
+    if end and time.monotonic() > end:
       os.kill(child, signal.SIGKILL)
       return os.waitpid(child, 0)[1] == signal.SIGKILL
     time.sleep(0.001)
@@ -141,9 +158,11 @@ def main(job, folder, kills, seed):
   while found.total() < kills:
     workdir, done, logged = folder / f'job_{jobs}', 0, 0
     jobs += 1
+    # Half of the kills come at any time, half after the first step.
     while attempt(job, workdir, *(
-        (rng.uniform(0, 0.8 * whole), rng.random() > 0.1)
-        if found.total() < kills else (600,))):
+        (600,) if found.total() >= kills else
+        (rng.uniform(0, 0.2 * whole), True, True) if rng.random() < 0.5 else
+        (rng.uniform(0, 0.8 * whole), rng.random() > 0.2))):
       published, lines, saving = facts(job, workdir)
       assert published >= done, 'a published save is gone'
       lost = max(lost, lines - published)
