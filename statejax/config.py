@@ -12,6 +12,22 @@ import difflib
 import types
 import typing
 
+DTYPES = ('float32', 'bfloat16', 'float16', 'float64')
+
+
+def _positive(config, *names):
+  for name in names:
+    if getattr(config, name) < 1:
+      raise ValueError(f'{type(config).__name__}.{name}: expected >= 1, got '
+                       f'{getattr(config, name)}.')
+
+
+def _divides(config, many, few):
+  if getattr(config, many) % getattr(config, few):
+    raise ValueError(
+        f'{type(config).__name__}: {many}={getattr(config, many)} must be a '
+        f'multiple of {few}={getattr(config, few)}.')
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
@@ -64,6 +80,10 @@ class GatedDeltaNetConfig:
   eps: float = 1e-6
   chunk: int | None = None
 
+  def __post_init__(self):
+    _positive(self, 'heads', 'value_heads', 'key', 'value', 'conv')
+    _divides(self, 'value_heads', 'heads')
+
 
 @dataclasses.dataclass(frozen=True)
 class KDAConfig:
@@ -91,6 +111,12 @@ class KDAConfig:
   max_erase: float = 1.0
   eps: float = 1e-6
   chunk: int | None = None
+
+  def __post_init__(self):
+    _positive(self, 'heads', 'key', 'value', 'rank', 'conv')
+    if self.lower_bound is not None and self.lower_bound >= 0:
+      raise ValueError(f'lower_bound: expected < 0 or None, got '
+                       f'{self.lower_bound}.')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +146,13 @@ class AttentionConfig:
   sink: bool = False
   output_gate: bool = False
   eps: float = 1e-6
+
+  def __post_init__(self):
+    _positive(self, 'heads', 'kv_heads', 'key', 'value')
+    _divides(self, 'heads', 'kv_heads')
+    if self.window is not None and self.window < 1:
+      raise ValueError(f'window: expected >= 1 (it counts the query) or None, '
+                       f'got {self.window}.')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +186,12 @@ class GroupConfig:
   pattern: tuple[str, ...]
   repeats: int = 1
 
+  def __post_init__(self):
+    _positive(self, 'repeats')
+    if not isinstance(self.pattern, tuple) or not self.pattern:
+      raise ValueError(f'pattern: expected a tuple of layer names, got '
+                       f"{self.pattern!r}; one layer is ('name',).")
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -180,6 +219,20 @@ class ModelConfig:
   dtype: str = 'float32'
   store_dtype: str | None = None
   remat: bool = False
+
+  def __post_init__(self):
+    _positive(self, 'vocab', 'width')
+    for name in ('layers', 'groups'):
+      if not isinstance(getattr(self, name), tuple):
+        raise ValueError(f'{name}: expected a tuple, got '
+                         f'{type(getattr(self, name)).__name__}.')
+    names = [layer.name for layer in self.layers]
+    if len(set(names)) != len(names):
+      raise ValueError(f'layers: expected distinct names, got {names}.')
+    for name in ('dtype', 'store_dtype'):
+      if getattr(self, name) not in (*DTYPES, *[None] * (name != 'dtype')):
+        raise ValueError(f'{name}: expected one of {DTYPES}, got '
+                         f'{getattr(self, name)!r}.')
 
   def layer(self, name: str) -> LayerConfig:
     """Returns the layer kind `name`."""
@@ -384,7 +437,7 @@ def to_dict(config) -> typing.Any:
   return config
 
 
-def from_dict(data) -> typing.Any:
+def from_dict(data, types=()) -> typing.Any:
   """Undoes `to_dict`, for the config types of this module.
 
   Raises:
@@ -392,11 +445,13 @@ def from_dict(data) -> typing.Any:
       version.
   """
   if isinstance(data, list):
-    return tuple(from_dict(item) for item in data)
+    return tuple(from_dict(item, types) for item in data)
   if not isinstance(data, dict):
     return data
-  fields = {k: from_dict(v) for k, v in data.items() if k != 'type'}
-  kind: typing.Any = globals().get(data.get('type', ''))
+  fields = {k: from_dict(v, types) for k, v in data.items() if k != 'type'}
+  known = {t.__name__: t for t in types}
+  name = data.get('type', '')
+  kind: typing.Any = known.get(name, globals().get(name))
   if not dataclasses.is_dataclass(kind):
     raise ValueError(f'config: unknown type {data.get("type")!r}; it was saved '
                      'by another version, or defined outside statejax.config.')

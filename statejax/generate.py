@@ -51,8 +51,13 @@ def sample(logits, key, position, sampling: Sampling):
     sampling: static.
 
   Returns:
-    [B] int32.
+    [B] int32; -1, which is no token, where a logit is NaN.
   """
+  drawn = _draw_any(logits, key, position, sampling)
+  return jnp.where(jnp.isnan(logits).any(axis=-1), -1, drawn)
+
+
+def _draw_any(logits, key, position, sampling):
   if sampling.temperature == 0.0:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
   # Descending, equal values by ascending id.
@@ -64,7 +69,8 @@ def sample(logits, key, position, sampling: Sampling):
     before = jnp.cumsum(p, axis=-1) - p
     values = jnp.where(before < sampling.top_p, values, -jnp.inf)
   def draw(key, position, values):
-    key = jax.random.fold_in(jax.random.wrap_key_data(key), position)
+    key = jax.random.fold_in(
+        jax.random.wrap_key_data(key, impl='threefry2x32'), position)
     return jnp.argmax(values + jax.random.gumbel(key, values.shape))
   at = jax.vmap(draw)(key, position, values)
   return jnp.take_along_axis(ids, at[:, None], axis=1)[:, 0].astype(jnp.int32)
@@ -105,7 +111,8 @@ def prefill(model, params, state, tokens, n_valid=None, *, chunk: int = 256,
         f'{int(state.pending[int(np.argmax(waiting))])}; put it in front of '
         'the prompt and set pending to -1, or continue with generate.')
   state = _own(state)
-  chunk = min(chunk, steps)
+  # Of prompts below a chunk, only the power of two makes a new program.
+  chunk = min(chunk, 1 << (steps - 1).bit_length())
   last = jnp.zeros((rows, model.config.vocab), jnp.float32)
   for begin in range(0, steps, chunk):
     piece = tokens[:, begin:begin + chunk]
@@ -194,6 +201,10 @@ def generate(model, params, state, steps: int, *,
 
 def _emit(tokens, alive, stop, out, callback):
   tokens = np.where(alive, np.asarray(tokens), -1).astype(np.int32)
+  if (alive & (tokens < 0)).any():
+    raise ValueError(
+        f'generate: row {int(np.argmax(alive & (tokens < 0)))}: the logits are '
+        'NaN; look at the parameters, or clear the row.')
   out.append(tokens)
   if callback is not None:
     callback(tokens)

@@ -17,7 +17,7 @@ import sys
 from absl import app, flags
 
 CONFIG = flags.DEFINE_string('config', None, 'path of a file in configs/')
-SET = flags.DEFINE_multi_string('set', [], 'override, e.g. train.steps=50')
+SET = flags.DEFINE_multi_string('set', [], 'override, e.g. train.steps=200')
 WORKDIR = flags.DEFINE_string('workdir', None, 'directory of the run')
 PLOT = flags.DEFINE_bool('plot', False, 'train: write loss.png at the end')
 PROMPT = flags.DEFINE_string('prompt', None, 'generate: text to begin with')
@@ -89,6 +89,9 @@ def generate():
   if SAVE.value:
     _refuse_unsavable(pathlib.Path(SAVE.value))
   model, params = restore.from_workdir(_workdir())
+  if model.config.vocab != text.VOCAB:
+    raise UserError(f'{WORKDIR.value}: expected a text model of {text.VOCAB} '
+                    f'tokens, got {model.config.vocab}.')
   params = model.unstack(params)
   sampling = gen.Sampling(TEMPERATURE.value, TOP_K.value, TOP_P.value)
   if RESUME.value:
@@ -111,7 +114,7 @@ def generate():
     sys.stdout.write(decoder.decode(bytes(ids)))
     sys.stdout.flush()
   _, state = gen.generate(model, params, state, TOKENS.value,
-                          sampling=sampling, callback=show)
+                          sampling=sampling, stop=(text.END,), callback=show)
   print(decoder.decode(b'', final=True))
   if SAVE.value:
     found = serving.save_state(SAVE.value, model, params, state)
@@ -193,7 +196,7 @@ def main(argv):
       raise UserError(f'usage: python -m statejax.main '
                       f'{"|".join(COMMANDS)} [flags]; show takes one path.')
     COMMANDS[name](*rest)
-  except (UserError, ValueError) as error:
+  except (UserError, ValueError, FloatingPointError) as error:
     print(f'{name or "statejax"}: {error}', file=sys.stderr)
     sys.exit(2)
 

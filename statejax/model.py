@@ -151,9 +151,8 @@ class LanguageModel:
       logits: whether the state carries the next-token logits.
     """
     state = st.allocate(self.state_schema(rows, capacity, logits=logits))
-    key = jax.random.key(0) if key is None else key
-    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(rows))
-    return dataclasses.replace(state, key=jax.random.key_data(keys))
+    key = jax.random.key(0, impl='threefry2x32') if key is None else key
+    return st.rekey(state, key)
 
   # The step.
 
@@ -163,8 +162,8 @@ class LanguageModel:
 
     Called with concrete arrays it checks values on the host (token range,
     capacity) and runs compiled. Inside `jax.jit` the same function is traced;
-    there a token out of range, or a step on a row that has outgrown its
-    capacity, gives NaN logits in that row and touches no other.
+    there a token or `n_valid` out of range, or a step on a row that has
+    outgrown its capacity, gives NaN logits in that row and touches no other.
 
     Args:
       params: from `init`; groups stacked, or unstacked (see `unstack`).
@@ -173,9 +172,10 @@ class LanguageModel:
       n_valid: [B] int32, the first n tokens of each row are real; None means
         all. A row with 0 is bit-identical before and after.
       segment_ids: [B, T] int32. A change between neighbours is a document
-        border and resets everything carried; at t = 0 the row's document goes
-        on. A negative id marks padding, anywhere in the row. The state that
-        comes back is that of the row's last document.
+        border and resets everything carried. At t = 0 the row's document goes
+        on: a border that falls between two calls is made by
+        `statejax.state.clear`. A negative id marks padding, anywhere in the
+        row. The state that comes back is that of the row's last document.
       keep: 'all' or 'last': logits of every token, or of the last real one.
 
     Returns:
@@ -187,6 +187,8 @@ class LanguageModel:
     """
     if keep not in ('all', 'last'):
       raise ValueError(f"keep: expected 'all' or 'last', got {keep!r}.")
+    if not isinstance(tokens, jax.Array):
+      tokens = np.asarray(tokens)
     self._check(state, tokens, n_valid, segment_ids)
     tokens = jnp.asarray(tokens, jnp.int32)
     arrays = (params, state, tokens, n_valid, segment_ids)
@@ -239,6 +241,16 @@ class LanguageModel:
     # Without a store the one step from a fresh state is still exact.
     end = length if room == 0 else length + np.asarray(
         _last_document(real, segment_ids, length))
+    if room and (length > room).any():
+      row = int(np.argmax(length > room))
+      raise ValueError(
+          f'capacity: row {row} has absorbed {length[row]} tokens, its stores '
+          f'have room for {room}; what did not fit is lost. Absorb the tokens '
+          'again into a state with room.')
+    if room == 0 and (end > 0).any():
+      raise ValueError(
+          'capacity: a state of capacity 0 keeps no store and takes one step '
+          'only; allocate it with room to go on.')
     if (end > room).any():
       row = int(np.argmax(end > room))
       raise ValueError(
@@ -300,6 +312,9 @@ def apply(model, params, state, tokens, n_valid=None, segment_ids=None, *,
   rows, steps = tokens.shape
   n_valid = (jnp.full((rows,), steps, jnp.int32) if n_valid is None
              else jnp.asarray(n_valid, jnp.int32))
+  # Under jit nobody has looked at the values: what is wrong becomes NaN.
+  lost = (n_valid < 0) | (n_valid > steps)
+  n_valid = jnp.clip(n_valid, 0, steps)
   document = back = None
   if segment_ids is not None:
     tokens, n_valid, document, back = pack(tokens, n_valid, segment_ids)
@@ -307,8 +322,8 @@ def apply(model, params, state, tokens, n_valid=None, segment_ids=None, *,
   x = _embed(params['embed'], tokens, context.valid, c.dtype)
   if st.capacity(state) is not None:
     # A row that has outgrown its stores must not answer from a part of them.
-    lost = (state.length > st.capacity(state)) & (n_valid > 0)
-    x = jnp.where(lost[:, None, None], jnp.asarray(jnp.nan, x.dtype), x)
+    lost |= (state.length > st.capacity(state)) & (n_valid > 0)
+  x = jnp.where(lost[:, None, None], jnp.asarray(jnp.nan, x.dtype), x)
   x, layers = run_groups(model, params, x, state.layers, context)
   x = norm.rms_norm(x, params['norm'], eps=c.norm.eps, offset=c.norm.offset)
   x = jnp.where(context.valid[..., None], x, jnp.zeros((), x.dtype))

@@ -236,10 +236,36 @@ def take(state, index):
 
 
 def fork(state, row: int, copies: int):
-  """Returns a state of `copies` independent copies of one row."""
+  """Returns a state of `copies` copies of one row, free to diverge.
+
+  They share the sampler key, hence the draws, until `rekey`.
+  """
   if copies < 1:
     raise ValueError(f'fork: expected copies >= 1, got {copies}.')
   return take(state, np.full((copies,), row))
+
+
+def rekey(state, key):
+  """Returns `state` with new sampler keys, one per row.
+
+  Copies of a row draw alike until they are given keys of their own. A pending
+  token is already drawn and stays.
+
+  Args:
+    state: any state.
+    key: typed threefry key, `jax.random.key(seed)`.
+  """
+  return dataclasses.replace(state, key=sampler_keys(key, rows(state)))
+
+
+def sampler_keys(key, count: int):
+  """Returns `count` sampler keys folded from one, [count, 2] uint32."""
+  keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count))
+  data = jax.random.key_data(keys)
+  if data.shape != (count, 2):
+    raise ValueError("key: expected a key of jax.random.key(seed, "
+                     f"impl='threefry2x32'), got one of {key.dtype}.")
+  return data
 
 
 def put(state, index, other):
@@ -294,6 +320,7 @@ def grow(state, new: int, schema=None):
     schema: needed where a growing leaf holds one slot per several tokens.
   """
   strides = iter([s.stride for _, s, _, _ in leaves(schema)] if schema else ())
+  _refuse_lost(state, schema)
   def one(path, axes, kind, x):
     stride = next(strides, 1)
     if kind == 'fixed':
@@ -309,26 +336,52 @@ def grow(state, new: int, schema=None):
   return map_leaves(one, state)
 
 
-def rewind(state, length):
+def _refuse_lost(state, schema=None):
+  """Raises where a row has absorbed more tokens than its stores could hold."""
+  strides = iter([s.stride for _, s, _, _ in leaves(schema)] if schema else ())
+  longest = int(np.max(np.asarray(state.length), initial=0))
+  for path, value, axes, kind in leaves(state):
+    slots = -(-longest // next(strides, 1))
+    if kind == 'growing' and slots > value.shape[axes.index('capacity')]:
+      raise ValueError(
+          f'{path}: a row has absorbed {longest} tokens, its store has '
+          f'{value.shape[axes.index("capacity")]} slots; what did not fit is '
+          'lost. Absorb the tokens again into a state with room.')
+
+
+def rewind(state, length, witness):
   """Returns `state` with each row set back to `length` tokens.
 
-  Exact for states whose layers are all growing. The witness is not
-  recomputed: take it from the copy of the fixed leaves, or from the token log.
+  For states whose layers all have growing leaves; others need a `snapshot`.
+  Rows that move lose their pending token, and their logits become NaN.
 
   Args:
-    state: a state without fixed layer leaves, or one whose fixed leaves are
-      already those of `length`.
+    state: a state without fixed layer leaves.
     length: [B] or int, at most the present length.
+    witness: of the shorter history, [B, 4] uint32: from a `snapshot`, or
+      `statejax.ops.witness.absorb` over the token log.
 
   Raises:
-    ValueError: a length is larger than the present one, or negative.
+    ValueError: fixed layer leaves, or a length larger than the present one,
+      or negative.
   """
+  for path, _, _, kind in leaves(state):
+    if kind == 'fixed' and path.startswith('layers/'):
+      raise ValueError(f'rewind: {path} is fixed and cannot be set back by '
+                       'length; keep a snapshot and use restore_fixed.')
   old = np.asarray(state.length)
   new = np.broadcast_to(np.asarray(length, np.int32), old.shape)
   if (new > old).any() or (new < 0).any():
     raise ValueError(f'rewind: expected lengths in 0..{old.tolist()}, got '
                      f'{new.tolist()}.')
-  return dataclasses.replace(state, length=jnp.asarray(new))
+  moved = jnp.asarray(new < old)
+  return dataclasses.replace(
+      state, length=jnp.asarray(new),
+      pending=jnp.where(moved, -1, state.pending),
+      witness=jnp.where(moved[:, None], jnp.asarray(witness, jnp.uint32),
+                        state.witness),
+      logits=None if state.logits is None else jnp.where(
+          moved[:, None], jnp.nan, state.logits))
 
 
 def restore_fixed(state, snapshot):
@@ -347,7 +400,7 @@ def snapshot(state):
   """Returns `state` with its growing leaves emptied, to rewind to later."""
   def one(path, axes, kind, x):
     if kind == 'fixed':
-      return x
+      return jnp.copy(x)  # the step after this may donate the original
     return jax.lax.slice_in_dim(x, 0, 0, axis=axes.index('capacity'))
   return map_leaves(one, state)
 
@@ -370,6 +423,7 @@ def live(state, row: int, schema=None):
   What an artifact stores: slots past `length` are not part of a state.
   """
   length = int(state.length[row])
+  _refuse_lost(state, schema)
   strides = iter([s.stride for _, s, _, _ in leaves(schema)] if schema else ())
   def one(path, axes, kind, x):
     stride = next(strides, 1)

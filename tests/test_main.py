@@ -147,7 +147,8 @@ def test_generate_mistakes(run, workdir, monkeypatch, tmp_path, argv, text):
 
 def test_characters_of_several_bytes(run, workdir, monkeypatch):
   """Tokens arrive byte by byte; what is printed is text."""
-  def generate(model, params, state, steps, *, sampling, callback):
+  def generate(model, params, state, steps, *, sampling, stop, callback):
+    assert stop == (256,)
     for byte in [*'é€'.encode(), 256, -1, 0xe2]:
       callback(np.array([byte], np.int32))
     return None, state

@@ -99,7 +99,7 @@ def test_no_capacity_serves_one_step():
   logits, state = MODEL.step(params(), fresh(0), TOKENS)
   want, _ = MODEL.step(params(), fresh(), TOKENS)
   np.testing.assert_allclose(logits, want, atol=1e-5)
-  with pytest.raises(ValueError, match='room for 0'):
+  with pytest.raises(ValueError, match='keeps no store'):
     MODEL.step(params(), state, TOKENS)
 
 
@@ -230,3 +230,29 @@ def test_heads_of_one_seed_are_one_model():
   assert not np.array_equal(other['embed'], params()['embed'])
   stack = params()['group_0']['layer_0']['mixer']['q']['kernel']
   assert not np.array_equal(stack[0], stack[1])
+
+
+def test_n_valid_out_of_range_under_jit_is_nan_and_touches_no_other():
+  model = lm.LanguageModel(tiny_kda.get_config().model)
+  params, state = model.init(jax.random.key(0)), model.init_state(3, 16)
+  tokens = jnp.ones((3, 4), jnp.int32)
+  logits, state = jax.jit(model.step)(
+      params, state, tokens, jnp.array([4, 9, -1], jnp.int32))
+  assert jnp.isnan(logits[1]).any() and jnp.isfinite(logits[0]).all()
+  assert state.length.tolist() == [4, 4, 0]
+
+
+@pytest.mark.parametrize('make, match', [
+    (lambda: c.AttentionConfig(heads=3, kv_heads=2), 'multiple of kv_heads'),
+    (lambda: c.AttentionConfig(window=0), 'window: expected >= 1'),
+    (lambda: c.GatedDeltaNetConfig(2, 3), 'multiple of heads'),
+    (lambda: c.KDAConfig(lower_bound=1.0), 'lower_bound'),
+    (lambda: c.GroupConfig('kda'), 'tuple of layer names'),
+    (lambda: c.GroupConfig(('kda',), 0), 'repeats: expected >= 1'),
+    (lambda: c.ModelConfig(8, 8, (), (), dtype='bf16'), 'dtype: expected one'),
+    (lambda: c.ModelConfig(8, 8, [], ()), 'layers: expected a tuple'),
+    (lambda: c.ModelConfig(8, 8, (c.LayerConfig('a', None),) * 2, ()),
+     'distinct names')])
+def test_bad_configs_say_what_is_wrong(make, match):
+  with pytest.raises(ValueError, match=match):
+    make()

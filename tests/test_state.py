@@ -27,6 +27,11 @@ MODEL = lm.LanguageModel(c.ModelConfig(
     groups=(c.GroupConfig(('delta', 'full', 'ring')),)))
 
 
+FULL = lm.LanguageModel(dataclasses.replace(
+    MODEL.config, groups=(c.GroupConfig(('full',)),)))
+NO_TOKENS = np.zeros((3, 4), np.uint32)
+
+
 def numbered(rows=3, capacity=5, *, logits=False, model=MODEL):
   """A state in which every number differs, of rows with 2, 3, .. tokens."""
   state = model.init_state(rows, capacity, logits=logits)
@@ -172,15 +177,66 @@ def test_capacity_of_a_state_without_stores():
   assert st.capacity(MODEL.init_state(1, 7)) == 7
 
 
-def test_rewind_sets_lengths():
-  assert st.rewind(numbered(), [0, 3, 1]).length.tolist() == [0, 3, 1]
-  assert st.rewind(numbered(), 2).length.tolist() == [2, 2, 2]
+def test_rewind_sets_lengths_and_what_follows_from_them():
+  old = numbered(model=FULL, logits=True)
+  new = st.rewind(old, [0, 3, 1], NO_TOKENS)
+  assert new.length.tolist() == [0, 3, 1]
+  assert new.pending.tolist() == [-1, int(old.pending[1]), -1]
+  assert np.isnan(new.logits).all(axis=1).tolist() == [True, False, True]
+  np.testing.assert_array_equal(new.witness[1], old.witness[1])
+  assert not new.witness[0].any() and not new.witness[2].any()
+  assert st.rewind(old, 2, NO_TOKENS).length.tolist() == [2, 2, 2]
+
+
+def test_rewound_row_goes_on_as_if_never_advanced():
+  tokens = jax.random.randint(jax.random.key(1), (1, 9), 0, 16)
+  params = FULL.init(jax.random.key(0))
+  _, early = FULL.step(params, FULL.init_state(1, 12), tokens[:, :4])
+  _, late = FULL.step(params, early, tokens[:, 4:])
+  back = st.rewind(late, 4, early.witness)
+  want, want_state = FULL.step(params, early, tokens[:, 5:7])
+  got, got_state = FULL.step(params, back, tokens[:, 5:7])
+  np.testing.assert_array_equal(got, want)
+  assert st.diff(got_state, want_state) is None
+
+
+def test_rewind_refuses_fixed_leaves():
+  with pytest.raises(ValueError, match='layers/delta/matrix is fixed'):
+    st.rewind(numbered(), 1, NO_TOKENS)
+
+
+def test_grow_refuses_a_row_that_has_lost_tokens():
+  params = FULL.init(jax.random.key(0))
+  tokens = jnp.ones((1, 3), jnp.int32)
+  _, state = FULL.step(params, FULL.init_state(1, 0), tokens)
+  with pytest.raises(ValueError, match='what did not fit is lost'):
+    st.grow(state, 8)
+  with pytest.raises(ValueError, match='keeps no store'):
+    FULL.step(params, state, tokens)
+
+
+def test_snapshot_outlives_donation():
+  params = MODEL.init(jax.random.key(0))
+  state = MODEL.init_state(1, 8)
+  tokens = jnp.ones((1, 2), jnp.int32)
+  kept = st.snapshot(state)
+  _, after = jax.jit(MODEL.step, donate_argnums=1)(params, state, tokens)
+  assert st.diff(st.restore_fixed(after, kept), MODEL.init_state(1, 8)) is None
+
+
+def test_rekeyed_copies_have_keys_of_their_own():
+  state = st.fork(MODEL.init_state(1, 4), 0, 3)
+  assert len({tuple(k) for k in np.asarray(state.key).tolist()}) == 1
+  state = st.rekey(state, jax.random.key(5))
+  assert len({tuple(k) for k in np.asarray(state.key).tolist()}) == 3
+  with pytest.raises(ValueError, match='threefry'):
+    st.rekey(state, jax.random.key(0, impl='rbg'))
 
 
 @pytest.mark.parametrize('length', ([3, 3, 4], [0, -1, 0]))
 def test_rewind_errors(length):
   with pytest.raises(ValueError, match=r'expected lengths in 0..\[2, 3, 4\]'):
-    st.rewind(numbered(), length)
+    st.rewind(numbered(model=FULL), length, NO_TOKENS)
 
 
 def test_snapshot_holds_no_store():
@@ -231,7 +287,8 @@ def test_diff_names_row_leaf_and_index():
 
 def test_diff_of_lengths():
   state = numbered()
-  found = st.diff(st.rewind(state, [2, 1, 4]), state)
+  found = st.diff(dataclasses.replace(
+      state, length=jnp.array([2, 1, 4], jnp.int32)), state)
   assert (found.row, found.path, found.left, found.right) == (1, 'length', 1, 3)
 
 

@@ -112,7 +112,9 @@ def load_state(path, model, params, *, capacity: int | None = None):
       or not enough capacity.
   """
   facts = about(path)
-  _same_config(path, facts['config'], cfg.to_dict(model.config))
+  # Recomputing activations or not changes no state.
+  mine = {**cfg.to_dict(model.config), 'remat': facts['config'].get('remat')}
+  _same_config(path, facts['config'], mine)
   mine = digest.tree_digest(model.stack(params))
   if mine != facts['params']:
     raise ValueError(f'{path}: expected parameters with digest '

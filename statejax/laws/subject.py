@@ -186,8 +186,8 @@ def resolve(subject):
 
 def _reach(mixer):
   # Without a window everything before is visible, through the store or
-  # through the recurrent matrix.
-  return getattr(mixer, 'window', None)
+  # through the recurrent matrix; a config may say otherwise by `reach`.
+  return getattr(mixer, 'reach', getattr(mixer, 'window', None))
 
 
 def _phases(mixers):

@@ -12,7 +12,10 @@ from statejax.layers.mlp import SwiGLU
 
 # A new mixer is one file and one line here. It is a Linen module with a
 # `config` field, `state(config, rows, capacity, dtype)` that returns its state
-# class filled with `Spec`, and `(x, state, context) -> (y, state)`.
+# class filled with `Spec`, and `(x, state, context) -> (y, state)`. A config
+# whose mixer does not see all of the past says how far in a field or property
+# `window` or `reach` (the query counts); a new logical axis also wants a line
+# in `statejax.sharding.RULES`.
 MIXERS = {
     cfg.AttentionConfig: Attention,
     cfg.GatedDeltaNetConfig: GatedDeltaNet,

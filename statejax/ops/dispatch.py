@@ -24,6 +24,9 @@ def choose(
     ValueError: the implementation asked for is unknown or declines.
     ExceptionGroup: None was asked for and every candidate declines.
   """
+  # Kernels stand behind ops; each is a function, or the reason for its absence.
+  from pallas_kernels import KERNELS
+  candidates = {**candidates, **KERNELS.get(op, {})}
   available = {n: f for n, f in candidates.items() if not isinstance(f, str)}
   if implementation is None:
     if available:

@@ -83,6 +83,7 @@ class _Run:
     self.report = report or (lambda line: print(line, file=sys.stderr))
     self.model = LanguageModel(config.model)
     t = config.train
+    _check_vocabulary(config)
     self.mesh = sharding.make_mesh(data=t.data, fsdp=t.fsdp, tensor=t.tensor)
     parts = self.mesh.shape['data'] * self.mesh.shape['fsdp']
     if t.rows % t.accumulate or t.rows % parts:
@@ -228,8 +229,8 @@ class _Run:
     if not math.isfinite(values['loss'] + values['grad_norm']):
       raise FloatingPointError(
           f'step {step}: loss={values["loss"]}, grad_norm='
-          f'{values["grad_norm"]}; lower the peak rate or look at the data. '
-          f'The checkpoints in {self.folder} are from before.')
+          f'{values["grad_norm"]}; lower the peak rate or look at the data.'
+          f' Checkpoints of before: {checkpoint.steps(self.folder)}.')
     line = {'step': step, **{k: round(v, 6) for k, v in values.items()},
             'bits': round(values['loss'] / math.log(2), 6)}
     if self._due(self.config.train.log_every, step):
@@ -289,6 +290,15 @@ def _replace(path, text):
   new = path.with_name(f'.{path.name}.new')
   new.write_text(text)
   new.replace(path)
+
+
+def _check_vocabulary(config):
+  from statejax.tasks import text
+  need = text.VOCAB if config.task.name == 'text' else config.task.vocab
+  if config.model.vocab < need:
+    raise ValueError(f'train: task {config.task.name!r} has {need} tokens, the '
+                     f'model vocab={config.model.vocab}; use '
+                     f'--set model.vocab={need}.')
 
 
 def _identity(config: dict):

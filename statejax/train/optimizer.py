@@ -23,6 +23,8 @@ def schedule(config):
 
 def _is_matrix(axes):
   own = [a for a in axes if a != 'layers']
+  if own == ['embed', 'heads']:  # a scalar gate per head
+    return False
   return sum(a in _FEATURES for a in own) >= 2 or (
       'embed' in own and len(own) >= 2)
 

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from statejax import config as cfg
+from statejax.layers import block
 from statejax.model import LanguageModel
 from statejax.train import checkpoint
 from statejax.train import step as train_step
@@ -27,7 +28,8 @@ def from_workdir(workdir):
     raise ValueError(f'{workdir}: expected a run with a checkpoint, found '
                      'none; train first.')
   folder, step = workdir / 'checkpoints', found[-1]
-  config = cfg.from_dict(checkpoint.about(folder, step)['config'])
+  config = cfg.from_dict(checkpoint.about(folder, step)['config'],
+                         types=(*block.MIXERS, *block.MLPS))
   model = LanguageModel(config.model)
   abstract = jax.eval_shape(lambda: train_step.initial(model, config.train))
   return model, checkpoint.load(folder, step, abstract).params

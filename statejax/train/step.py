@@ -22,7 +22,8 @@ class TrainState:
     params: float32 masters.
     optimizer: optax state.
     step: updates done, int32 scalar.
-    key: root key data, [2] uint32; step n uses `fold_in(key, n)`.
+    key: root key data of the run, [2] uint32, saved with it; no layer draws
+      from it yet.
   """
 
   params: Any

@@ -31,7 +31,10 @@ def test_decay_is_for_matrices_only():
   last = {name: {path.split('/')[-1] for path, d in decays.items() if d == name}
           for name in (True, False)}
   assert last[True] == {'kernel', 'embed', 'head'}
-  assert last[False] == {'a_log', 'dt_bias', 'norm', 'sink', 'weight'}
+  assert last[False] == {'a_log', 'dt_bias', 'kernel', 'norm', 'sink', 'weight'}
+  gates = {path.split('/')[-2] for path, d in decays.items()
+           if path.endswith('/kernel') and not d}
+  assert gates == {'beta', 'rate'}
   kinds = {path.split('/')[-2] for path in decays if path.endswith('/weight')}
   assert {'conv_q', 'conv_v', 'norm_q', 'norm_k'} <= kinds
 
@@ -72,13 +75,15 @@ def test_muon_dimension_numbers():
       'embed': None, 'head': None, 'norm': None,
       # [layers, embed, heads, key] and [layers, heads, value, embed].
       f'{kda}/q/kernel': numbers((1,), (2, 3)),
-      f'{kda}/beta/kernel': numbers((1,), (2,)),
+      f'{kda}/beta/kernel': None,
       f'{kda}/decay_b/kernel': numbers((1,), (2, 3)),
       f'{kda}/out/kernel': numbers((1, 2), (3,)),
       f'{kda}/conv_q/weight': None, f'{kda}/a_log': None,
       f'{kda}/dt_bias': None, f'{full}/out/kernel': numbers((1, 2), (3,))}
   assert {path: found[path] for path in expected} == expected
-  kernels = {path for path in found if path.endswith('kernel')}
+  kernels = {path for path in found
+             if path.endswith('kernel')
+             and path.split('/')[-2] not in ('beta', 'rate')}
   assert {path for path, n in found.items() if n is not None} == kernels
 
 
