@@ -30,3 +30,7 @@ def test_ci_runs_the_test_command():
   command = next(line for line in TEXT.splitlines() if '-m pytest' in line)
   assert "install -q -e '.[test]'" in command and '-m pytest' in ci
   assert "install -q -e '.[test]'" in ci
+
+
+def test_nothing_is_left_open():
+  assert not re.findall(r'@[A-Z]+@', TEXT)
