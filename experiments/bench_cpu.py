@@ -19,7 +19,7 @@ import time
 
 from absl import app, flags, logging
 
-from experiments import report
+from experiments import process, report
 from statejax import config as c
 
 REPEATS = flags.DEFINE_integer('repeats', 9, 'interleaved repeats')
@@ -350,4 +350,5 @@ def bounds(model, params, sizes, times):
 
 
 if __name__ == '__main__':
+  process.start_with_huge_pages()
   app.run(main)

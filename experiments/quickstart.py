@@ -21,7 +21,7 @@ import time
 
 from absl import app, flags, logging
 
-from experiments import report, state_bytes
+from experiments import process, report, state_bytes
 
 WORKDIR = flags.DEFINE_string('workdir', 'runs/quickstart', 'where to work')
 SMOKE = flags.DEFINE_bool('smoke', False, 'a few steps only; claims not met')
@@ -148,4 +148,5 @@ def main(_):
 
 
 if __name__ == '__main__':
+  process.start_with_huge_pages()
   app.run(main)

@@ -163,6 +163,7 @@ def show(path):
 def doctor():
   """Prints versions, devices, and which implementations can run here."""
   import importlib.metadata as metadata
+  import os
   import platform
 
   import jax
@@ -176,6 +177,10 @@ def doctor():
     except metadata.PackageNotFoundError:
       print(f'{name} not installed')
   print('devices', *(f'{d.platform}:{d.device_kind}' for d in jax.devices()))
+  if jax.default_backend() == 'cpu' and sys.platform == 'linux' and (
+      'hugetlb' not in os.environ.get('GLIBC_TUNABLES', '')):
+    print('huge pages off; training is faster with them: '
+          'export GLIBC_TUNABLES=glibc.malloc.hugetlb=1')
   for op, kernels in pallas_kernels.KERNELS.items():
     print(f'{op}: reference: available')
     print(f'{op}: xla: available')

@@ -84,7 +84,8 @@ class Attention(nn.Module):
     k, v = (a.swapaxes(1, 2).astype(stored) for a in (k, v))
     past, state = (self._store if c.window is None else self._ring)(
         state, k, v, context)
-    chunk = attend.Segment(k, v, context.visible_chunk(c.window))
+    chunk = attend.Segment(k, v, context.visible_chunk(c.window),
+                           causal=True)
     y, _ = attend.attend(q, [past, chunk], scale=c.key ** -0.5, sink=sink)
     if c.output_gate:
       gate = Proj((c.heads, c.value), ('embed', 'heads', 'value'),

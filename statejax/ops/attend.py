@@ -8,6 +8,8 @@ import jax.numpy as jnp
 
 # Below every score and above -inf: a masked row gives zeros, not NaN.
 _MASKED = -1e30
+# Queries per block where later keys can be left out, and the most blocks.
+_BLOCK, _BLOCKS = 128, 8
 
 
 @jax.tree_util.register_dataclass
@@ -19,11 +21,14 @@ class Segment:
     k: [B, G, N, K].
     v: [B, G, N, V].
     visible: [B, T, N] bool.
+    causal: promises that query t sees no key after key t, so that `attend`
+      may leave those out of its products.
   """
 
   k: jax.Array
   v: jax.Array
   visible: jax.Array
+  causal: bool = dataclasses.field(default=False, metadata=dict(static=True))
 
 
 def attend(q, segments, *, scale, sink=None):
@@ -47,6 +52,26 @@ def attend(q, segments, *, scale, sink=None):
 
   Reference: arXiv 2309.17453 and gpt-oss for the sink logit.
   """
+  length = q.shape[1]
+  if length < 2 * _BLOCK or not any(s.causal for s in segments):
+    return _attend(q, segments, scale, sink)
+  size = max(_BLOCK, -(-length // _BLOCKS))
+  parts = [_attend(q[:, i:i + size], [_seen(s, i, size) for s in segments],
+                   scale, sink) for i in range(0, length, size)]
+  return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *parts)
+
+
+def _seen(segment, first, size):
+  """What the queries from `first` on may see of a segment."""
+  visible = segment.visible[:, first:first + size]
+  if not segment.causal:
+    return dataclasses.replace(segment, visible=visible)
+  end = first + size
+  return Segment(segment.k[:, :, :end], segment.v[:, :, :end],
+                 visible[:, :, :end])
+
+
+def _attend(q, segments, scale, sink):
   batch, length, heads, width = q.shape
   groups = segments[0].k.shape[1]
   per = heads // groups

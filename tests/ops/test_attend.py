@@ -306,3 +306,31 @@ def test_causal_gradient(window):
     for d in (dk, dv):  # [B, T, B, 1, N, width]
       d = np.asarray(d)[:, :, :, 0]
       np.testing.assert_array_equal((d != 0).any(-1) & real, seen)
+
+
+@pytest.mark.parametrize('length', [255, 256, 293, 1100])
+def test_leaving_out_later_keys(length):
+  """The promise `causal` changes no value, only what is computed."""
+  rng = np.random.default_rng(0)
+  normal = lambda *shape: jnp.asarray(rng.normal(size=shape), np.float32)
+  q, sink = normal(1, length, 2, 4), normal(2)
+  past = Segment(normal(1, 1, 3, 4), normal(1, 1, 3, 4),
+                 jnp.ones((1, length, 3), bool))
+  chunk = Segment(normal(1, 1, length, 4), normal(1, 1, length, 4),
+                  jnp.tril(jnp.ones((1, length, length), bool)))
+  weights = normal(1, length, 2, 4)
+
+  def loss(q, k, v, causal):
+    segment = dataclasses.replace(chunk, k=k, v=v, causal=causal)
+    out, lse = attend(q, [past, segment], scale=0.5, sink=sink)
+    return jnp.sum(weights * out), (out, lse)
+
+  run = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True),
+                static_argnums=3)
+  (_, want), want_grads = run(q, chunk.k, chunk.v, False)
+  (_, got), grads = run(q, chunk.k, chunk.v, True)
+  close((*got, *grads), [np.asarray(x, np.float64)
+                         for x in (*want, *want_grads)], 2e-5)
+  flops = [run.lower(q, chunk.k, chunk.v, causal).compile().cost_analysis()[
+      'flops'] for causal in (True, False)]
+  assert flops[0] < 0.8 * flops[1] if length > 255 else flops[0] == flops[1]
