@@ -27,10 +27,13 @@ class Sampling:
   top_p: float | None = None
 
   def __post_init__(self):
-    if not self.temperature >= 0:
-      raise ValueError(f'temperature: expected >= 0, got {self.temperature}.')
-    if self.top_k is not None and self.top_k < 1:
-      raise ValueError(f'top_k: expected >= 1 or None, got {self.top_k}.')
+    if not (self.temperature == 0 or self.temperature >= 1e-6):
+      raise ValueError('temperature: expected 0, which is greedy, or at least '
+                       f'1e-6, got {self.temperature}.')
+    if self.top_k is not None and (
+        not isinstance(self.top_k, int) or self.top_k < 1):
+      raise ValueError(f'top_k: expected an integer >= 1 or None, got '
+                       f'{self.top_k}.')
     if self.top_p is not None and not 0 < self.top_p <= 1:
       raise ValueError(f'top_p: expected 0 < p <= 1, got {self.top_p}.')
 
@@ -60,6 +63,8 @@ def sample(logits, key, position, sampling: Sampling):
 def _draw_any(logits, key, position, sampling):
   if sampling.temperature == 0.0:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+  # Below zero a small temperature overflows to probability 0, above to a tie.
+  logits = logits - jnp.max(logits, axis=-1, keepdims=True)
   # Descending, equal values by ascending id.
   values, ids = jax.lax.top_k(
       logits / sampling.temperature,
@@ -100,9 +105,10 @@ def prefill(model, params, state, tokens, n_valid=None, *, chunk: int = 256,
   tokens = np.asarray(tokens)
   if chunk < 1:
     raise ValueError(f'chunk: expected >= 1, got {chunk}.')
-  model._check(state, tokens, n_valid, None)
+  n_valid = None if n_valid is None else np.asarray(n_valid)
+  model._check(params, state, tokens, n_valid, None)
   rows, steps = tokens.shape
-  n = np.full(rows, steps) if n_valid is None else np.asarray(n_valid)
+  n = np.full(rows, steps) if n_valid is None else n_valid
   model._check_values(state, tokens, n, None)
   waiting = (np.asarray(state.pending) >= 0) & (n > 0)
   if waiting.any():
@@ -141,7 +147,7 @@ def decode(model, params, state, sampling: Sampling = GREEDY,
     tokens: the tokens that were pending, [B] int32, -1 where none was.
     state: one token further.
   """
-  return _decode(model, params, state, sampling, tuple(stop))
+  return _decode(model, params, state, sampling, _ids(stop))
 
 
 def generate(model, params, state, steps: int, *,
@@ -171,24 +177,25 @@ def generate(model, params, state, steps: int, *,
   Raises:
     ValueError: no pending token, not enough capacity, a consumed state.
   """
-  rows = st.rows(state)
-  st.validate(state, model.state_schema(
-      rows, st.capacity(state) or 0, logits=state.logits is not None))
+  model._check_carried(params, state)
   alive = np.asarray(state.pending) >= 0
-  if steps < 1 or not alive.any():
+  pending = np.asarray(state.pending)
+  if steps < 1:
+    raise ValueError(f'generate: expected steps >= 1, got {steps}.')
+  if not alive.any() or (pending >= model.config.vocab).any():
     raise ValueError(
-        f'generate: expected steps >= 1 and a pending token in some row, got '
-        f'steps={steps}, pending={np.asarray(state.pending).tolist()}; call '
-        'prefill first.')
+        'generate: expected a pending token in some row, and none outside '
+        f'vocab={model.config.vocab}, got {pending.tolist()}; call prefill '
+        'first.')
   room = st.capacity(state)
   need = int(np.max(np.where(alive, np.asarray(state.length), 0))) + steps
   if room is not None and need > room:
     raise ValueError(f'capacity: expected room for {need} tokens, got {room}; '
                      f'use statejax.state.grow(state, {need}) first.')
-  state = _own(state)
+  state, stop = _own(state), _ids(stop)
   out, waiting = [], None
   for _ in range(steps):
-    tokens, state = _decode(model, params, state, sampling, tuple(stop))
+    tokens, state = _decode(model, params, state, sampling, stop)
     # One step runs ahead of the host, which reads the tokens before it.
     if waiting is not None:
       alive = _emit(waiting, alive, stop, out, callback)
@@ -209,6 +216,10 @@ def _emit(tokens, alive, stop, out, callback):
   if callback is not None:
     callback(tokens)
   return alive & ~np.isin(tokens, np.asarray(stop, np.int32))
+
+
+def _ids(stop):
+  return tuple(int(token) for token in np.atleast_1d(stop))
 
 
 def _own(state):

@@ -30,6 +30,12 @@ TOP_P = flags.DEFINE_float('top_p', None, 'probability mass to draw from')
 SEED = flags.DEFINE_integer('seed', 0, 'generate: sampler seed')
 SAVE = flags.DEFINE_string('save', None, 'generate: write the state here')
 RESUME = flags.DEFINE_string('resume', None, 'generate: go on from this state')
+# What each command reads; a flag that it would ignore is refused.
+USES = {
+    'train': {'config', 'set', 'workdir', 'plot'},
+    'generate': {'workdir', 'prompt', 'tokens', 'capacity', 'temperature',
+                 'top_k', 'top_p', 'seed', 'save', 'resume'},
+    'show': set(), 'doctor': set()}
 
 
 class UserError(Exception):
@@ -189,6 +195,17 @@ def doctor():
       print(f'{op}: {name}: {why}')
 
 
+def _refuse_unused(name):
+  given = {flag for uses in USES.values() for flag in uses
+           if flags.FLAGS[flag].present}
+  # A resumed state has a key of its own.
+  uses = USES[name] - ({'seed'} if RESUME.value else set())
+  for flag in sorted(given - uses):
+    hint = ('; the seed of a run is --set=train.seed=N'
+            if (name, flag) == ('train', 'seed') else '')
+    raise UserError(f'--{flag}: {name} does not use it here{hint}.')
+
+
 COMMANDS = {'train': train, 'generate': generate, 'show': show,
             'doctor': doctor}
 
@@ -200,8 +217,9 @@ def main(argv):
     if name not in COMMANDS or len(rest) != (name == 'show'):
       raise UserError(f'usage: python -m statejax.main '
                       f'{"|".join(COMMANDS)} [flags]; show takes one path.')
+    _refuse_unused(name)
     COMMANDS[name](*rest)
-  except (UserError, ValueError, FloatingPointError) as error:
+  except (UserError, ValueError, FloatingPointError, OSError) as error:
     print(f'{name or "statejax"}: {error}', file=sys.stderr)
     sys.exit(2)
 

@@ -130,7 +130,7 @@ class LanguageModel:
               s, shape=(count, *s.shape))
           for f in dataclasses.fields(specs)
           if (s := getattr(specs, f.name)) is not None})
-    return st.describe(st.ServingState(
+    schema = st.describe(st.ServingState(
         layers=stacked,
         length=st.Spec((rows,), 'int32'),
         pending=st.Spec((rows,), 'int32'),
@@ -138,6 +138,8 @@ class LanguageModel:
         key=st.Spec((rows, 2), 'uint32'),
         logits=(st.Spec((rows, self.config.vocab), 'float32')
                 if logits else None)))
+    grows = any(kind == 'growing' for _, _, _, kind in st.leaves(schema))
+    return dataclasses.replace(schema, capacity=capacity if grows else None)
 
   def init_state(self, rows: int, capacity: int, *, key=None,
                  logits: bool = False):
@@ -187,17 +189,19 @@ class LanguageModel:
     """
     if keep not in ('all', 'last'):
       raise ValueError(f"keep: expected 'all' or 'last', got {keep!r}.")
-    if not isinstance(tokens, jax.Array):
-      tokens = np.asarray(tokens)
-    self._check(state, tokens, n_valid, segment_ids)
-    tokens = jnp.asarray(tokens, jnp.int32)
-    arrays = (params, state, tokens, n_valid, segment_ids)
-    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arrays)):
-      return apply(self, *arrays, keep=keep)
-    self._check_values(state, tokens, n_valid, segment_ids)
-    return _compiled(self, *arrays, keep=keep)
+    inputs = [x if x is None or isinstance(x, jax.Array) else np.asarray(x)
+              for x in (tokens, n_valid, segment_ids)]
+    self._check(params, state, *inputs)
+    traced = any(isinstance(x, jax.core.Tracer)
+                 for x in jax.tree.leaves((params, state, inputs)))
+    if not traced:
+      # Of the values as they came: a cast may wrap one into the range.
+      self._check_values(state, *inputs)
+    inputs = [x if x is None else jnp.asarray(x, jnp.int32) for x in inputs]
+    run = apply if traced else _compiled
+    return run(self, params, state, *inputs, keep=keep)
 
-  def _check(self, state, tokens, n_valid, segment_ids):
+  def _check(self, params, state, tokens, n_valid, segment_ids):
     shape, dtype = np.shape(tokens), jnp.result_type(tokens)
     if len(shape) != 2 or not jnp.issubdtype(dtype, jnp.integer):
       raise ValueError(f'tokens: expected [B, T] integers, got {shape} '
@@ -217,8 +221,26 @@ class LanguageModel:
           or not jnp.issubdtype(jnp.result_type(value), jnp.integer)):
         raise ValueError(f'{name}: expected {want} integers, got '
                          f'{np.shape(value)} {jnp.result_type(value)}.')
+    self._check_carried(params, state)
+
+  def _check_carried(self, params, state):
+    """Raises unless params and state are this model's."""
+    if not isinstance(state, st.ServingState):
+      raise ValueError(f'state: expected a ServingState, got '
+                       f'{type(state).__name__}; make one with init_state.')
     st.validate(state, self.state_schema(
-        shape[0], st.capacity(state) or 0, logits=state.logits is not None))
+        st.rows(state), st.capacity(state) or 0,
+        logits=state.logits is not None))
+    want = _shapes(self)
+    for layout in want:
+      if jax.tree.structure(params) == layout.structure and (
+          [np.shape(x) for x in jax.tree.leaves(params)] == layout.shapes):
+        return
+    raise ValueError(
+        'params: expected the tree and the shapes of model.init(key), stacked '
+        f'or unstacked, {len(want[0].shapes)} leaves; got '
+        f'{len(jax.tree.leaves(params))} of another model. Load or initialise '
+        'them with this config.')
 
   def _check_values(self, state, tokens, n_valid, segment_ids):
     tokens = np.asarray(tokens)
@@ -229,6 +251,10 @@ class LanguageModel:
     real = np.arange(steps)[None] < n[:, None]
     if segment_ids is not None:
       real &= np.asarray(segment_ids) >= 0
+    if segment_ids is not None and np.asarray(segment_ids).size and (
+        np.abs(np.asarray(segment_ids).astype(np.float64)).max() >= 2 ** 31):
+      raise ValueError('segment_ids: expected numbers that fit int32; number '
+                       'the documents of a call from 0.')
     bad = real & ((tokens < 0) | (tokens >= self.config.vocab))
     if bad.any():
       row, t = np.argwhere(bad)[0]
@@ -340,6 +366,21 @@ def apply(model, params, state, tokens, n_valid=None, segment_ids=None, *,
       logits=None if state.logits is None else jnp.where(
           (n_valid > 0)[:, None], last[:, 0], state.logits))
   return logits, new
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+  structure: object
+  shapes: list
+
+
+@functools.lru_cache(maxsize=64)
+def _shapes(model):
+  """The layouts in which a model takes its parameters."""
+  stacked = jax.eval_shape(lambda: _initialise(model, jax.random.key(0)))
+  return [_Layout(jax.tree.structure(tree),
+                  [x.shape for x in jax.tree.leaves(tree)])
+          for tree in (stacked, jax.eval_shape(model.unstack, stacked))]
 
 
 _compiled = jax.jit(apply, static_argnums=0, static_argnames='keep')

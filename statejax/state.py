@@ -98,6 +98,8 @@ class ServingState:
       depends on the key and p alone.
     logits: next-token logits after the last absorbed token, [B, P] float32,
       or None where not asked for.
+    capacity: tokens that the growing leaves hold, None where there are none;
+      static. A leaf of stride s has a slot for every s of them.
   """
 
   layers: dict
@@ -106,6 +108,8 @@ class ServingState:
   witness: Array = leaf('batch lanes')
   key: Array = leaf('batch words')
   logits: Array | None = leaf('batch vocab')
+  capacity: int | None = dataclasses.field(
+      default=None, metadata=dict(static=True))
 
 
 @jax.tree_util.register_dataclass
@@ -139,7 +143,7 @@ def _declared(tree, path=(), stacked=False) -> Iterator[
   for field in dataclasses.fields(tree):
     value = getattr(tree, field.name)
     where = (*path, field.name)
-    if value is None:
+    if value is None or field.metadata.get('static'):
       continue
     if 'axes' in field.metadata:
       yield where, value, {**field.metadata, 'stacked': stacked}
@@ -173,7 +177,7 @@ def _rebuild(tree, values) -> Any:
   changes = {}
   for field in dataclasses.fields(tree):
     value = getattr(tree, field.name)
-    if value is None:
+    if value is None or field.metadata.get('static'):
       continue
     changes[field.name] = (
         next(values) if 'axes' in field.metadata else _rebuild(value, values))
@@ -210,11 +214,8 @@ def rows(state) -> int:
 
 
 def capacity(state):
-  """Slots of the growing leaves, or None where the state has none."""
-  for _, value, axes, kind in leaves(state):
-    if kind == 'growing':
-      return value.shape[axes.index('capacity')]
-  return None
+  """Tokens that the growing leaves hold, or None where there are none."""
+  return state.capacity
 
 
 def _indices(state, index):
@@ -240,8 +241,9 @@ def fork(state, row: int, copies: int):
 
   They share the sampler key, hence the draws, until `rekey`.
   """
-  if copies < 1:
-    raise ValueError(f'fork: expected copies >= 1, got {copies}.')
+  if np.ndim(row) or copies < 1:
+    raise ValueError(f'fork: expected one row and copies >= 1, got row={row}, '
+                     f'copies={copies}; take() copies several rows.')
   return take(state, np.full((copies,), row))
 
 
@@ -320,7 +322,7 @@ def grow(state, new: int, schema=None):
     schema: needed where a growing leaf holds one slot per several tokens.
   """
   strides = iter([s.stride for _, s, _, _ in leaves(schema)] if schema else ())
-  _refuse_lost(state, schema)
+  _refuse_lost(state)
   def one(path, axes, kind, x):
     stride = next(strides, 1)
     if kind == 'fixed':
@@ -333,20 +335,19 @@ def grow(state, new: int, schema=None):
     pad = [(0, 0)] * x.ndim
     pad[axis] = (0, slots - x.shape[axis])
     return jnp.pad(x, pad)
-  return map_leaves(one, state)
+  grown = map_leaves(one, state)
+  return grown if state.capacity is None else dataclasses.replace(
+      grown, capacity=new)
 
 
-def _refuse_lost(state, schema=None):
+def _refuse_lost(state):
   """Raises where a row has absorbed more tokens than its stores could hold."""
-  strides = iter([s.stride for _, s, _, _ in leaves(schema)] if schema else ())
   longest = int(np.max(np.asarray(state.length), initial=0))
-  for path, value, axes, kind in leaves(state):
-    slots = -(-longest // next(strides, 1))
-    if kind == 'growing' and slots > value.shape[axes.index('capacity')]:
-      raise ValueError(
-          f'{path}: a row has absorbed {longest} tokens, its store has '
-          f'{value.shape[axes.index("capacity")]} slots; what did not fit is '
-          'lost. Absorb the tokens again into a state with room.')
+  if state.capacity is not None and longest > state.capacity:
+    raise ValueError(
+        f'state: a row has absorbed {longest} tokens, its stores have room for '
+        f'{state.capacity}; what did not fit is lost. Absorb the tokens again '
+        'into a state with room.')
 
 
 def rewind(state, length, witness):
@@ -391,7 +392,14 @@ def restore_fixed(state, snapshot):
   this is how rejected draft tokens leave no trace (law L6). A row whose logits
   became NaN has NaN in its stores: clear it, rewinding is not enough (it would
   go on to give NaN, though never a wrong number).
+
+  Raises:
+    ValueError: the snapshot is of another number of rows or another config.
   """
+  if rows(state) != rows(snapshot):
+    raise ValueError(f'restore_fixed: expected a snapshot of {rows(state)} '
+                     f'rows, got {rows(snapshot)}; take the same rows of both.')
+  _match(state, snapshot, 'restore_fixed', but=('batch', 'capacity'))
   return map_leaves(
       lambda p, a, kind, x, y: x if kind == 'growing' else y, state, snapshot)
 
@@ -423,16 +431,15 @@ def live(state, row: int, schema=None):
   What an artifact stores: slots past `length` are not part of a state.
   """
   length = int(state.length[row])
-  _refuse_lost(state, schema)
+  _refuse_lost(state)
   strides = iter([s.stride for _, s, _, _ in leaves(schema)] if schema else ())
   def one(path, axes, kind, x):
     stride = next(strides, 1)
-    batch = axes.index('batch')
-    value = np.asarray(jax.lax.index_in_dim(x, row, batch, keepdims=False))
+    x = jax.lax.index_in_dim(x, row, axes.index('batch'))
     if kind == 'growing':
-      axis = axes.index('capacity') - (batch < axes.index('capacity'))
-      value = np.take(value, np.arange(length // stride), axis=axis)
-    return value
+      x = jax.lax.slice_in_dim(x, 0, length // stride,
+                               axis=axes.index('capacity'))
+    return np.squeeze(np.asarray(x), axes.index('batch'))
   return map_leaves(one, state)
 
 
@@ -495,10 +502,10 @@ def _first_difference(a, b, tolerance):
   return tuple(int(i) for i in np.unravel_index(np.argmax(bad), bad.shape))
 
 
-def _match(left, right, what):
-  """Raises unless both have the same leaves but for the number of rows."""
+def _match(left, right, what, but=('batch',)):
+  """Raises unless both have the same leaves, whatever the sizes of `but`."""
   def facts(tree):
-    return {path: (tuple(n for n, a in zip(x.shape, axes) if a != 'batch'),
+    return {path: (tuple(n for n, a in zip(x.shape, axes) if a not in but),
                    np.dtype(x.dtype), axes)
             for path, x, axes, _ in leaves(tree)}
   mine, theirs = facts(left), facts(right)
@@ -506,12 +513,15 @@ def _match(left, right, what):
     if mine.get(path) == theirs.get(path):
       continue
     show = lambda f: 'nothing' if f is None else '[' + ', '.join(
-        f'{a}={n}' for a, n in zip([a for a in f[2] if a != 'batch'], f[0])
+        f'{a}={n}' for a, n in zip([a for a in f[2] if a not in but], f[0])
     ) + f'] {f[1]}'
     raise ValueError(
         f'{what}: {path}: expected {show(mine.get(path))}, got '
         f'{show(theirs.get(path))}; both states must come from one config and '
         'capacity (see statejax.state.grow).')
+  if 'capacity' not in but and left.capacity != right.capacity:
+    raise ValueError(f'{what}: expected capacity {left.capacity}, got '
+                     f'{right.capacity}; see statejax.state.grow.')
 
 
 def validate(state, schema):

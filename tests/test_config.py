@@ -47,11 +47,12 @@ def test_override(assignment, path, value):
   assert config != get() or found(get(), path) == value
 
 
-@pytest.mark.parametrize('path', [
-    'train.peak', 'model.layers.kda.mixer.lower_bound', 'model.norm.eps'])
-def test_an_int_serves_as_float(path):
-  value = found(c.override(get(), f'{path}=-1'), path.replace('kda', '0'))
-  assert value == -1 and type(value) is float
+@pytest.mark.parametrize('path, number', [
+    ('train.peak', 1), ('model.layers.kda.mixer.lower_bound', -1),
+    ('model.norm.eps', 1)])
+def test_an_int_serves_as_float(path, number):
+  value = found(c.override(get(), f'{path}={number}'), path.replace('kda', '0'))
+  assert value == number and type(value) is float
 
 
 @pytest.mark.parametrize('assignment, text', [

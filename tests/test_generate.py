@@ -222,9 +222,11 @@ def test_a_row_draws_the_same_in_any_batch():
 
 
 @pytest.mark.parametrize('options, text', [
-    (dict(temperature=-1.0), 'temperature: expected >= 0, got -1.0'),
-    (dict(temperature=float('nan')), 'temperature: expected >= 0, got nan'),
-    (dict(top_k=0), 'top_k: expected >= 1 or None, got 0'),
+    (dict(temperature=-1.0), 'temperature: expected 0, .* got -1.0'),
+    (dict(temperature=float('nan')), 'temperature: expected 0, .* got nan'),
+    (dict(temperature=1e-37), 'at least 1e-6, got 1e-37'),
+    (dict(top_k=0), 'top_k: expected an integer >= 1 or None, got 0'),
+    (dict(top_k=1.5), 'top_k: expected an integer'),
     (dict(top_p=0.0), 'top_p: expected 0 < p <= 1, got 0.0'),
     (dict(top_p=1.5), 'top_p: expected 0 < p <= 1, got 1.5'),
 ])
@@ -254,11 +256,28 @@ def test_prefill_refuses_a_pending_token():
     gen.prefill(MODEL, params(), state, PROMPTS, np.array([0, 2, 1]))
 
 
-def test_bad_generate():
-  with pytest.raises(ValueError, match=r'pending=\[-1, -1, -1\]; call prefill'):
-    run(fresh(), 1)
+def test_a_small_temperature_is_greedy():
+  logits = jnp.array([[50.0, 60.0, 10.0], [-9e5, -9.1e5, 0.0]])
+  key = jnp.zeros((2, 2), jnp.uint32)
+  drawn = gen.sample(logits, key, jnp.zeros(2, jnp.int32), gen.Sampling(1e-6))
+  assert drawn.tolist() == [1, 2]
+
+
+def test_one_stop_token_needs_no_tuple():
   state = absorbed()
-  with pytest.raises(ValueError, match='expected steps >= 1 .* got steps=0'):
+  want, _ = run(state, STEPS)
+  stop = int(want[0, 2])
+  got, _ = run(state, STEPS, stop=stop)
+  assert (got == run(state, STEPS, stop=(stop,))[0]).all()
+
+
+def test_bad_generate():
+  with pytest.raises(ValueError, match=r'got \[-1, -1, -1\]; call prefill'):
+    run(fresh(), 1)
+  with pytest.raises(ValueError, match=r'outside vocab=32, got \[0, 32, 1'):
+    run(dataclasses.replace(fresh(), pending=jnp.array([0, 32, 1])), 1)
+  state = absorbed()
+  with pytest.raises(ValueError, match='expected steps >= 1, got 0'):
     run(state, 0)
   with pytest.raises(ValueError, match=r'room for 25 tokens, got 24; use '
                                        r'statejax.state.grow\(state, 25\)'):

@@ -8,8 +8,10 @@ the worst error seen, except where stated beside the subject.
 """
 
 import dataclasses
+import functools
 import importlib
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
@@ -18,6 +20,8 @@ from statejax import config as c
 from statejax import laws
 from statejax import model as lm
 from statejax import state as st
+from statejax.layers import block, common, delta
+from statejax.ops import window
 
 KDA = c.KDAConfig(heads=2, key=8, value=8, rank=8, chunk=8)
 MIXERS = {
@@ -181,6 +185,113 @@ def test_any_object_with_a_step():
   report = laws.check(Sum())
   silent = {name for name, error in report.worst.items() if error is None}
   assert silent == {'schema', 'witness', 'neighbours'}
+
+
+class RoundedSum(Sum):
+  """What accumulates in bfloat16."""
+
+  def init_state(self, rows, capacity):
+    state = super().init_state(rows, capacity)
+    return dataclasses.replace(state, layers={
+        'sum': SumState(jnp.zeros((1, rows, 4), jnp.bfloat16))})
+
+  def step(self, params, state, *inputs):
+    y, new = super().step(params, state, *inputs)
+    return y, dataclasses.replace(new, layers={
+        'sum': SumState(new.layers['sum'].total.astype(jnp.bfloat16))})
+
+
+def test_whatever_accumulates_is_float32():
+  with pytest.raises(laws.LawError, match="'dtype'.*layers/sum/total.*float32"):
+    laws.check(RoundedSum(), laws='dtype')
+
+
+def test_a_phase_that_no_law_reaches():
+  subject = Sum()
+  subject.phases = (5, 24)
+  with pytest.raises(ValueError, match='feeds 24 tokens and would never.*24'):
+    laws.check(subject, laws='schema')
+
+
+def test_long_windows_and_chunks_are_cut(monkeypatch):
+  """A fault beyond a window or chunk of real size is found all the same."""
+  attention = c.AttentionConfig(heads=1, kv_heads=1, key=4, value=4, window=64)
+  laws.check(attention, laws='split')
+  right = window.positions
+  monkeypatch.setattr(window, 'positions', lambda n, w: right(n + 1, w))
+  with pytest.raises(laws.LawError):
+    laws.check(attention, laws='split')
+  kda = dataclasses.replace(KDA, chunk=None)
+  laws.check(kda, laws='split')
+  right = delta.delta_rule
+  monkeypatch.setattr(delta, 'delta_rule', lambda *a, chunk_size, **k: right(
+      *a, chunk_size=chunk_size, **k) if chunk_size == 8 else 1 / 0)
+  laws.check(kda, laws='split')
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class EveryFourthState:
+  """Every fourth token, [B, N, D]."""
+
+  x: jax.Array = st.leaf('batch capacity embed', 'growing')
+
+
+@dataclasses.dataclass(frozen=True)
+class EveryFourthConfig:
+  """A store with a slot for four tokens."""
+
+
+class EveryFourth(nn.Module):
+  """A mixer in few lines: the sum of every fourth token of the document."""
+
+  config: EveryFourthConfig
+
+  @staticmethod
+  def state(config, rows, capacity, dtype):
+    del config
+    return EveryFourthState(
+        x=st.Spec((rows, -(-capacity // 4), 24), dtype, stride=4))
+
+  @nn.compact
+  def __call__(self, x, state, context):
+    weight = common.weight(self, 'w', ('embed',), (24,), nn.initializers.ones)
+    data, at = state.x.data, context.positions
+    rows, slots = jnp.arange(x.shape[0])[:, None], data.shape[2]
+    stored = context.valid & (at % 4 == 3)
+    old = state.x.read()
+    seen = context.visible_past(jnp.broadcast_to(
+        4 * jnp.arange(slots, dtype=jnp.int32)[None] + 3, old.shape[:2]))
+    product = functools.partial(jnp.matmul, precision='highest')
+    y = product(seen.astype(x.dtype), old)
+    chunk = context.visible_chunk() & stored[:, None]
+    y += product(chunk.astype(x.dtype), x)
+    if context.document is not None:  # the last document alone is kept
+      stored &= context.document == context.document[
+          rows, jnp.maximum(context.n_valid - 1, 0)[:, None]]
+    new = data.at[state.x.layer, rows, jnp.where(stored, at // 4, slots)].set(
+        x, mode='drop')
+    return weight[None, None] * y, EveryFourthState(
+        dataclasses.replace(state.x, data=new))
+
+
+def test_slots_of_several_tokens(monkeypatch):
+  monkeypatch.setitem(block.MIXERS, EveryFourthConfig, EveryFourth)
+  # Most tokens are seen by none but themselves.
+  report = laws.check(EveryFourthConfig(), laws=[
+      name for name in laws.LAWS if name != 'causality'])
+  assert report.worst['neighbours'] is not None
+  model = lm.LanguageModel(c.ModelConfig(
+      vocab=8, width=24, layers=(c.LayerConfig('a', EveryFourthConfig()),),
+      groups=(c.GroupConfig(('a',)),)))
+  params, state = model.init(jax.random.key(0)), model.init_state(1, 7)
+  assert st.capacity(state) == 7 and state.layers['a'].x.shape[2] == 2
+  _, state = model.step(params, state, jnp.ones((1, 7), jnp.int32))
+  with pytest.raises(ValueError, match='have room for 7; use'):
+    model.step(params, state, jnp.ones((1, 1), jnp.int32))
+  grown = st.grow(state, 9, model.state_schema(1, 7))
+  assert grown.layers['a'].x.shape[2] == 3 and st.capacity(grown) == 9
+  model.step(params, grown, jnp.ones((1, 2), jnp.int32))
 
 
 def test_report_is_a_table():

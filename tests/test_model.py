@@ -24,6 +24,7 @@ CONFIG = c.ModelConfig(
     groups=(c.GroupConfig(('delta', 'full'), 2), c.GroupConfig(('full',))))
 MODEL = lm.LanguageModel(CONFIG)
 TOKENS = np.array([[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]], np.int32)
+HUGE = np.int64(2) ** 32
 
 
 @functools.cache
@@ -55,10 +56,36 @@ def fresh(capacity=8, **options):
      r'segment_ids: expected \(2, 5\) integers, got \(2, 3\)'),
     (TOKENS + 7, {}, r'tokens\[1, 3\] = 16: expected 0 <= token < vocab=16'),
     (-TOKENS, {}, r'tokens\[0, 0\] = -1: expected 0 <= token'),
+    (TOKENS + HUGE, {}, r'tokens\[0, 0\] = 4294967297: expected 0 <= token'),
+    (TOKENS, dict(segment_ids=TOKENS + HUGE), 'numbers that fit int32'),
+    (TOKENS, dict(n_valid=[1, 2, 3]), r'n_valid: expected \(2,\) integers'),
 ])
 def test_bad_input(tokens, options, match):
   with pytest.raises(ValueError, match=match):
     MODEL.step(params(), fresh(), tokens, **options)
+
+
+def test_lists_are_taken():
+  got, _ = MODEL.step(params(), fresh(), TOKENS.tolist(), [5, 2],
+                      np.zeros((2, 5), int).tolist())
+  want, _ = MODEL.step(params(), fresh(), TOKENS, np.array([5, 2]),
+                       np.zeros((2, 5), np.int32))
+  np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize('wrong', [
+    lambda: None, lambda: {**params(), 'more': jnp.zeros(1)},
+    lambda: lm.LanguageModel(dataclasses.replace(CONFIG, width=10)).init(
+        jax.random.key(0))])
+def test_bad_params(wrong):
+  with pytest.raises(ValueError, match='params: expected the tree and .* of'):
+    MODEL.step(wrong(), fresh(), TOKENS)
+
+
+def test_64_bit_types_change_nothing(float64):
+  logits, state = MODEL.step(params(), fresh(), TOKENS.astype(np.int64))
+  assert logits.dtype == jnp.float32
+  MODEL.step(params(), state, TOKENS[:, :3])
 
 
 def test_bad_ids_at_padding_are_fine():

@@ -73,6 +73,16 @@ def test_put_replaces_these_rows_alone():
   assert same(row_of(new, 0), row_of(other, 0))
 
 
+def test_fork_of_several_rows_is_refused():
+  with pytest.raises(ValueError, match=r'expected one row .* row=\[0, 1\]'):
+    st.fork(numbered(), [0, 1], 2)
+
+
+def test_a_snapshot_of_other_rows_is_refused():
+  with pytest.raises(ValueError, match='a snapshot of 3 rows, got 2'):
+    st.restore_fixed(numbered(), st.snapshot(numbered(2)))
+
+
 def test_fork_copies_one_row():
   forks = st.fork(numbered(), 1, 4)
   assert st.rows(forks) == 4
@@ -106,7 +116,7 @@ def test_clear_leaves_key_and_neighbours():
     (lambda s: st.take(s, [0, -1]), r'rows: \[-1\] not among'),
     (lambda s: st.take(s, 0.5), 'rows: expected integers, got float64'),
     (lambda s: st.clear(s, [True]), 'rows: expected integers, got bool'),
-    (lambda s: st.fork(s, 0, 0), 'fork: expected copies >= 1, got 0'),
+    (lambda s: st.fork(s, 0, 0), 'fork: expected one row and copies >= 1'),
     (lambda s: st.fork(s, 7, 2), r'rows: \[7, 7\] not among'),
     (lambda s: st.put(s, [1, 1], st.take(s, [0, 2])),
      r'put: expected 2 distinct rows, got \[1, 1\]'),
@@ -166,7 +176,8 @@ def test_grow_counts_tokens_by_stride():
   schema = MODEL.state_schema(3, 5)
   schema = st.map_leaves(
       lambda p, a, kind, x: dataclasses.replace(x, stride=2), schema)
-  assert st.capacity(st.grow(numbered(), 11, schema)) == 6
+  grown = st.grow(numbered(), 11, schema)
+  assert st.capacity(grown) == 11 and grown.layers['full'].k.shape[3] == 6
 
 
 def test_capacity_of_a_state_without_stores():

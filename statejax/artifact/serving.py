@@ -1,5 +1,6 @@
 """Serving states on disk, bound to the model they belong to."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -78,7 +79,9 @@ def _cut(state, schema, tokens):
       return x
     axis = axes.index('capacity')
     return jax.lax.slice_in_dim(x, 0, min(slots, x.shape[axis]), axis=axis)
-  return st.map_leaves(one, state)
+  cut = st.map_leaves(one, state)
+  return cut if state.capacity is None else dataclasses.replace(
+      cut, capacity=min(tokens, state.capacity))
 
 
 def about(path) -> dict:

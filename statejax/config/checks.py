@@ -3,10 +3,15 @@
 
 def positive(config, *names):
   """Raises ValueError unless every named field is at least 1."""
+  no_less(config, 1, *names)
+
+
+def no_less(config, least, *names):
+  """Raises ValueError unless every named field is at least `least`."""
   for name in names:
-    if getattr(config, name) < 1:
-      raise ValueError(f'{type(config).__name__}.{name}: expected >= 1, got '
-                       f'{getattr(config, name)}.')
+    if not getattr(config, name) >= least:
+      raise ValueError(f'{type(config).__name__}.{name}: expected >= {least}, '
+                       f'got {getattr(config, name)}.')
 
 
 def divides(config, many, few):

@@ -5,7 +5,8 @@ import typing
 
 from statejax.config import checks
 
-DTYPES = ('float32', 'bfloat16', 'float16', 'float64')
+# Of models; the ops take float64 too.
+DTYPES = ('float32', 'bfloat16', 'float16')
 
 
 @dataclasses.dataclass(frozen=True)

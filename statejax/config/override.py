@@ -74,9 +74,13 @@ def _parse(text, hint, old, path):
   hint = type(old) if hint is None or hint is typing.Any else hint
   if not _fits(value, hint):
     raise ValueError(
-        f'{path}: expected {getattr(hint, "__name__", hint)}, got {value!r} '
+        f'{path}: expected {_name(hint)}, got {value!r} '
         f'({type(value).__name__}).')
   return float(value) if _is_float(hint) and type(value) is int else value
+
+
+def _name(hint):
+  return hint.__name__ if type(hint) is type else str(hint)
 
 
 def _is_float(hint):

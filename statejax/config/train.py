@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from statejax.config import checks
 from statejax.config.model import ModelConfig
 
 
@@ -58,6 +59,14 @@ class TrainConfig:
   fsdp: int = 1
   tensor: int = 1
 
+  def __post_init__(self):
+    checks.positive(self, 'steps', 'rows', 'length', 'accumulate', 'save_every',
+                    'keep', 'eval_batches', 'log_every', 'fsdp', 'tensor')
+    checks.no_less(self, 0, 'warmup', 'decay', 'seed', 'eval_every',
+                   'weight_decay', 'z_loss', 'peak')
+    if not self.clip > 0:
+      raise ValueError(f'TrainConfig.clip: expected > 0, got {self.clip}.')
+
 
 @dataclasses.dataclass(frozen=True)
 class TaskConfig:
@@ -74,6 +83,9 @@ class TaskConfig:
   pairs: int = 8
   items: int = 100_000
   vocab: int = 64
+
+  def __post_init__(self):
+    checks.positive(self, 'pairs', 'items', 'vocab')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -53,6 +53,11 @@ class Bench:
   warm_lengths = np.array([7, 0, 13])
 
   def __init__(self, subject, key, tolerance):
+    late = [p for p in getattr(subject, 'phases', ()) if p >= self.steps]
+    if late:
+      raise ValueError(
+          f'subject: a law feeds {self.steps} tokens and would never see what '
+          f'happens after {late[0]}; check it with a smaller window or chunk.')
     keys = jax.random.split(key, 5)
     draw = lambda key: np.asarray(
         subject.inputs(key, self.rows, self.steps))
@@ -63,10 +68,11 @@ class Bench:
     self.inputs, self.others, self.before = map(draw, keys[1:4])
     self.random = np.random.default_rng(
         np.asarray(jax.random.key_data(keys[4])).tolist())
-    schema = getattr(subject, 'state_schema', None)
-    self.strides = {} if schema is None else {
-        path: leaf.stride for path, leaf, _, _ in st.leaves(
-            schema(self.rows, self.capacity))}
+    declare = getattr(subject, 'state_schema', None)
+    self.schema = (None if declare is None
+                   else declare(self.rows, self.capacity))
+    self.strides = {} if self.schema is None else {
+        path: leaf.stride for path, leaf, _, _ in st.leaves(self.schema)}
     self.programs = {}
 
   @property

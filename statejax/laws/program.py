@@ -14,6 +14,10 @@ from statejax.laws.rows import reload
 def schema(bench):
   """A state has the leaves, shapes, types and bytes that its schema says."""
   state = bench.fresh()
+  grows = any(kind == 'growing' for _, _, _, kind in st.leaves(state))
+  if st.capacity(state) != (bench.capacity if grows else None):
+    bench.fail('capacity', expected=bench.capacity if grows else None,
+               got=st.capacity(state))
   if (state.length != 0).any():
     bench.fail('length', expected=0, got=state.length.tolist())
   if not hasattr(bench.subject, 'state_schema'):
@@ -65,18 +69,25 @@ def _pairs(bench, state, new):
 
 
 def dtype(bench):
-  """L9: recurrent matrices are float32, and hold what float32 can.
+  """L9: what accumulates is float32, and matrices hold what float32 can.
 
-  A matrix whose every number fits in bfloat16 has been rounded on its way.
+  That is every fixed leaf of floats but copies of inputs: tails of `taps` and
+  rings of a `window`. A matrix whose every number fits in bfloat16 has been
+  rounded on its way.
   """
+  found = False
   for path, x, axes, kind in st.leaves(bench.warm):
-    if kind == 'growing' or not {'key', 'value'} <= set(axes):
+    if (kind == 'growing' or {'taps', 'window'} & set(axes)
+        or not jnp.issubdtype(x.dtype, jnp.floating)):
       continue
+    found = True
     if x.dtype != jnp.float32:
       bench.fail(path, expected='float32', got=x.dtype)
-    if (x == x.astype(jnp.bfloat16).astype(jnp.float32)).all():
+    rounded = x.astype(jnp.bfloat16).astype(jnp.float32)
+    if {'key', 'value'} <= set(axes) and (x == rounded).all():
       bench.fail(path, expected='float32 precision', got='bfloat16 values',
                  step=int(np.max(bench.warm_lengths)))
+  return found
 
 
 def donation(bench):

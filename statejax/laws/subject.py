@@ -18,6 +18,7 @@ say more about itself:
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,11 @@ import jax.numpy as jnp
 from statejax import config as cfg
 from statejax import model as lm
 from statejax.layers import block, common
+
+# Chunks and windows that do not end within a few tokens are cut to these: no
+# parameter depends on them, and what is never reached is never checked.
+_SHORT = {'chunk': 8, 'window': 5}
+_LONGEST = 12
 
 # Per layer and for a whole tiny model, float32; see `statejax.laws`.
 LAYER, MODEL = 2e-6, 1e-5
@@ -169,11 +175,16 @@ def resolve(subject):
   if isinstance(subject, cfg.ModelConfig):
     subject = lm.LanguageModel(subject)
   if isinstance(subject, lm.LanguageModel):
-    return ModelSubject(subject)
+    subject = ModelSubject(subject)
+  if isinstance(subject, ModelSubject):
+    short = lm.LanguageModel(_short(subject.model.config))
+    return dataclasses.replace(subject, model=short)
   if type(subject) in block.MIXERS:
     subject = cfg.LayerConfig('mixer', subject, cfg.SwiGLUConfig(32))
   if isinstance(subject, cfg.LayerConfig):
-    return MixerSubject(subject)
+    subject = MixerSubject(subject)
+  if isinstance(subject, MixerSubject):
+    return dataclasses.replace(subject, layer=_short(subject.layer))
   needed = ('init', 'init_state', 'step', 'inputs')
   missing = [name for name in needed if not hasattr(subject, name)]
   if missing:
@@ -182,6 +193,20 @@ def resolve(subject):
         'expected a LanguageModel, a ModelConfig, a LayerConfig, the config of '
         'a registered mixer, or an object with init, init_state, step, inputs.')
   return subject
+
+
+def _short(config) -> Any:
+  """A layer or a model with `_SHORT` chunks and windows."""
+  if isinstance(config, cfg.ModelConfig):
+    return dataclasses.replace(config, layers=tuple(map(_short, config.layers)))
+  if isinstance(config, cfg.LayerConfig):
+    return dataclasses.replace(config, mixer=_short(config.mixer))
+  found = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)
+           if f.name in _SHORT}
+  # No window is no window, but no chunk is the op's choice.
+  return dataclasses.replace(config, **{
+      name: _SHORT[name] for name, size in found.items()
+      if (name == 'chunk' if size is None else size > _LONGEST)})
 
 
 def _reach(mixer):

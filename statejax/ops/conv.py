@@ -34,7 +34,7 @@ def short_conv(x, tail, weight, n_valid, *, document=None, start=None,
 
   Reference: causal-conv1d as used by Mamba and Gated DeltaNet layers.
   """
-  taps, length = weight.shape[0], x.shape[1]
+  taps = weight.shape[0]
   wide = (jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
   # The tail is kept in its own dtype; appended inputs are rounded to it, so
   # that a token convolves with the same bits whether it arrives in this call

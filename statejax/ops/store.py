@@ -71,6 +71,8 @@ def _write_rows(data, where, merged):
   """The same row after row: XLA's CPU backend copies a whole store before it
   scatters into it, but updates a loop's carry in place."""
   def one(row, data):
-    at = (where[row, 0], row, *(0,) * (data.ndim - 4), where[row, 1], 0)
+    zero = jnp.int32(0)
+    at = (where[row, 0], row, *(zero,) * (data.ndim - 4), where[row, 1], zero)
     return jax.lax.dynamic_update_slice(data, merged[row][None, None], at)
-  return jax.lax.fori_loop(0, merged.shape[0], one, data)
+  return jax.lax.fori_loop(
+      jnp.int32(0), jnp.int32(merged.shape[0]), one, data)

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import shutil
 
 from statejax.artifact import commit, store
@@ -15,8 +16,9 @@ def _name(step):
 
 def steps(folder) -> list[int]:
   """Published steps, ascending."""
-  found = pathlib.Path(folder).glob('step_*')
-  return sorted(int(p.name.removeprefix('step_')) for p in found)
+  found = (re.fullmatch(r'step_(\d{8,})', path.name)
+           for path in pathlib.Path(folder).glob('step_*'))
+  return sorted(int(name[1]) for name in found if name)
 
 
 def save(folder, step: int, state, about: dict, *, keep: int):

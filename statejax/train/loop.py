@@ -7,6 +7,7 @@ import os
 import pathlib
 import signal
 import sys
+import threading
 import time
 
 import jax
@@ -91,18 +92,16 @@ class _Run:
           f'train: expected rows divisible by accumulate={t.accumulate} and by '
           f'data * fsdp = {parts} devices, got rows={t.rows}; change one of '
           'them, e.g. train.data=1.')
-    if t.keep < 1 or t.save_every < 1 or t.log_every < 1:
-      raise ValueError(
-          'train: expected keep, save_every and log_every of at least 1, got '
-          f'keep={t.keep}, save_every={t.save_every}, '
-          f'log_every={t.log_every}.')
     self.folder = workdir / 'checkpoints'
     self.stopping = False
+    self._bits = 'bits/byte' if config.task.name == 'text' else 'bits/token'
 
   def run(self):
     self._prepare()
     data = self._data()
     state, done = self._restore(data)
+    if threading.current_thread() is not threading.main_thread():
+      return self._loop(state, done, data)  # only that one gets signals
     previous = signal.signal(signal.SIGTERM, self._on_signal)
     try:
       return self._loop(state, done, data)
@@ -244,7 +243,7 @@ class _Run:
   def _progress(self, line, done, rate):
     self.report(
         f'step {done}/{self.config.train.steps}  loss {line["loss"]:.3f}  '
-        f'bits/byte {line["bits"]:.3f}  accuracy {line["accuracy"]:.3f}  '
+        f'{self._bits} {line["bits"]:.3f}  accuracy {line["accuracy"]:.3f}  '
         f'{rate:,.0f} tokens/s')
 
   def _save(self, state, done, data):

@@ -5,6 +5,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -108,6 +109,21 @@ def test_keep(tmp_path, keep, kept):
   assert len(list((tmp_path / 'checkpoints').iterdir())) == len(kept)
 
 
+def test_a_copy_beside_the_checkpoints_is_no_checkpoint(whole):
+  copy = whole[0] / 'checkpoints' / 'step_backup'
+  copy.mkdir()
+  assert checkpoint.steps(whole[0] / 'checkpoints')[-1] == 8
+  copy.rmdir()
+
+
+def test_trains_in_a_thread(whole, tmp_path):
+  thread = threading.Thread(target=train, args=(tmp_path,),
+                            kwargs=dict(eval_every=4))
+  thread.start()
+  thread.join()
+  assert small.outcome(tmp_path) == small.outcome(whole[0])
+
+
 def test_longer_is_the_same_run_and_other_is_not(tmp_path):
   train(tmp_path)
   assert train(tmp_path, steps=10).step == 10
@@ -144,8 +160,11 @@ def test_damaged_checkpoint(whole, change):
 @pytest.mark.parametrize('options, text', [
     (dict(accumulate=3), 'divisible by accumulate=3 .* got rows=8'),
     (dict(rows=6, data=4), r'data \* fsdp = 4 devices, got rows=6'),
-    (dict(keep=0), 'of at least 1, got keep=0'),
-    (dict(save_every=0), 'got keep=2, save_every=0'),
+    (dict(keep=0), 'TrainConfig.keep: expected >= 1, got 0'),
+    (dict(save_every=0), 'save_every: expected >= 1, got 0'),
+    (dict(accumulate=0), 'accumulate: expected >= 1, got 0'),
+    (dict(warmup=-1), 'warmup: expected >= 0, got -1'),
+    (dict(clip=0.0), 'clip: expected > 0, got 0.0'),
     (dict(warmup=5, decay=5), r'warmup=5 \+ decay=5 exceed steps=8'),
     (dict(optimizer='sgd'), "expected 'adamw' or 'muon', got 'sgd'"),
     (dict(data=16), 'the number of devices, 8'),
