@@ -162,6 +162,10 @@ class LanguageModel:
            keep: str = 'all'):
     """Absorbs up to T tokens per row and returns next-token logits.
 
+    The given state stays usable, so its stores are copied; a loop that needs
+    no old state jits this with `donate_argnames='state'`, as
+    `statejax.generate.decode` does.
+
     Called with concrete arrays it checks values on the host (token range,
     capacity) and runs compiled. Inside `jax.jit` the same function is traced;
     there a token or `n_valid` out of range, or a step on a row that has
