@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def append(store, new, slot, first, count):
@@ -71,8 +72,8 @@ def _write_rows(data, where, merged):
   """The same row after row: XLA's CPU backend copies a whole store before it
   scatters into it, but updates a loop's carry in place."""
   def one(row, data):
-    zero = jnp.int32(0)
+    zero = np.int32(0)  # also with 64-bit types
     at = (where[row, 0], row, *(zero,) * (data.ndim - 4), where[row, 1], zero)
     return jax.lax.dynamic_update_slice(data, merged[row][None, None], at)
   return jax.lax.fori_loop(
-      jnp.int32(0), jnp.int32(merged.shape[0]), one, data)
+      np.int32(0), np.int32(merged.shape[0]), one, data)
