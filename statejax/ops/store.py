@@ -4,7 +4,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 
 def append(store, new, slot, first, count):
@@ -72,8 +71,8 @@ def _write_rows(data, where, merged):
   """The same row after row: XLA's CPU backend copies a whole store before it
   scatters into it, but updates a loop's carry in place."""
   def one(row, data):
-    zero = np.int32(0)  # also with 64-bit types
-    at = (where[row, 0], row, *(zero,) * (data.ndim - 4), where[row, 1], zero)
+    at = (where[row, 0], row, *(0,) * (data.ndim - 4), where[row, 1], 0)
+    # With 64-bit types the loop counts in int64.
+    at = [jnp.asarray(i, jnp.int32) for i in at]
     return jax.lax.dynamic_update_slice(data, merged[row][None, None], at)
-  return jax.lax.fori_loop(
-      np.int32(0), np.int32(merged.shape[0]), one, data)
+  return jax.lax.fori_loop(0, merged.shape[0], one, data)
