@@ -9,11 +9,14 @@ most optimisations, which is what takes the time.
 
 import dataclasses
 
+import jax
 import pytest
 from test_laws import HALF_LAYER, HALF_MODEL, model
 
 from statejax import config as c
-from statejax import laws
+from statejax import laws, sharding
+from statejax import model as lm
+from statejax import state as st
 
 MIXERS = {
     'delta_net': c.DeltaNetConfig(heads=2, key=8, value=12, max_erase=2.0,
@@ -48,6 +51,16 @@ def test_mixer_quick(name):
   else:
     report = laws.check(MIXERS[name])
     assert tuple(report.worst) == tuple(laws.LAWS)
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_every_axis_has_a_rule(name):
+  """Of parameters and state; an unknown name would fail only on a mesh."""
+  subject = lm.LanguageModel(model(name))
+  names = jax.tree.leaves(subject.axes())
+  for _, _, axes, _ in st.leaves(subject.state_schema(1, 8)):
+    names += axes
+  assert set(names) <= set(sharding.RULES)
 
 
 @pytest.mark.slow
