@@ -47,7 +47,7 @@ class Inputs(NamedTuple):
     q: queries, [B, T, HK, K].
     k: keys, [B, T, HK, K].
     v: values, [B, T, HV, V].
-    log_decay: [B, T, HV] or [B, T, HV, K].
+    log_decay: [B, T, HV] or [B, T, HV, K]; None for 0, without resets.
     erase: [B, T, HV] or [B, T, HV, K]; None for 0.
     write: [B, T, HV] or [B, T, HV, V]; None for 1.
   """
@@ -55,7 +55,7 @@ class Inputs(NamedTuple):
   q: jax.Array
   k: jax.Array
   v: jax.Array
-  log_decay: jax.Array
+  log_decay: jax.Array | None
   erase: jax.Array | None
   write: jax.Array | None
 
@@ -67,7 +67,7 @@ class _Chunk(NamedTuple):
   k: jax.Array  # [B, HK, 1, C, K]
   e: jax.Array | None  # [B, HK, R, C, K]
   v: jax.Array  # [B, HK, R, C, V]
-  log_decay: jax.Array  # [B, HK, R, C, 1 or K]
+  log_decay: jax.Array | None  # [B, HK, R, C, 1 or K]
   erase: jax.Array | None
   write: jax.Array | None
 
@@ -264,9 +264,10 @@ def _chunk_backward(x, state, d_y, d_after):
   d_pre, d_pre_e = split(reads * d_reads, x.e)
   d_pre = d_pre if x.e is None else d_pre + d_pre_e
   d_suf = keys * d_keys
-  over_values = 'bhrkv,bhrkv->bhr' + ('k' if intra.tot.shape[-1] > 1 else '')
-  d_tot = dot(over_values, state, d_after).reshape(intra.tot.shape)
-  d_tot *= intra.tot
+  if intra.tot.shape[-1] > 1:
+    d_tot = intra.tot * dot('bhrkv,bhrkv->bhrk', state, d_after)
+  else:
+    d_tot = intra.tot * dot('bhrkv,bhrkv->bhr', state, d_after)[..., None]
   d_q, d_e, d_k, d_log_decay = intra_chunk_backward(
       x, intra, *split(d_pairs, x.e), d_pre, d_suf, d_tot
   )
