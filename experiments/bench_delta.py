@@ -36,7 +36,6 @@ AIMS = {('gdn', 'forward'): 1.7, ('gdn', 'gradient'): 2.6,
         ('kda', 'forward'): 14.0, ('kda', 'gradient'): 50.0}
 GRADIENT_MIB = 80
 PASSES = ('forward', 'gradient')
-ARGUMENTS = ('q', 'k', 'v', 'log_decay', 'erase', 'write', 'state')
 
 
 def pin():
@@ -68,9 +67,6 @@ def draw(kind, length, heads, width):
   return as32(args), as32(weights)
 
 
-# A job is (run, slow): run() computes, waits and returns arrays to compare.
-
-
 def our_job(args, weights, implementation, which):
   """Compiles the op; returns the job and the MiB of its temporaries."""
   import jax
@@ -85,18 +81,20 @@ def our_job(args, weights, implementation, which):
     return sum(jnp.vdot(w, x) for w, x in zip(weights, forward(*args)))
 
   args, weights = jax.tree.map(jnp.asarray, (args, weights))
+  quick = {'xla_backend_optimization_level': 0} if SMOKE.value else None
+  jit = functools.partial(jax.jit, compiler_options=quick)
   if which == 'forward':
-    compiled = jax.jit(forward).lower(*args).compile()
+    compiled = jit(forward).lower(*args).compile()
     run = functools.partial(compiled, *args)
   else:
-    compiled = jax.jit(jax.grad(loss)).lower(args, weights).compile()
+    compiled = jit(jax.grad(loss)).lower(args, weights).compile()
     run = functools.partial(compiled, args, weights)
   memory = compiled.memory_analysis().temp_size_in_bytes / 2 ** 20
   return lambda: jax.block_until_ready(run()), memory
 
 
 def peer_job(kind, args, weights, which):
-  """The torch reference; both betas are one, so their gradients are summed."""
+  """Returns the job of the torch reference; erase and write are one beta."""
   import torch
   if kind == 'gdn':
     from transformers.models.qwen3_next import modeling_qwen3_next as module
@@ -124,7 +122,10 @@ def peer_job(kind, args, weights, which):
 
 
 def interleave(jobs, slow, repeats):
-  """Runs each job in turn; returns median seconds and the first results."""
+  """Runs each job in turn; returns median seconds and the first results.
+
+  The first run, whose results are kept, is not timed.
+  """
   results = {name: job() for name, job in jobs.items()}
   spent = {name: [] for name in jobs}
   for i in range(repeats):
@@ -138,7 +139,7 @@ def interleave(jobs, slow, repeats):
 
 
 def difference(got, want):
-  """Returns the largest relative error of any array, by name."""
+  """Returns the largest relative error of any array."""
   import numpy as np
   one = lambda a, b: float(np.linalg.norm(np.asarray(a) - np.asarray(b))
                            / np.linalg.norm(np.asarray(b)))
@@ -228,8 +229,10 @@ def scaling(lengths, heads, width, repeats):
 
 
 def products(heads, width, chunk=32):
-  """FLOPs per token of the matrix products with the state, forward."""
-  return heads * (6 * width * width + 8 * chunk * width)
+  """FLOPs per token, forward, of the products with state, pairs, inverse."""
+  levels = chunk.bit_length() - 2
+  return heads * (6 * width * width + 8 * chunk * width
+                  + 4 * levels * chunk * chunk)
 
 
 def main(_):

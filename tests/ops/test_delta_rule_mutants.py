@@ -163,14 +163,14 @@ def sound(kind, decay):
 
 INTRA, CHUNK, OP = MODULES
 HEAD, CHANNEL = 'head', 'channel'
-DOUBLING = '''
+DOUBLING = '''\
   power = -lower
   result = jnp.eye(lower.shape[-1])[None, None, None] + power
   for _ in range(lower.shape[-1].bit_length() - 2):
     power = dot('bhrij,bhrjk->bhrik', power, power)
     result += dot('bhrij,bhrjk->bhrik', result, power)
   return result
-  size ='''
+  size = 0'''
 
 MUTANTS = {
     # The scan over chunks.
@@ -181,7 +181,8 @@ MUTANTS = {
         'values', HEAD, CHUNK, 'lax.scan(body, (state, y), jnp.ar',
         'lax.scan(body, (0 * state, y), jnp.ar'),
     'state after a chunk saved as that before': (
-        'gradients', HEAD, CHUNK, 'state if keep else', 'after if keep else'),
+        'gradients', HEAD, CHUNK, 'return y, after, kept',
+        'return y, after, kept._replace(state=after)'),
     'backward runs forwards': (
         'gradients', HEAD, CHUNK, 'reverse=True', 'reverse=False'),
     'tail dropped': (
@@ -221,20 +222,21 @@ MUTANTS = {
         "'bhrkv,bhrkv->bhrk', 0 * state"),
     # Pairs and the inverse.
     'value heads of a key head not summed': (
-        'gradients', HEAD, INTRA, 'return functools.reduce(operator.add, parts)',
+        'gradients', HEAD, INTRA,
+        'return functools.reduce(operator.add, parts)',
         'return parts[0]'),
     'token does not read itself': (
         'values', HEAD, INTRA, '(decay * inclusive)', '(decay * strict)'),
-    'token erases itself': (
+    'keys not decayed to their erasing': (
         'values', HEAD, INTRA, 'erasing *= decay * strict',
-        'erasing *= decay * inclusive'),
+        'erasing *= strict'),
     'inverse stops a level early': (
         'values', HEAD, INTRA, '  while b < size:', '  while b < size // 2:'),
     'inverse multiplies the wrong way': (
         'values', HEAD, INTRA, "dot('bhrij,bhrjk->bhrik', left, result)",
         "dot('bhrij,bhrjk->bhrik', result, left)"),
     'inverse by doubling': (
-        'keys', HEAD, INTRA, '\n  size =', DOUBLING),
+        'keys', HEAD, INTRA, '  size = lower.shape[-1]', DOUBLING),
     'decay to the end off by one': (
         'values', HEAD, INTRA, "'bhrt,tj->bhrj', g, strict",
         "'bhrt,tj->bhrj', g, inclusive"),
@@ -268,7 +270,8 @@ MUTANTS = {
         'spikes', CHANNEL, INTRA, 'keys = _halves(k)[0] * suf_left',
         'keys = _halves(k)[0] * tot_left / pre_left'),
     'adjoint of the tree skips a level': (
-        'gradients', CHANNEL, INTRA, '_lower(d_pre) + d_level]', '_lower(d_pre)]'),
+        'gradients', CHANNEL, INTRA, '_lower(d_pre) + d_level)',
+        '_lower(d_pre))'),
     'adjoint of the totals from the wrong half': (
         'gradients', CHANNEL, INTRA, 'jnp.sum(_lower(d_pre)',
         'jnp.sum(_upper(d_pre)'),
