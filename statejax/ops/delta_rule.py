@@ -312,6 +312,12 @@ def _expect_gate(name, x, per_head, width):
   if isinstance(x, (int, float)):
     return
   _expect_array(name, x)
+  if not x.ndim:
+    raise ValueError(
+        f'{name}: expected {list(per_head)}, one more axis, or a Python scalar,'
+        ' got an array without axes; jit makes one of a scalar argument: bind '
+        'it by functools.partial before.'
+    )
   shape = per_head if x.ndim == 3 else (*per_head, width)
   _expect(name, x, shape)
 
