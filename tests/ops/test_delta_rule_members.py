@@ -23,8 +23,7 @@ from statejax.ops.delta_rule import delta_rule, delta_rule_recurrent
 
 
 @pytest.mark.parametrize('gates', [
-    (0, 0, 1), (0, 'head', 'head'), (0, 'channel', 1), (0, 2, 'channel'),
-], ids=str)
+    (0, 'head', 'head'), (0, 2, 'channel')], ids=str)
 def test_no_decay(gates):
   args = make(*gates, length=13)
   check(both(args, chunk_size=8), oracle(args), 2e-6, 1e-5)
@@ -177,11 +176,10 @@ def test_error_does_not_grow_with_length(decay, length):
   assert errors[-2] < 3 * errors[0], errors
 
 
-@pytest.mark.parametrize('decay', DECAYS)
-def test_memory_of_the_gradient(decay):
+def test_memory_of_the_gradient():
   """At T=4096, H=4, K=V=128; mostly the states between chunks, 32 MiB."""
   args = make(
-      decay, length=4096, batch=1, key_heads=4, width=128, values=128
+      'channel', length=4096, batch=1, key_heads=4, width=128, values=128
   )
   loss = lambda args: sum(
       jnp.vdot(x, x) for x in delta_rule(**args, chunk_size=32)
