@@ -14,6 +14,9 @@ Every decay is a product of factors <= 1, or the exponential of a sum of terms
 <= 0, over exactly the tokens it spans: nothing overflows and a decay of -inf
 is a reset.
 
+The backward pass is by hand. Per chunk it is given S0, (I + L)^-1 and R, which
+are 4 (K V / C + C + V) bytes for each token and head, and forms the rest again.
+
 Inside a chunk arrays are [B, HK, R, C, D]: R value heads share a key head.
 Queries and erasing keys are multiplied by the same things, so they are joined
 along C, [.., Z * C, D] with Z = 2, or Z = 1 where erase is 0 (then e is None).
