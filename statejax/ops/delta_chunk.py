@@ -14,6 +14,9 @@ Every decay is a product of factors <= 1, or the exponential of a sum of terms
 <= 0, over exactly the tokens it spans: nothing overflows and a decay of -inf
 is a reset.
 
+The backward pass is by hand. Per chunk it is given S0, (I + L)^-1 and R, which
+are 4 (K V / C + C + V) bytes for each token and head, and forms the rest again.
+
 Inside a chunk arrays are [B, HK, R, C, D]: R value heads share a key head.
 Queries and erasing keys are multiplied by the same things, so they are joined
 along C, [.., Z * C, D] with Z = 2, or Z = 1 where erase is 0 (then e is None).
@@ -47,7 +50,7 @@ class Inputs(NamedTuple):
     q: queries, [B, T, HK, K].
     k: keys, [B, T, HK, K].
     v: values, [B, T, HV, V].
-    log_decay: [B, T, HV] or [B, T, HV, K].
+    log_decay: [B, T, HV] or [B, T, HV, K]; None for 0, without resets.
     erase: [B, T, HV] or [B, T, HV, K]; None for 0.
     write: [B, T, HV] or [B, T, HV, V]; None for 1.
   """
@@ -55,7 +58,7 @@ class Inputs(NamedTuple):
   q: jax.Array
   k: jax.Array
   v: jax.Array
-  log_decay: jax.Array
+  log_decay: jax.Array | None
   erase: jax.Array | None
   write: jax.Array | None
 
@@ -67,9 +70,17 @@ class _Chunk(NamedTuple):
   k: jax.Array  # [B, HK, 1, C, K]
   e: jax.Array | None  # [B, HK, R, C, K]
   v: jax.Array  # [B, HK, R, C, V]
-  log_decay: jax.Array  # [B, HK, R, C, 1 or K]
+  log_decay: jax.Array | None  # [B, HK, R, C, 1 or K]
   erase: jax.Array | None
   write: jax.Array | None
+
+
+class _Kept(NamedTuple):
+  """What the backward pass does not compute again; without erase, R = u."""
+
+  state: jax.Array  # before the chunk, [B, HK, R, K, V]
+  inverse: jax.Array | None  # (I + L)^-1, [B, HK, R, C, C]
+  residual: jax.Array | None  # R, [B, HK, R, C, V]
 
 
 def chunked(inputs, state, n_valid, resets, *, scale, chunk_size):
@@ -110,25 +121,26 @@ def _run(scale, size, inputs, state, n_valid, resets):
 
 
 def _run_forward(scale, size, inputs, state, n_valid, resets):
-  y, final, starts = _scan_forward(
+  y, final, kept = _scan_forward(
       scale, size, inputs, state, n_valid, resets, keep=True
   )
-  return (y, final), (inputs, starts, n_valid, resets)
+  return (y, final), (inputs, kept, n_valid, resets)
 
 
 def _run_backward(scale, size, residuals, cotangents):
-  inputs, starts, n_valid, resets = residuals
+  inputs, kept, n_valid, resets = residuals
   d_y, d_state = cotangents
 
-  def body(carry, index_and_start):
+  def body(carry, index_and_kept):
     d_state, buffers = carry
-    index, start = index_and_start
+    index, kept = index_and_kept
+    dtype = kept.state.dtype
     valid = _valid(index, size, n_valid)
     reset = None if resets is None else _slice(resets, index, size)
     heads = inputs.q.shape[2]
-    x = _load_chunk(inputs, index, size, scale, valid, reset, start.dtype)
-    d_out = _load(d_y, index, size, heads, valid, start.dtype)
-    grads, d_state = _chunk_backward(x, start, d_out, d_state)
+    x = _load_chunk(inputs, index, size, scale, valid, reset, dtype)
+    d_out = _load(d_y, index, size, heads, valid, dtype)
+    grads, d_state = _chunk_backward(x, kept, d_out, d_state)
     grads = grads._replace(q=grads.q * scale)
     buffers = jax.tree.map(
         lambda b, g: _store(b, g, index, valid), buffers, grads
@@ -136,9 +148,9 @@ def _run_backward(scale, size, residuals, cotangents):
     return (d_state, buffers), None
 
   zeros = jax.tree.map(jnp.zeros_like, inputs)
-  count = starts.shape[0]
+  count = kept.state.shape[0]
   (d_state, grads), _ = lax.scan(
-      body, (d_state, zeros), (jnp.arange(count), starts), reverse=True
+      body, (d_state, zeros), (jnp.arange(count), kept), reverse=True
   )
   return grads, d_state, None, None
 
@@ -147,20 +159,20 @@ _run.defvjp(_run_forward, _run_backward)
 
 
 def _scan_forward(scale, size, inputs, state, n_valid, resets, keep):
-  """Returns y, the final state and, if kept, the state before each chunk."""
+  """Returns y, the final state and, if asked to `keep`, `_Kept` by chunk."""
 
   def body(carry, index):
     state, y = carry
     valid = _valid(index, size, n_valid)
     reset = None if resets is None else _slice(resets, index, size)
     x = _load_chunk(inputs, index, size, scale, valid, reset, state.dtype)
-    out, after = _chunk_forward(x, state)
-    return (after, _store(y, out, index, valid)), state if keep else None
+    out, after, kept = _chunk_forward(x, state)
+    return (after, _store(y, out, index, valid)), kept if keep else None
 
   count = inputs.q.shape[1] // size
   y = jnp.zeros_like(inputs.v)
-  (state, y), starts = lax.scan(body, (state, y), jnp.arange(count))
-  return y, state, starts
+  (state, y), kept = lax.scan(body, (state, y), jnp.arange(count))
+  return y, state, kept
 
 
 # Moving chunks between the public layout and [B, HK, R, C, D].
@@ -224,34 +236,36 @@ def _from_state(x, intra):
 
 
 def _chunk_forward(x, state):
+  """Returns y, the state after the chunk, and what is kept."""
   intra = intra_chunk(x)
   recalled = dot('bhrck,bhrkv->bhrcv', _from_state(x, intra), state)
   y, erased = split(recalled, x.e)
   residual = x.v if x.write is None else x.write * x.v
+  kept = _Kept(state, None, None)
   if x.e is not None:
     inverse = ladder_inverse(intra.erasing)
     residual = dot('bhrij,bhrjv->bhriv', inverse, residual - erased)
+    kept = _Kept(state, inverse, residual)
   y += dot('bhrij,bhrjv->bhriv', intra.reading, residual)
   after = intra.tot[..., None] * state + dot(
       'bhrck,bhrcv->bhrkv', x.k * intra.suf, residual
   )
-  return y, after
+  return y, after, kept
 
 
-def _chunk_backward(x, state, d_y, d_after):
+def _chunk_backward(x, kept, d_y, d_after):
   """Returns the gradients of the chunk's `Inputs` and of its first state."""
   intra = intra_chunk(x)
   reads = _from_state(x, intra)
   keys = x.k * intra.suf
-  residual = x.v if x.write is None else x.write * x.v
+  state, residual = kept.state, kept.residual
+  if x.e is None:
+    residual = x.v if x.write is None else x.write * x.v
   d_u = dot('bhrij,bhriv->bhrjv', intra.reading, d_y)
   d_u += dot('bhrck,bhrkv->bhrcv', keys, d_after)
   d_erased = None
   if x.e is not None:
-    inverse = ladder_inverse(intra.erasing)
-    erased = dot('bhrck,bhrkv->bhrcv', split(reads, x.e)[1], state)
-    residual = dot('bhrij,bhrjv->bhriv', inverse, residual - erased)
-    d_u = dot('bhrij,bhriv->bhrjv', inverse, d_u)
+    d_u = dot('bhrij,bhriv->bhrjv', kept.inverse, d_u)
     d_erased = -d_u
   d_recalled = join(d_y, d_erased)
   d_pairs = dot('bhriv,bhrjv->bhrij', d_recalled, residual)
@@ -264,9 +278,10 @@ def _chunk_backward(x, state, d_y, d_after):
   d_pre, d_pre_e = split(reads * d_reads, x.e)
   d_pre = d_pre if x.e is None else d_pre + d_pre_e
   d_suf = keys * d_keys
-  over_values = 'bhrkv,bhrkv->bhr' + ('k' if intra.tot.shape[-1] > 1 else '')
-  d_tot = dot(over_values, state, d_after).reshape(intra.tot.shape)
-  d_tot *= intra.tot
+  if intra.tot.shape[-1] > 1:
+    d_tot = intra.tot * dot('bhrkv,bhrkv->bhrk', state, d_after)
+  else:
+    d_tot = intra.tot * dot('bhrkv,bhrkv->bhr', state, d_after)[..., None]
   d_q, d_e, d_k, d_log_decay = intra_chunk_backward(
       x, intra, *split(d_pairs, x.e), d_pre, d_suf, d_tot
   )

@@ -92,8 +92,8 @@ def ladder_inverse(lower):
 
 
 def intra_chunk(x):
-  """Returns the `Intra` of a chunk with fields q, k, e and log_decay."""
-  if x.log_decay.shape[-1] == 1:
+  """Returns the `Intra` of a chunk with fields q, k, e, v and log_decay."""
+  if x.log_decay is None or x.log_decay.shape[-1] == 1:
     return _intra_head(x)
   return _intra_channel(x)
 
@@ -104,6 +104,8 @@ def intra_chunk_backward(x, intra, d_reading, d_erasing, d_pre, d_suf, d_tot):
   d_pre and d_suf [.., C, K] and d_tot [.., 1 or K] are by the logarithms of
   the decays; where there is one per head, the first two are yet to be summed.
   """
+  if x.log_decay is None:
+    return *_head_pairs_backward(x, intra, d_reading, d_erasing), None
   by_kind = (
       _intra_head_backward
       if x.log_decay.shape[-1] == 1 else _intra_channel_backward
@@ -119,6 +121,33 @@ def _triangles(size, dtype):
 
 
 def _intra_head(x):
+  pre, suf, tot, decay = _head_decays(x)
+  inclusive, strict = _triangles(x.k.shape[-2], x.k.dtype)
+  pairs = dot('bhik,bhjk->bhij', _stack(x.q, x.e), x.k[:, :, 0])
+  reading, erasing = _unstack(pairs, x.k.shape[-2])
+  reading = reading * (decay * inclusive)
+  if erasing is not None:
+    erasing *= decay * strict
+  return Intra(pre, suf, tot, reading, erasing, decay)
+
+
+def _stack(q, e):
+  """Joins what shares a key head: [B, HK, 1 and R, C, D] to [B, HK, N, D]."""
+  x = q if e is None else jnp.concatenate([q, e], axis=2)
+  return x.reshape(*x.shape[:2], -1, x.shape[-1])
+
+
+def _unstack(x, size):
+  """Undoes `_stack`."""
+  x = x.reshape(*x.shape[:2], -1, size, x.shape[-1])
+  return x[:, :, :1], x[:, :, 1:] if x.shape[2] > 1 else None
+
+
+def _head_decays(x):
+  """Returns pre, suf and tot of `Intra` and the decay of each pair."""
+  if x.log_decay is None:  # XLA leaves out a product with a constant 1
+    one = jnp.ones((1, 1, x.v.shape[2], 1, 1), x.k.dtype)
+    return one, one, one[..., 0], one
   g = jnp.maximum(x.log_decay[..., 0], jnp.asarray(_NO_MEMORY, x.k.dtype))
   inclusive, strict = _triangles(g.shape[-1], g.dtype)
   # Sums of g over j < t <= i: terms of one sign, none subtracted.
@@ -126,32 +155,27 @@ def _intra_head(x):
   decay = jnp.exp(dot('bhrit,tj->bhrij', to_token, strict[0, 0, 0]))
   pre = jnp.exp(dot('bhrt,it->bhri', g, inclusive[0, 0, 0]))
   suf = jnp.exp(dot('bhrt,tj->bhrj', g, strict[0, 0, 0]))
-  tot = pre[..., -1]
-  reading = dot('bhik,bhjk->bhij', x.q[:, :, 0], x.k[:, :, 0])
-  reading = reading[:, :, None] * (decay * inclusive)
-  erasing = None
+  return pre[..., None], suf[..., None], pre[..., -1, None], decay
+
+
+def _head_pairs_backward(x, intra, d_reading, d_erasing):
+  """Returns gradients of q, e and k through the pair matrices."""
+  inclusive, strict = _triangles(d_reading.shape[-1], d_reading.dtype)
+  d_reading = sum_groups(d_reading * (intra.saved * inclusive))
   if x.e is not None:
-    erasing = dot('bhrik,bhjk->bhrij', x.e, x.k[:, :, 0])
-    erasing *= decay * strict
-  return Intra(
-      pre[..., None], suf[..., None], tot[..., None], reading, erasing, decay
-  )
+    d_erasing = d_erasing * (intra.saved * strict)
+  d_pairs = _stack(d_reading, d_erasing)
+  d_rows = dot('bhij,bhjk->bhik', d_pairs, x.k[:, :, 0])
+  d_k = dot('bhij,bhik->bhjk', d_pairs, _stack(x.q, x.e))
+  d_q, d_e = _unstack(d_rows, x.k.shape[-2])
+  return d_q, d_e, d_k[:, :, None]
 
 
 def _intra_head_backward(x, intra, d_reading, d_erasing, d_pre, d_suf, d_tot):
   inclusive, strict = _triangles(d_reading.shape[-1], d_reading.dtype)
   by_pair = d_reading * intra.reading
-  d_reading *= intra.saved * inclusive
-  d_reading = sum_groups(d_reading)[:, :, 0]
-  k = x.k[:, :, 0]
-  d_q = dot('bhij,bhjk->bhik', d_reading, k)
-  d_k = dot('bhij,bhik->bhjk', d_reading, x.q[:, :, 0])
-  d_e = None
   if x.e is not None:
     by_pair += d_erasing * intra.erasing
-    d_erasing *= intra.saved * strict
-    d_e = dot('bhrij,bhjk->bhrik', d_erasing, k)
-    d_k += dot('bhrij,bhrik->bhjk', d_erasing, x.e)
   # A pair adds to every decay in between; summing exactly these pairs gives
   # exact zeros across a reset, where a reverse sum would leave rounding.
   ones = jnp.ones(d_reading.shape[-1:], d_reading.dtype)
@@ -160,7 +184,8 @@ def _intra_head_backward(x, intra, d_reading, d_erasing, d_pre, d_suf, d_tot):
   d_g = dot('bhrit,i->bhrt', spans * inclusive, ones)
   d_g += dot('bhrj,tj->bhrt', sum_last(d_suf), strict[0, 0, 0])
   d_g += d_tot
-  return d_q[:, :, None], d_e, d_k[:, :, None], d_g[..., None]
+  pairs = _head_pairs_backward(x, intra, d_reading, d_erasing)
+  return *pairs, d_g[..., None]
 
 
 # One decay per channel: a binary tree. Two tokens are separated at exactly one

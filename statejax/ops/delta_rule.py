@@ -31,8 +31,8 @@ def delta_rule(
     S_t = D_t + k_t (write_t * v_t - D_t^T (erase_t * k_t))^T
     y_t = scale * S_t^T q_t
 
-  Value head h uses key head h // (HV / HK). The Python scalars 0 and 1 are
-  accepted for log_decay, erase and write; `erase=0` saves the inverse.
+  Value head h uses key head h // (HV / HK). A gate may be a Python scalar:
+  `log_decay=0` saves the decays, `erase=0` the inverse, `write=1` a product.
 
   Laws: split (L1), padding (L3), packed documents (L4), no overflow (L10),
   exact residual (L11), initial gradient (L16).
@@ -66,11 +66,10 @@ def delta_rule(
   Reference: arXiv 2406.06484 (no decay); arXiv 2412.06464 (decay per head);
     arXiv 2510.26692 (decay per channel).
   """
-  fast = (_step if q.shape[1] == 1 else
-          functools.partial(_chunked, chunk_size=chunk_size))
-
   _check(q, k, v, log_decay, erase, write, state, n_valid, segment_ids)
   _check_chunk_size(chunk_size)
+  fast = (_step if q.shape[1] == 1 else
+          functools.partial(_chunked, chunk_size=chunk_size))
   run = dispatch.choose(
       'delta_rule', implementation, {'xla': fast, 'reference': _recurrent}
   )
@@ -113,9 +112,10 @@ def _run(run, q, k, v, gates, state, n_valid, segment_ids, scale):
     return jnp.zeros_like(v), jnp.asarray(state)
   log_decay, erase, write = gates
   shape = (batch, length, v.shape[2])
+  forgets = not _is(log_decay, 0) or segment_ids is not None
   inputs = delta_chunk.Inputs(
       q, k, v,
-      _gate(log_decay, shape, state.dtype),
+      _gate(log_decay, shape, state.dtype) if forgets else None,
       None if _is(erase, 0) else _gate(erase, shape, state.dtype),
       None if _is(write, 1) else _gate(write, shape, state.dtype),
   )
@@ -193,7 +193,9 @@ def _token(x, log_decay, state, scale):
       'bhk,bhkv->bhv', a, s, precision=lax.Precision.HIGHEST,
       preferred_element_type=s.dtype,
   )
-  decayed = jnp.exp(log_decay)[..., None] * state
+  decayed = state
+  if log_decay is not None:
+    decayed = jnp.exp(log_decay)[..., None] * state
   residual = x.v if x.write is None else x.write * x.v
   if x.erase is not None:
     residual -= recall(x.erase * x.k, decayed)
@@ -209,7 +211,9 @@ def _step(inputs, state, n_valid, resets, scale):
   del resets
   x, log_decay, valid = _by_token(inputs, state, n_valid, None)
   x, log_decay = jax.tree.map(lambda x: x[0], (x, log_decay))
-  decay = jnp.exp(log_decay)
+  decay = jnp.ones((1, 1, 1), state.dtype)
+  if log_decay is not None:
+    decay = jnp.exp(log_decay)
   reads = [scale * x.q] if x.erase is None else [scale * x.q, x.erase * x.k]
   recalled = jnp.einsum(
       'bhzk,bhkv->bhzv', jnp.stack(reads, axis=2) * decay[:, :, None], state,
@@ -243,14 +247,22 @@ def _chunked(inputs, state, n_valid, resets, scale, chunk_size):
 
 def _check(q, k, v, log_decay, erase, write, state, n_valid, segment_ids):
   """Raises ValueError unless shapes and dtypes agree."""
+  arrays = dict(q=q, k=k, v=v, state=state)
+  if n_valid is not None:
+    arrays['n_valid'] = n_valid
+  if segment_ids is not None:
+    arrays['segment_ids'] = segment_ids
+  for name, x in arrays.items():
+    _expect_array(name, x)
   if q.ndim != 4 or v.ndim != 4:
     raise ValueError(
         f'q, v: expected [B, T, HK, K] and [B, T, HV, V], got {q.shape} and '
         f'{v.shape}; heads and width are separate axes.'
     )
+  _expect('q', q, q.shape)
   batch, length, key_heads, width = q.shape
   heads, values = v.shape[2:]
-  if heads % key_heads:
+  if not key_heads or heads % key_heads:
     raise ValueError(
         f'v: expected HV a multiple of HK={key_heads}, got HV={heads}; every '
         'key head serves the same number of value heads.'
@@ -260,6 +272,11 @@ def _check(q, k, v, log_decay, erase, write, state, n_valid, segment_ids):
   _expect('v', v, (batch, length, heads, values))
   _expect('state', state, (batch, heads, width, values))
   _expect_gate('log_decay', log_decay, per_head, width)
+  if isinstance(log_decay, (int, float)) and log_decay > 0:
+    raise ValueError(
+        f'log_decay: expected at most 0, got {log_decay}; it is the logarithm '
+        'of the factor: 0 keeps everything.'
+    )
   _expect_gate('erase', erase, per_head, width)
   _expect_gate('write', write, per_head, values)
   if n_valid is not None:
@@ -283,18 +300,34 @@ def _expect(name, x, shape, kind=jnp.floating):
     )
 
 
+def _expect_array(name, x):
+  if not hasattr(x, 'shape'):
+    raise ValueError(
+        f'{name}: expected an array, got {type(x).__name__}; only log_decay, '
+        'erase and write may be Python scalars.'
+    )
+
+
 def _expect_gate(name, x, per_head, width):
   if isinstance(x, (int, float)):
     return
+  _expect_array(name, x)
+  if not x.ndim:
+    raise ValueError(
+        f'{name}: expected {list(per_head)}, one more axis, or a Python scalar,'
+        ' got an array without axes; jit makes one of a scalar argument: bind '
+        'it by functools.partial before.'
+    )
   shape = per_head if x.ndim == 3 else (*per_head, width)
   _expect(name, x, shape)
 
 
 def _check_chunk_size(chunk_size):
   if chunk_size is not None and (
-      chunk_size < 2 or chunk_size & (chunk_size - 1)
+      not isinstance(chunk_size, int)
+      or chunk_size < 2 or chunk_size & (chunk_size - 1)
   ):
     raise ValueError(
-        f'chunk_size: expected a power of two >= 2, got {chunk_size}; leave it '
-        'None to let the backend decide.'
+        f'chunk_size: expected a power of two >= 2, got {chunk_size!r}; leave '
+        'it None to let the backend decide.'
     )

@@ -189,7 +189,13 @@ def test_step_is_the_op():
     (dict(state=np.zeros((2, 4, 8, 6), np.float16)), 'never rounded'),
     (dict(n_valid=np.zeros((2,), np.float32)), '^n_valid: expected'),
     (dict(segment_ids=np.zeros((2, 20), np.int32)), '^segment_ids: expected'),
+    (dict(q=np.zeros((2, 21, 2, 8), np.int32)), '^q: expected'),
+    (dict(q=[[1.0]]), '^q: expected an array, got list'),
+    (dict(log_decay=1), '^log_decay: expected at most 0'),
+    (dict(erase=None), '^erase: expected an array'),
+    (dict(erase=np.float32(0)), '^erase: .* Python scalar, got an array'),
     (dict(chunk_size=24), 'power of two'),
+    (dict(chunk_size='16'), 'power of two'),
     (dict(implementation='cuda'), 'available: xla, reference'),
 ])
 def test_errors(change, message):
