@@ -21,6 +21,9 @@ class GatedDeltaNetConfig:
     chunk: chunk length of the parallel form; None means the op's default.
     rate_min: exp(A) is drawn from [rate_min, 16).
     dt_bias: initial value; None draws its softplus from [0.001, 0.1].
+    decode: 'step' writes the matrix for every token; 'deferred' at the end of
+      every `chunk` tokens, None meaning 16; 'bitwise' likewise, and training,
+      prefill and decode agree to the bit in the op.
   """
 
   heads: int = 4
@@ -33,10 +36,12 @@ class GatedDeltaNetConfig:
   chunk: int | None = None
   rate_min: float = 1.0
   dt_bias: float | None = None
+  decode: str = 'step'
 
   def __post_init__(self):
     checks.positive(self, 'heads', 'value_heads', 'key', 'value', 'conv')
     checks.divides(self, 'value_heads', 'heads')
+    checks.decodes(self)
 
   @classmethod
   def qwen(cls, **fields):
@@ -65,6 +70,9 @@ class KDAConfig:
     eps: of the gated output norm.
     chunk: chunk length of the parallel form; None means the op's default.
     gate_bias: the output gate has a bias.
+    decode: 'step' writes the matrix for every token; 'deferred' at the end of
+      every `chunk` tokens, None meaning 16; 'bitwise' likewise, and training,
+      prefill and decode agree to the bit in the op.
   """
 
   heads: int = 4
@@ -77,10 +85,12 @@ class KDAConfig:
   eps: float = 1e-6
   chunk: int | None = None
   gate_bias: bool = False
+  decode: str = 'step'
 
   def __post_init__(self):
     checks.positive(self, 'heads', 'key', 'value', 'rank', 'conv')
     checks.negative(self, 'lower_bound')
+    checks.decodes(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +108,9 @@ class GatedDeltaNet2Config:
     max_erase: erase is `max_erase * sigmoid(.)`; write never exceeds 1.
     eps: of the gated output norm.
     chunk: chunk length of the parallel form; None means the op's default.
+    decode: 'step' writes the matrix for every token; 'deferred' at the end of
+      every `chunk` tokens, None meaning 16; 'bitwise' likewise, and training,
+      prefill and decode agree to the bit in the op.
   """
 
   heads: int = 4
@@ -110,12 +123,14 @@ class GatedDeltaNet2Config:
   max_erase: float = 1.0
   eps: float = 1e-5
   chunk: int | None = None
+  decode: str = 'step'
 
   def __post_init__(self):
     checks.positive(self, 'heads', 'value_heads', 'key', 'value', 'rank',
                     'conv')
     checks.divides(self, 'value_heads', 'heads')
     checks.negative(self, 'lower_bound')
+    checks.decodes(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +146,9 @@ class DeltaNetConfig:
     output_gate: the output norm is gated by a SiLU of the input.
     eps: of the output norm.
     chunk: chunk length of the parallel form; None means the op's default.
+    decode: 'step' writes the matrix for every token; 'deferred' at the end of
+      every `chunk` tokens, None meaning 16; 'bitwise' likewise, and training,
+      prefill and decode agree to the bit in the op.
   """
 
   heads: int = 4
@@ -141,9 +159,11 @@ class DeltaNetConfig:
   output_gate: bool = False
   eps: float = 1e-5
   chunk: int | None = None
+  decode: str = 'step'
 
   def __post_init__(self):
     checks.positive(self, 'heads', 'key', 'value', 'conv')
+    checks.decodes(self)
 
 
 @dataclasses.dataclass(frozen=True)
