@@ -3,7 +3,6 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 
 from statejax.layers.delta import DeltaState
 from statejax.ops import delta_rule

@@ -20,8 +20,8 @@ class GatedDeltaNet(nn.Module):
   def state(config, rows, capacity, dtype):
     """Returns the state of `Spec`; its size ignores `capacity`."""
     del capacity
-    specs = delta.state_specs(rows, config.heads, config.value_heads, config.key,
-                              config.value, config.conv, dtype)
+    specs = delta.state_specs(rows, config.heads, config.value_heads,
+                              config.key, config.value, config.conv, dtype)
     return delta_decode.state_specs(config, specs)
 
   @nn.compact

@@ -23,9 +23,10 @@ class GatedDeltaNet2(nn.Module):
   def state(config, rows, capacity, dtype):
     """Returns the state of `Spec`; its size ignores `capacity`."""
     del capacity
-    specs = delta.state_specs(rows, config.heads, config.value_heads, config.key,
-                              config.value, config.conv, dtype)
-    return delta_decode.state_specs(config, specs, decay='channel', erase='channel')
+    specs = delta.state_specs(rows, config.heads, config.value_heads,
+                              config.key, config.value, config.conv, dtype)
+    return delta_decode.state_specs(
+        config, specs, decay='channel', erase='channel')
 
   @nn.compact
   def __call__(self, x, state, context):
@@ -46,8 +47,8 @@ class GatedDeltaNet2(nn.Module):
         key_axes=key_axes)
     share = lambda g: jnp.repeat(g, c.value_heads // c.heads, axis=2)
     y, state = delta_decode.recall(
-        c, delta.unit(q), delta.unit(k), v, share(log_decay), share(erase), write,
-        state, context, tails)
+        c, delta.unit(q), delta.unit(k), v, share(log_decay), share(erase),
+        write, state, context, tails)
     y = delta.output(self, y, gate, x.shape[-1], eps=c.eps,
                      activation=jax.nn.sigmoid)
     return y, state

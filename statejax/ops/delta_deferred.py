@@ -217,39 +217,36 @@ def _step(size, state, x, n_valid):
   x = jax.tree.map(by_head, x)
   split = lambda x: x.reshape(rows, heads, groups, *x.shape[2:])
 
-  decay = jnp.exp(x.log_decay)
-  live = (jnp.arange(slots)[None] < count[:, None])[:, None, :, None]
-  later, total = _suffix(jnp.where(live, state.log_decay, 0.0))
-  q, k = x.q[:, :, None], x.k[:, :, None]
-  reads = jnp.broadcast_to(q, (rows, heads, groups, 1, q.shape[-1]))
+  # Written before it is read, so that the tail is not copied; the residual of
+  # the new slot is still zero.
+  at = jnp.where(valid, count, slots)  # past the end is dropped
+  k, log_decay = (grid.append_one(old, new, at) for old, new in (
+      (state.k, x.k), (state.log_decay, x.log_decay)))
+  later, total = _suffix(log_decay)
+  q, new_k = x.q[:, :, None], x.k[:, :, None]
+  reads = jnp.broadcast_to(q, (rows, heads, groups, *q.shape[-2:]))
   if x.erase is not None:
-    reads = jnp.concatenate([reads, split(x.erase) * k], axis=3)
-  reads = reads * split(decay)
+    reads = jnp.concatenate([reads, split(x.erase) * new_k], axis=3)
   recalled = grid.dot('bhrzk,bhrkv->bhrzv', reads * split(total),
                       split(state.matrix))
-  keys = jnp.where(live, state.k, 0.0)
   if later.shape[-1] == 1:
-    pairs = grid.dot('bhrzk,bhnk->bhrzn', reads, keys)
+    pairs = grid.dot('bhrzk,bhnk->bhrzn', reads, k)
     pairs = pairs * jnp.swapaxes(split(later), 3, 4)
   else:
-    pairs = grid.dot('bhrzk,bhrnk->bhrzn', reads, keys[:, :, None]
-                     * split(later))
-  past = jnp.where(live, state.u, 0.0)
-  recalled = recalled + grid.dot('bhrzn,bhrnv->bhrzv', pairs, split(past))
+    pairs = grid.dot('bhrzk,bhrnk->bhrzn', reads, k[:, :, None] * split(later))
+  recalled = recalled + grid.dot('bhrzn,bhrnv->bhrzv', pairs, split(state.u))
   residual = split(x.u)
   if x.erase is not None:
     residual = residual - recalled[:, :, :, 1:]
-  y = recalled[:, :, :, :1] + jnp.sum(q * k, -1, keepdims=True) * residual
+  y = recalled[:, :, :, :1] + jnp.sum(q * new_k, -1, keepdims=True) * residual
   y = by_head(y.reshape(rows, heads * groups, 1, -1))
   y = jnp.where(lost[:, None, None, None], jnp.nan, y)
   y = jnp.where(valid[:, None, None, None], y, 0.0)
-
-  at = jnp.where(valid, count, slots)  # past the end is dropped
-  new = Tokens(None, x.k, residual.reshape(rows, heads * groups, 1, -1),
-               x.log_decay, None)
-  state = grid.append_one(state, new, at)
+  u = grid.append_one(
+      state.u, residual.reshape(rows, heads * groups, 1, -1), at)
   state = dataclasses.replace(
-      state, count=jnp.where(valid, count + 1, state.count))
+      state, k=k, u=u, log_decay=log_decay,
+      count=jnp.where(valid, count + 1, state.count))
   return y, grid.fold_full(state, size, valid & (count + 1 == size))
 
 

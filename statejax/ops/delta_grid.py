@@ -391,16 +391,10 @@ def append(state, x, n_valid):
   return where(n_valid > 0, new, state)
 
 
-def append_one(state, x, at):
-  """Puts entries [B, H, 1, D] to slot at[b]; a slot past the end is dropped."""
+def append_one(tail, entry, at):
+  """Puts [B, H, 1, D] to slot at[b] of [B, H, N, D]; past the end: nowhere."""
   rows = jnp.arange(at.shape[0])
-
-  def one(tail, entry):
-    return tail.at[rows, :, at].set(entry[:, :, 0], mode='drop')
-
-  return dataclasses.replace(
-      state, k=one(state.k, x.k), u=one(state.u, x.u),
-      log_decay=one(state.log_decay, x.log_decay))
+  return tail.at[rows, :, at].set(entry[:, :, 0], mode='drop')
 
 
 def fold_full(state, size, full):
