@@ -168,7 +168,7 @@ def main(_):
   width = 16 if smoke else 128
   cases = ([('kda', 2, 2)] if smoke else
            [(kind, rows, heads) for kind in ('gdn', 'kda')
-            for rows, heads in ((1, 8), (1, 32), (8, 8), (8, 32))])
+            for rows, heads in ((1, 8), (1, 32), (8, 32))])
   table, facts = [], {}
   for kind, rows, heads in cases:
     found = measure(kind, rows, heads, width, 1 if smoke else STREAM.value,

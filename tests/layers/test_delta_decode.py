@@ -1,4 +1,4 @@
-"""Layers that write their matrix late obey the laws; bitwise ones to the bit."""
+"""Layers that write their matrix late obey the laws; bitwise ones exactly."""
 
 import dataclasses
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from delta_rule_cases import error, make
+from delta_rule_cases import FAST, error, make
 
 from statejax.ops import delta_deferred as dd
 from statejax.ops.delta_rule import delta_rule
@@ -54,7 +54,8 @@ def recurrence(args, matrix, resets=None):
   gate = lambda x: wide(x)[..., None] if np.ndim(x) == 3 else wide(x)
   v = wide(args['v'])
   log_decay, erase, write = (
-      gate(args[n]) if np.ndim(args[n]) else args[n] * np.ones((*v.shape[:3], 1))
+      gate(args[n]) if np.ndim(args[n]) else
+      args[n] * np.ones((*v.shape[:3], 1))
       for n in ('log_decay', 'erase', 'write'))
   state, out = wide(matrix), []
   for t in range(q.shape[1]):
@@ -123,7 +124,8 @@ def near(got, want, tolerance=2e-6):
 
 
 @pytest.mark.parametrize('parity', PARITY)
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', [
+    'gdn', 'kda', pytest.param('gdn2', marks=pytest.mark.slow)])
 def test_recurrence(kind, parity):
   """One pass, uneven chunks and single steps give the oracle's outputs."""
   args, matrix = case(kind)
@@ -133,7 +135,9 @@ def test_recurrence(kind, parity):
   whole, final = run(parity, args, origin, [totals], LENGTH)
   near(whole, want)
   assert final.count.tolist() == [LENGTH % CHUNK] * ROWS
-  for lengths, size in ((UNEVEN, 5), (steps(totals), 1)):
+  # Uneven chunks in programs of one length, and for bits of another one.
+  size = 5 if (kind, parity) == ('kda', 'bitwise') else LENGTH
+  for lengths, size in ((UNEVEN, size), (steps(totals), 1)):
     y, state = run(parity, args, origin, lengths, size)
     near(y, want)
     near(state, final)
@@ -194,8 +198,9 @@ def test_gradient(parity):
     return jnp.vdot(weight.astype(np.float32),
                     delta_rule(**args, state=matrix)[0])
 
-  got, want = (jax.jit(jax.grad(f, (0, 1)))(args, matrix)
-               for f in (loss, plain))
+  got, want = (
+      jax.jit(jax.grad(f, (0, 1)), compiler_options=FAST)(args, matrix)
+      for f in (loss, plain))
   near(got, want, 1e-5)
 
 
@@ -203,8 +208,8 @@ def test_gradient(parity):
 def test_draft(parity):
   """Rejected tokens leave no trace, whatever chunk ends they crossed."""
   args, matrix = case('kda')
-  origin = start('kda', parity, matrix, DRAFT)
-  _, before = run(parity, args, origin, [[5, 1, 3]], 5)
+  origin = start('kda', parity, matrix)
+  _, before = run(parity, args, origin, [[5, 1, 3]], LENGTH)
   draft = take(args, [5, 1, 3], DRAFT)
   drafted = program(parity, drafted=True)
   y, ahead = drafted(**draft, state=before)
@@ -224,11 +229,11 @@ def test_draft(parity):
 
 
 @pytest.mark.parametrize('parity', PARITY)
-@pytest.mark.parametrize('size', (1, 5))
+@pytest.mark.parametrize('size', (1, LENGTH))
 def test_empty_rows_and_lost_rows(size, parity):
   """n_valid = 0 keeps every bit; a count that cannot be harms its row alone."""
   args, matrix = case('kda')
-  _, state = run(parity, args, start('kda', parity, matrix), [[5, 1, 3]], 5)
+  _, state = run(parity, args, start('kda', parity, matrix), [[5, 1, 3]], LENGTH)
   state = jax.tree.map(
       lambda x: jnp.where(x == 0, -x, x) if x.ndim > 1 else x, state)
   tokens = take(args, [LENGTH] * ROWS, size)  # all NaN
@@ -237,11 +242,11 @@ def test_empty_rows_and_lost_rows(size, parity):
   assert not np.any(y)
   same(same_state, state)
   tokens = take(args, [5, 1, 3], size)
-  n = np.full(ROWS, size, np.int32)
+  n = np.full(ROWS, min(size, 6), np.int32)
   want, final = program(parity)(**tokens, state=state, n_valid=n)
   spoilt = dataclasses.replace(state, count=state.count.at[1].set(77))
   got, after = program(parity)(**tokens, state=spoilt, n_valid=n)
-  assert np.isnan(got[1]).all()
+  assert np.isnan(got[1, :n[1]]).all()
   others = lambda tree: jax.tree.map(lambda x: x[np.array([0, 2])], tree)
   same(others(got), others(want))
   same(others(after), others(final))
@@ -260,7 +265,8 @@ def test_without_erase():
     run = functools.partial(
         dd.delta_rule_deferred, chunk_size=8, parity=parity)
     y, _ = jax.jit(lambda m, run=run, state=state: run(
-        **args, state=dataclasses.replace(state, matrix=m)))(matrix)
+        **args, state=dataclasses.replace(state, matrix=m)),
+                   compiler_options=FAST)(matrix)
     near(y, want)
 
 
@@ -281,10 +287,10 @@ def test_step_in_place():
 
 @pytest.mark.parametrize('change, message', [
     (dict(chunk_size=3), 'power of two'),
-    (dict(chunk_size=8), 'room for chunk_size=8'),
+    (dict(chunk_size=16), 'room for chunk_size=16'),
     (dict(parity='bits'), 'parity'),
     (dict(parity='bitwise'), 'erase gates'),
-    (dict(drafted=True), 'at most 1 tokens'),
+    (dict(drafted=True), 'at most 6 tokens'),
 ])
 def test_errors(change, message):
   args, _ = case('gdn')
