@@ -108,7 +108,7 @@ class _Piece(NamedTuple):
   q: jax.Array
   k: jax.Array
   e: jax.Array | None
-  u: jax.Array
+  v: jax.Array
   log_decay: jax.Array
 
 
@@ -135,10 +135,10 @@ def _read(x, matrix):
   """
   x = _piece(x)
   intra = intra_chunk(x)
-  state = matrix.reshape(*x.u.shape[:3], *matrix.shape[2:])
+  state = matrix.reshape(*x.v.shape[:3], *matrix.shape[2:])
   reads = join(x.q * intra.pre, None if x.e is None else x.e * intra.pre)
   y, erased = split(dot('bhrck,bhrkv->bhrcv', reads, state), x.e)
-  residual = x.u
+  residual = x.v
   if x.e is not None:
     inverse = ladder_inverse(intra.erasing)
     residual = dot('bhrij,bhrjv->bhriv', inverse, residual - erased)

@@ -136,8 +136,8 @@ def test_recurrence(kind, parity):
   near(whole, want)
   assert final.count.tolist() == [LENGTH % CHUNK] * ROWS
   # Uneven chunks in programs of one length, and for bits of another one.
-  size = 5 if (kind, parity) == ('kda', 'bitwise') else LENGTH
-  for lengths, size in ((UNEVEN, size), (steps(totals), 1)):
+  other = 5 if (kind, parity) == ('kda', 'bitwise') else LENGTH
+  for lengths, size in ((UNEVEN, other), (steps(totals), 1)):
     y, state = run(parity, args, origin, lengths, size)
     near(y, want)
     near(state, final)
@@ -231,7 +231,7 @@ def test_draft(parity):
 @pytest.mark.parametrize('parity', PARITY)
 @pytest.mark.parametrize('size', (1, LENGTH))
 def test_empty_rows_and_lost_rows(size, parity):
-  """n_valid = 0 keeps every bit; a count that cannot be harms its row alone."""
+  """n_valid = 0 keeps every bit; a wrong count harms its row alone."""
   args, matrix = case('kda')
   _, state = run(parity, args, start('kda', parity, matrix), [[5, 1, 3]], LENGTH)
   state = jax.tree.map(
