@@ -233,7 +233,8 @@ def test_draft(parity):
 def test_empty_rows_and_lost_rows(size, parity):
   """n_valid = 0 keeps every bit; a wrong count harms its row alone."""
   args, matrix = case('kda')
-  _, state = run(parity, args, start('kda', parity, matrix), [[5, 1, 3]], LENGTH)
+  origin = start('kda', parity, matrix)
+  _, state = run(parity, args, origin, [[5, 1, 3]], LENGTH)
   state = jax.tree.map(
       lambda x: jnp.where(x == 0, -x, x) if x.ndim > 1 else x, state)
   tokens = take(args, [LENGTH] * ROWS, size)  # all NaN
