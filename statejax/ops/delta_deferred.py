@@ -120,8 +120,7 @@ def empty(
       rows, key_heads, heads, key, value, chunk_size=chunk_size, draft=draft,
       decay=decay, erase=erase if parity else None)
   return Deferred(**{
-      name: None if shape is None else jnp.zeros(
-          shape, jnp.int32 if name == 'count' else dtype)
+      name: jnp.zeros(shape, jnp.int32 if name == 'count' else dtype)
       for name, shape in shapes.items()})
 
 

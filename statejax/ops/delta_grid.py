@@ -47,7 +47,7 @@ class Deferred:
   k: jax.Array
   u: jax.Array
   log_decay: jax.Array
-  erase: jax.Array | None
+  erase: jax.Array | None = None
 
 
 class Tokens(NamedTuple):
@@ -61,15 +61,17 @@ class Tokens(NamedTuple):
 
 
 def shapes(rows, key_heads, heads, key, value, *, chunk_size, draft=0,
-           decay='head', erase=None):
-  """Returns {field of `Deferred`: shape}; `erase` is None without parity."""
+           decay='head', erase=None) -> dict[str, tuple[int, ...]]:
+  """Returns {field of `Deferred`: shape}, without `erase` where it is None."""
   slots = chunk_size + draft
-  gate = lambda kind: None if kind is None else (
-      rows, heads, slots, {'head': 1, 'channel': key}[kind])
-  return dict(
+  width = {'head': 1, 'channel': key}
+  out: dict[str, tuple[int, ...]] = dict(
       matrix=(rows, heads, key, value), count=(rows,),
       k=(rows, key_heads, slots, key), u=(rows, heads, slots, value),
-      log_decay=gate(decay), erase=gate(erase))
+      log_decay=(rows, heads, slots, width[decay]))
+  if erase is not None:
+    out['erase'] = (rows, heads, slots, width[erase])
+  return out
 
 
 def checked(count, size):
@@ -139,9 +141,9 @@ def _read(x, matrix):
   reads = join(x.q * intra.pre, None if x.e is None else x.e * intra.pre)
   y, erased = split(dot('bhrck,bhrkv->bhrcv', reads, state), x.e)
   residual = x.v
-  if x.e is not None:
+  if erased is not None:
     inverse = ladder_inverse(intra.erasing)
-    residual = dot('bhrij,bhrjv->bhriv', inverse, residual - erased)
+    residual = dot('bhrij,bhrjv->bhriv', inverse, x.v - erased)
   y = y + dot('bhrij,bhrjv->bhriv', intra.reading, residual)
   flat = lambda x: x.reshape(x.shape[0], -1, *x.shape[3:])
   return flat(y), flat(residual), x.k * intra.suf, intra.tot
