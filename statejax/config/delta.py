@@ -22,8 +22,8 @@ class GatedDeltaNetConfig:
     rate_min: exp(A) is drawn from [rate_min, 16).
     dt_bias: initial value; None draws its softplus from [0.001, 0.1].
     decode: 'step' writes the matrix for every token; 'deferred' at the end of
-      every `chunk` tokens, None meaning 16; 'bitwise' likewise, and training,
-      prefill and decode agree to the bit in the op.
+      every `chunk` tokens, None meaning 8; 'bitwise' likewise, and training,
+      prefill and decode agree to the bit in the op. Parameters are the same.
   """
 
   heads: int = 4
@@ -71,8 +71,8 @@ class KDAConfig:
     chunk: chunk length of the parallel form; None means the op's default.
     gate_bias: the output gate has a bias.
     decode: 'step' writes the matrix for every token; 'deferred' at the end of
-      every `chunk` tokens, None meaning 16; 'bitwise' likewise, and training,
-      prefill and decode agree to the bit in the op.
+      every `chunk` tokens, None meaning 8; 'bitwise' likewise, and training,
+      prefill and decode agree to the bit in the op. Parameters are the same.
   """
 
   heads: int = 4
@@ -109,8 +109,8 @@ class GatedDeltaNet2Config:
     eps: of the gated output norm.
     chunk: chunk length of the parallel form; None means the op's default.
     decode: 'step' writes the matrix for every token; 'deferred' at the end of
-      every `chunk` tokens, None meaning 16; 'bitwise' likewise, and training,
-      prefill and decode agree to the bit in the op.
+      every `chunk` tokens, None meaning 8; 'bitwise' likewise, and training,
+      prefill and decode agree to the bit in the op. Parameters are the same.
   """
 
   heads: int = 4
@@ -147,8 +147,8 @@ class DeltaNetConfig:
     eps: of the output norm.
     chunk: chunk length of the parallel form; None means the op's default.
     decode: 'step' writes the matrix for every token; 'deferred' at the end of
-      every `chunk` tokens, None meaning 16; 'bitwise' likewise, and training,
-      prefill and decode agree to the bit in the op.
+      every `chunk` tokens, None meaning 8; 'bitwise' likewise, and training,
+      prefill and decode agree to the bit in the op. Parameters are the same.
   """
 
   heads: int = 4

@@ -10,8 +10,10 @@ from statejax.ops.delta_deferred import delta_rule_deferred
 from statejax.ops.delta_grid import Deferred, shapes
 from statejax.state import Array, Spec, leaf
 
-# On a CPU the best of 4, 8, 16, 32; see experiments/bench_decode.py.
-CHUNK = 16
+# With 8 a step moves the fewest bytes where K = V = 128, three quarters of the
+# ordinary; see experiments/bench_decode.py. On a CPU arithmetic counts for
+# more, and 'step' remains the default.
+CHUNK = 8
 
 
 @jax.tree_util.register_dataclass
