@@ -179,24 +179,26 @@ def test_packed():
   near(y, want)
 
 
-@pytest.mark.parametrize('kind, parity', [
-    ('gdn', 'bitwise'), pytest.param('kda', 'bitwise', marks=pytest.mark.slow),
-    pytest.param('kda', None, marks=pytest.mark.slow)])
-def test_gradient(kind, parity):
-  """Through two calls and the tail between them: that of `delta_rule`."""
+@pytest.mark.parametrize('kind, parity, cut', [
+    ('gdn', 'bitwise', None),
+    *(pytest.param(kind, parity, 12, marks=pytest.mark.slow)
+      for kind in ('gdn', 'kda') for parity in PARITY)])
+def test_gradient(kind, parity, cut):
+  """That of `delta_rule`, also through two calls and the tail between."""
   args, matrix = case(kind)
   args = {name: x[:, :13] for name, x in args.items()}
   weight = np.random.default_rng(0).standard_normal(args['v'].shape)
-  cut = lambda args, low, high: {n: x[:, low:high] for n, x in args.items()}
+  part = lambda args, low, high: {n: x[:, low:high] for n, x in args.items()}
 
   def loss(args, matrix):
     state = dataclasses.replace(start(kind, parity), matrix=matrix)
-    run = functools.partial(
-        dd.delta_rule_deferred, chunk_size=CHUNK, parity=parity)
-    first, state = run(**cut(args, 0, 12), state=state)
-    last, _ = run(**cut(args, 12, 13), state=state)
-    return jnp.vdot(weight.astype(np.float32),
-                    jnp.concatenate([first, last], axis=1))
+    out = []
+    for low, high in [(0, 13)] if cut is None else [(0, cut), (cut, 13)]:
+      y, state = dd.delta_rule_deferred(
+          **part(args, low, high), state=state, chunk_size=CHUNK,
+          parity=parity)
+      out.append(y)
+    return jnp.vdot(weight.astype(np.float32), jnp.concatenate(out, axis=1))
 
   def plain(args, matrix):
     return jnp.vdot(weight.astype(np.float32),
@@ -226,7 +228,7 @@ def test_draft(parity):
     if not accepted:
       same(kept, before)
       continue
-      stepped, state = run(parity, draft, before, [[1] * ROWS] * accepted, 1)
+    stepped, state = run(parity, draft, before, [[1] * ROWS] * accepted, 1)
     (same if parity else near)(
         np.asarray(y)[:, :accepted], stepped[:, :accepted])
     (same if parity else near)(kept, state)
@@ -277,9 +279,9 @@ def test_without_erase(parity):
 
 def test_step_in_place():
   """The step copies neither the matrix nor the tail."""
-  wide = dd.empty(2, 4, 4, 128, 128, chunk_size=4, decay='channel')
-  x = jnp.zeros((2, 1, 4, 128))
-  gate = jnp.zeros((2, 1, 4))
+  wide = dd.empty(8, 1, 1, 128, 128, chunk_size=4, decay='channel')
+  x = jnp.zeros((8, 1, 1, 128))
+  gate = jnp.zeros((8, 1, 1))
   step = jax.jit(functools.partial(dd.delta_rule_deferred, chunk_size=4),
                  donate_argnames='state', compiler_options=FAST)
   memory = step.lower(x, x, x, x, gate, gate, state=wide).compile()
