@@ -73,7 +73,7 @@ def delta_rule_deferred(
   Raises:
     ValueError: a shape disagrees, or the tail has no room for a draft.
   """
-  _check(q, erase, state, segment_ids, chunk_size, parity, drafted)
+  _check(q, v, erase, state, segment_ids, chunk_size, parity, drafted)
   batch, length, _, width = q.shape
   if length == 0:
     return jnp.zeros_like(v), state
@@ -275,12 +275,17 @@ def _draft_exact(size, state, x, n_valid):
   return y, grid.append(state, x, n_valid)
 
 
-def _check(q, erase, state, segment_ids, chunk_size, parity, drafted):
+def _check(q, v, erase, state, segment_ids, chunk_size, parity, drafted):
   if chunk_size < 2 or chunk_size & (chunk_size - 1):
     raise ValueError(
         f'chunk_size: expected a power of two >= 2, got {chunk_size}.')
   if parity not in PARITY:
     raise ValueError(f'parity: expected one of {PARITY}, got {parity!r}.')
+  want = (q.shape[0], *v.shape[2:3], q.shape[3], *v.shape[3:])
+  if state.matrix.shape != want or state.k.shape[1] != q.shape[2]:
+    raise ValueError(
+        f'state: expected a matrix {list(want)} and {q.shape[2]} key heads, '
+        f'got {list(state.matrix.shape)} and {state.k.shape[1]}; see empty.')
   slots = state.k.shape[2]
   if slots < chunk_size:
     raise ValueError(

@@ -294,6 +294,7 @@ def test_step_in_place():
 
 @pytest.mark.parametrize('change, message', [
     (dict(chunk_size=3), 'power of two'),
+    (dict(v=np.zeros((ROWS, LENGTH, 4, 5), np.float32)), 'a matrix'),
     (dict(chunk_size=16), 'room for chunk_size=16'),
     (dict(parity='bits'), 'parity'),
     (dict(parity='bitwise'), 'erase gates'),
@@ -301,6 +302,6 @@ def test_step_in_place():
 ])
 def test_errors(change, message):
   args, _ = case('gdn')
-  options = {'chunk_size': CHUNK, **change}
+  options = {**args, 'chunk_size': CHUNK, **change}
   with pytest.raises(ValueError, match=message):
-    dd.delta_rule_deferred(**args, state=start('gdn', None), **options)
+    dd.delta_rule_deferred(state=start('gdn', None), **options)
