@@ -22,6 +22,8 @@ RULES = {
     'value': None,
     'rank': None,
     'taps': None,
+    'entries': None,
+    'channels': None,
     'window': None,
     'capacity': None,
     'lanes': None,

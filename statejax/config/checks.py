@@ -29,3 +29,13 @@ def negative(config, *names):
     if value is not None and value >= 0:
       raise ValueError(f'{type(config).__name__}.{name}: expected < 0 or None, '
                        f'got {value}.')
+
+
+DECODES = ('step', 'deferred', 'bitwise')
+
+
+def decodes(config):
+  """Raises ValueError unless `decode` is known and `chunk` allows it."""
+  if config.decode not in DECODES:
+    raise ValueError(f'{type(config).__name__}.decode: expected one of '
+                     f'{DECODES}, got {config.decode!r}.')

@@ -22,6 +22,9 @@ class GatedDeltaNetConfig:
     chunk: chunk length of the parallel form; None means the op's default.
     rate_min: exp(A) is drawn from [rate_min, 16).
     dt_bias: initial value; None draws its softplus from [0.001, 0.1].
+    decode: 'step' writes the matrix for every token; 'deferred' at the end of
+      every `chunk` tokens, None meaning 8; 'bitwise' likewise, and training,
+      prefill and decode agree to the bit in the op. Parameters are the same.
   """
 
   heads: int = 4
@@ -34,10 +37,12 @@ class GatedDeltaNetConfig:
   chunk: int | None = None
   rate_min: float = 1.0
   dt_bias: float | None = None
+  decode: str = 'step'
 
   def __post_init__(self):
     checks.positive(self, 'heads', 'value_heads', 'key', 'value', 'conv')
     checks.divides(self, 'value_heads', 'heads')
+    checks.decodes(self)
 
   @classmethod
   def qwen(cls, **fields):
@@ -69,6 +74,9 @@ class KDAConfig:
     eps: of the gated output norm.
     chunk: chunk length of the parallel form; None means the op's default.
     gate_bias: the output gate has a bias.
+    decode: 'step' writes the matrix for every token; 'deferred' at the end of
+      every `chunk` tokens, None meaning 8; 'bitwise' likewise, and training,
+      prefill and decode agree to the bit in the op. Parameters are the same.
   """
 
   heads: int = 4
@@ -81,10 +89,12 @@ class KDAConfig:
   eps: float = 1e-6
   chunk: int | None = None
   gate_bias: bool = False
+  decode: str = 'step'
 
   def __post_init__(self):
     checks.positive(self, 'heads', 'key', 'value', 'rank', 'conv')
     checks.negative(self, 'lower_bound')
+    checks.decodes(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +112,9 @@ class GatedDeltaNet2Config:
     max_erase: erase is `max_erase * sigmoid(.)`; write never exceeds 1.
     eps: of the gated output norm.
     chunk: chunk length of the parallel form; None means the op's default.
+    decode: 'step' writes the matrix for every token; 'deferred' at the end of
+      every `chunk` tokens, None meaning 8; 'bitwise' likewise, and training,
+      prefill and decode agree to the bit in the op. Parameters are the same.
   """
 
   heads: int = 4
@@ -114,12 +127,14 @@ class GatedDeltaNet2Config:
   max_erase: float = 1.0
   eps: float = 1e-5
   chunk: int | None = None
+  decode: str = 'step'
 
   def __post_init__(self):
     checks.positive(self, 'heads', 'value_heads', 'key', 'value', 'rank',
                     'conv')
     checks.divides(self, 'value_heads', 'heads')
     checks.negative(self, 'lower_bound')
+    checks.decodes(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +150,9 @@ class DeltaNetConfig:
     output_gate: the output norm is gated by a SiLU of the input.
     eps: of the output norm.
     chunk: chunk length of the parallel form; None means the op's default.
+    decode: 'step' writes the matrix for every token; 'deferred' at the end of
+      every `chunk` tokens, None meaning 8; 'bitwise' likewise, and training,
+      prefill and decode agree to the bit in the op. Parameters are the same.
   """
 
   heads: int = 4
@@ -145,9 +163,11 @@ class DeltaNetConfig:
   output_gate: bool = False
   eps: float = 1e-5
   chunk: int | None = None
+  decode: str = 'step'
 
   def __post_init__(self):
     checks.positive(self, 'heads', 'key', 'value', 'conv')
+    checks.decodes(self)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -223,7 +223,7 @@ def _no_leak(bench, segments, start, outputs, state):
   _no_row(bench, leak, 'no gradient', 'a gradient', note)
   for path, _, _, kind in st.leaves(state):
     # Slots of a store that nothing wrote keep their value, and a gradient.
-    if path.startswith('layers/') and kind == 'fixed':
+    if path in d_leaves and path.startswith('layers/') and kind == 'fixed':
       worst = np.max(np.abs(d_leaves[path]))
       if worst != 0:
         bench.fail(path, expected=0, got=worst, note=note)

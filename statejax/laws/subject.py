@@ -133,6 +133,9 @@ class MixerSubject:
 
   @property
   def grid(self):
+    # Deferred, a matrix written by steps is close to one of a longer call.
+    if getattr(self.layer.mixer, 'decode', 'step') == 'deferred':
+      return None
     return getattr(self.layer.mixer, 'chunk', None)
 
   def init(self, key):

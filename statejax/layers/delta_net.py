@@ -3,7 +3,7 @@
 import flax.linen as nn
 
 from statejax.config import DeltaNetConfig
-from statejax.layers import delta
+from statejax.layers import delta, delta_decode
 from statejax.layers.common import Proj
 
 
@@ -17,10 +17,11 @@ class DeltaNet(nn.Module):
 
   @staticmethod
   def state(config, rows, capacity, dtype):
-    """Returns the `DeltaState` of `Spec`; its size ignores `capacity`."""
+    """Returns the state of `Spec`; its size ignores `capacity`."""
     del capacity
-    return delta.state_specs(rows, config.heads, config.heads, config.key,
-                             config.value, config.conv, dtype)
+    specs = delta.state_specs(rows, config.heads, config.heads, config.key,
+                              config.value, config.conv, dtype)
+    return delta_decode.state_specs(config, specs)
 
   @nn.compact
   def __call__(self, x, state, context):
@@ -32,8 +33,8 @@ class DeltaNet(nn.Module):
     beta = delta.beta(x, c.heads, c.max_erase)
     q, k, v, tails = delta.query_key_value(
         x, state, context, query=keys, key=keys, value=values, taps=c.conv)
-    y, matrix = delta.delta_rule(
-        delta.unit(q), delta.unit(k), v, 0, beta, beta, state.matrix,
-        context.n_valid, context.document, chunk_size=c.chunk)
+    y, state = delta_decode.recall(
+        c, delta.unit(q), delta.unit(k), v, 0, beta, beta,
+        state, context, tails)
     y = delta.output(self, y, gate, x.shape[-1], eps=c.eps)
-    return y, delta.DeltaState(matrix, **tails)
+    return y, state

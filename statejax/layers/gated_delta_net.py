@@ -3,7 +3,7 @@
 import flax.linen as nn
 
 from statejax.config import GatedDeltaNetConfig
-from statejax.layers import delta
+from statejax.layers import delta, delta_decode
 from statejax.layers.common import Proj
 
 
@@ -18,10 +18,11 @@ class GatedDeltaNet(nn.Module):
 
   @staticmethod
   def state(config, rows, capacity, dtype):
-    """Returns the `DeltaState` of `Spec`; its size ignores `capacity`."""
+    """Returns the state of `Spec`; its size ignores `capacity`."""
     del capacity
-    return delta.state_specs(rows, config.heads, config.value_heads,
-                             config.key, config.value, config.conv, dtype)
+    specs = delta.state_specs(rows, config.heads, config.value_heads,
+                              config.key, config.value, config.conv, dtype)
+    return delta_decode.state_specs(config, specs)
 
   @nn.compact
   def __call__(self, x, state, context):
@@ -35,8 +36,8 @@ class GatedDeltaNet(nn.Module):
     q, k, v, tails = delta.query_key_value(
         x, state, context, query=keys, key=keys, value=values, taps=c.conv,
         key_axes=('key_heads', 'key'))
-    y, matrix = delta.delta_rule(
-        delta.unit(q), delta.unit(k), v, log_decay, beta, beta, state.matrix,
-        context.n_valid, context.document, chunk_size=c.chunk)
+    y, state = delta_decode.recall(
+        c, delta.unit(q), delta.unit(k), v, log_decay, beta, beta,
+        state, context, tails)
     y = delta.output(self, y, gate, x.shape[-1], eps=c.eps)
-    return y, delta.DeltaState(matrix, **tails)
+    return y, state

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from statejax.config import GatedDeltaNet2Config
-from statejax.layers import delta
+from statejax.layers import delta, delta_decode
 from statejax.layers.common import Proj
 
 
@@ -21,10 +21,12 @@ class GatedDeltaNet2(nn.Module):
 
   @staticmethod
   def state(config, rows, capacity, dtype):
-    """Returns the `DeltaState` of `Spec`; its size ignores `capacity`."""
+    """Returns the state of `Spec`; its size ignores `capacity`."""
     del capacity
-    return delta.state_specs(rows, config.heads, config.value_heads,
-                             config.key, config.value, config.conv, dtype)
+    specs = delta.state_specs(rows, config.heads, config.value_heads,
+                              config.key, config.value, config.conv, dtype)
+    return delta_decode.state_specs(
+        config, specs, decay='channel', erase='channel')
 
   @nn.compact
   def __call__(self, x, state, context):
@@ -44,9 +46,9 @@ class GatedDeltaNet2(nn.Module):
         x, state, context, query=keys, key=keys, value=values, taps=c.conv,
         key_axes=key_axes)
     share = lambda g: jnp.repeat(g, c.value_heads // c.heads, axis=2)
-    y, matrix = delta.delta_rule(
-        delta.unit(q), delta.unit(k), v, share(log_decay), share(erase), write,
-        state.matrix, context.n_valid, context.document, chunk_size=c.chunk)
+    y, state = delta_decode.recall(
+        c, delta.unit(q), delta.unit(k), v, share(log_decay), share(erase),
+        write, state, context, tails)
     y = delta.output(self, y, gate, x.shape[-1], eps=c.eps,
                      activation=jax.nn.sigmoid)
-    return y, delta.DeltaState(matrix, **tails)
+    return y, state

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 
 from statejax.config import KDAConfig
-from statejax.layers import delta
+from statejax.layers import delta, delta_decode
 
 
 class KDA(nn.Module):
@@ -19,10 +19,11 @@ class KDA(nn.Module):
 
   @staticmethod
   def state(config, rows, capacity, dtype):
-    """Returns the `DeltaState` of `Spec`; its size ignores `capacity`."""
+    """Returns the state of `Spec`; its size ignores `capacity`."""
     del capacity
-    return delta.state_specs(rows, config.heads, config.heads, config.key,
-                             config.value, config.conv, dtype)
+    specs = delta.state_specs(rows, config.heads, config.heads, config.key,
+                              config.value, config.conv, dtype)
+    return delta_decode.state_specs(config, specs, decay='channel')
 
   @nn.compact
   def __call__(self, x, state, context):
@@ -36,9 +37,9 @@ class KDA(nn.Module):
     beta = delta.beta(x, c.heads, c.max_erase)
     q, k, v, tails = delta.query_key_value(
         x, state, context, query=keys, key=keys, value=values, taps=c.conv)
-    y, matrix = delta.delta_rule(
-        delta.unit(q), delta.unit(k), v, log_decay, beta, beta, state.matrix,
-        context.n_valid, context.document, chunk_size=c.chunk)
+    y, state = delta_decode.recall(
+        c, delta.unit(q), delta.unit(k), v, log_decay, beta, beta,
+        state, context, tails)
     y = delta.output(self, y, gate, x.shape[-1], eps=c.eps,
                      activation=jax.nn.sigmoid)
-    return y, delta.DeltaState(matrix, **tails)
+    return y, state
