@@ -4,8 +4,7 @@ import dataclasses
 
 import jax
 
-from statejax.layers.delta import DeltaState
-from statejax.ops import delta_rule
+from statejax.layers import delta
 from statejax.ops.delta_deferred import delta_rule_deferred
 from statejax.ops.delta_grid import Deferred, shapes
 from statejax.state import Array, Spec, leaf
@@ -18,7 +17,7 @@ CHUNK = 8
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class DeferredState(DeltaState):
+class DeferredState(delta.DeltaState):
   """Carried state of a layer with `decode='deferred'`.
 
   The matrix is that of the last chunk end in the row's document; entries past
@@ -91,7 +90,7 @@ def recall(config, q, k, v, log_decay, erase, write, state, context, tails):
     y [B, T, HV, V] and the layer's new state.
   """
   if config.decode == 'step':
-    y, matrix = delta_rule(
+    y, matrix = delta.delta_rule(
         q, k, v, log_decay, erase, write, state.matrix, context.n_valid,
         context.document, chunk_size=config.chunk)
     return y, dataclasses.replace(state, matrix=matrix, **tails)
