@@ -123,24 +123,13 @@ def _triangles(size, dtype):
 def _intra_head(x):
   pre, suf, tot, decay = _head_decays(x)
   inclusive, strict = _triangles(x.k.shape[-2], x.k.dtype)
-  pairs = dot('bhik,bhjk->bhij', _stack(x.q, x.e), x.k[:, :, 0])
-  reading, erasing = _unstack(pairs, x.k.shape[-2])
-  reading = reading * (decay * inclusive)
-  if erasing is not None:
-    erasing *= decay * strict
+  # The rows of all that shares a key head, in one product.
+  rows = x.q if x.e is None else jnp.concatenate([x.q, x.e], axis=2)
+  pairs = dot('bhrik,bhjk->bhrij', rows, x.k[:, :, 0])
+  reading, erasing = pairs[:, :, :1] * (decay * inclusive), None
+  if x.e is not None:
+    erasing = pairs[:, :, 1:] * (decay * strict)
   return Intra(pre, suf, tot, reading, erasing, decay)
-
-
-def _stack(q, e):
-  """Joins what shares a key head: [B, HK, 1 and R, C, D] to [B, HK, N, D]."""
-  x = q if e is None else jnp.concatenate([q, e], axis=2)
-  return x.reshape(*x.shape[:2], -1, x.shape[-1])
-
-
-def _unstack(x, size):
-  """Undoes `_stack`."""
-  x = x.reshape(*x.shape[:2], -1, size, x.shape[-1])
-  return x[:, :, :1], x[:, :, 1:] if x.shape[2] > 1 else None
 
 
 def _head_decays(x):
@@ -161,14 +150,16 @@ def _head_decays(x):
 def _head_pairs_backward(x, intra, d_reading, d_erasing):
   """Returns gradients of q, e and k through the pair matrices."""
   inclusive, strict = _triangles(d_reading.shape[-1], d_reading.dtype)
-  d_reading = sum_groups(d_reading * (intra.saved * inclusive))
+  d_reading = sum_groups(d_reading * (intra.saved * inclusive))[:, :, 0]
+  k = x.k[:, :, 0]
+  d_q = dot('bhij,bhjk->bhik', d_reading, k)
+  d_k = dot('bhij,bhik->bhjk', d_reading, x.q[:, :, 0])
+  d_e = None
   if x.e is not None:
     d_erasing = d_erasing * (intra.saved * strict)
-  d_pairs = _stack(d_reading, d_erasing)
-  d_rows = dot('bhij,bhjk->bhik', d_pairs, x.k[:, :, 0])
-  d_k = dot('bhij,bhik->bhjk', d_pairs, _stack(x.q, x.e))
-  d_q, d_e = _unstack(d_rows, x.k.shape[-2])
-  return d_q, d_e, d_k[:, :, None]
+    d_e = dot('bhrij,bhjk->bhrik', d_erasing, k)
+    d_k += dot('bhrij,bhrik->bhjk', d_erasing, x.e)
+  return d_q[:, :, None], d_e, d_k[:, :, None]
 
 
 def _intra_head_backward(x, intra, d_reading, d_erasing, d_pre, d_suf, d_tot):

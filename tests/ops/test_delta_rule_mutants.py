@@ -228,8 +228,7 @@ MUTANTS = {
     'token does not read itself': (
         'values', HEAD, INTRA, '(decay * inclusive)', '(decay * strict)'),
     'keys not decayed to their erasing': (
-        'values', HEAD, INTRA, 'erasing *= decay * strict',
-        'erasing *= strict'),
+        'values', HEAD, INTRA, '1:] * (decay * strict)', '1:] * strict'),
     'inverse stops a level early': (
         'values', HEAD, INTRA, '  while b < size:', '  while b < size // 2:'),
     'inverse multiplies the wrong way': (
