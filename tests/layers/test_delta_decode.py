@@ -28,17 +28,16 @@ def mixer(name, decode):
 
 
 def model():
-  """Both kinds of gate, one of them twice."""
+  """Both kinds of gate."""
   layer = lambda name: c.LayerConfig(
       name, mixer(name, 'bitwise'), c.SwiGLUConfig(32))
   return lm.LanguageModel(c.ModelConfig(
       vocab=32, width=16, layers=(layer('gdn'), layer('kda')),
-      groups=(c.GroupConfig(('gdn', 'kda', 'gdn')),)))
+      groups=(c.GroupConfig(('gdn', 'kda')),)))
 
 
 def test_deferred_quick():
-  laws.check(mixer('kda', 'deferred'),
-             laws=('schema', 'split', 'decode', 'packed'))
+  laws.check(mixer('kda', 'deferred'), laws=('schema', 'decode'))
 
 
 @pytest.mark.slow
