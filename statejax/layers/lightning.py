@@ -2,6 +2,7 @@
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from statejax.config import LightningConfig
@@ -31,9 +32,10 @@ class Lightning(nn.Module):
     c = self.config
     keys, values = (c.heads, c.key), (c.heads, c.value)
     key_axes, value_axes = ('heads', 'key'), ('heads', 'value')
-    q = jax.nn.silu(Proj(keys, ('embed', *key_axes), name='q')(x))
-    k = jax.nn.silu(Proj(keys, ('embed', *key_axes), name='k')(x))
-    v = jax.nn.silu(Proj(values, ('embed', *value_axes), name='v')(x))
+    silu = lambda y: jax.nn.silu(y.astype(jnp.float32)).astype(x.dtype)
+    q = silu(Proj(keys, ('embed', *key_axes), name='q')(x))
+    k = silu(Proj(keys, ('embed', *key_axes), name='k')(x))
+    v = silu(Proj(values, ('embed', *value_axes), name='v')(x))
     gate = Proj(values, ('embed', *value_axes), name='gate')(x)
     log_decay = -c.slope * 2.0 ** (-8.0 * (1 + np.arange(c.heads)) / c.heads)
     y, matrix = delta.delta_rule(
