@@ -1,0 +1,174 @@
+"""The delta rule for one token on TPU: the state is read and written once.
+
+  D = diag(exp(log_decay)) S;  r = write * v - D^T (erase * k)
+  S' = D + k r^T;  y = scale * (D^T q + (q . k) r)
+
+A grid step holds the matrices of one row and a few heads. They are replaced
+where they lie (`input_output_aliases`); rows without a token are neither read
+nor written. Everything is float32 and elementwise: no matrix unit, no rounding.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+NAME = 'delta_rule_step'
+# Two of these come and two go while one is worked on.
+_BLOCK_BYTES = 2 ** 21
+
+
+def head_block(heads: int, key_heads: int, width: int, values: int) -> int:
+  """Value heads per grid step: whole tiles of rows, whole groups of heads."""
+  groups = heads // key_heads
+  padded = 4 * (-(-width // 8) * 8) * (-(-values // 128) * 128)
+  fitting = [
+      n for n in range(8, heads, 8)
+      if heads % n == 0 and n * padded <= _BLOCK_BYTES
+      and (n % groups == 0 or groups % n == 0)]
+  return min(fitting, default=heads)
+
+
+def delta_rule_step(q, k, v, log_decay, erase, write, state, n_valid=None, *,
+                    scale, interpret=False):
+  """One token of every row.
+
+  Args:
+    q: [B, 1, HK, K], any float dtype.
+    k: [B, 1, HK, K].
+    v: [B, 1, HV, V].
+    log_decay: [B, 1, HV] or [B, 1, HV, K].
+    erase: [B, 1, HV] or [B, 1, HV, K]; None for 0.
+    write: [B, 1, HV] or [B, 1, HV, V]; None for 1.
+    state: [B, HV, K, V] float32; donate it, or it is copied first.
+    n_valid: [B] int32, or None if every row has its token.
+    scale: static factor on q.
+    interpret: run on any device, slowly, for tests.
+
+  Returns:
+    y [B, 1, HV, V] in v.dtype and the state [B, HV, K, V].
+
+  Reference: arXiv 2412.06464, 2510.26692.
+  """
+  batch, heads, width, values = state.shape
+  key_heads = q.shape[2]
+  size = head_block(heads, key_heads, width, values)
+  rows = _visits(n_valid, batch)
+
+  def by_row(b, rows):
+    return rows[1, b]
+
+  # Heads outermost: a row without a token repeats the block before it, which
+  # must belong to the same core.
+  def whole(g, b, rows):
+    return by_row(b, rows), 0, 0, 0
+
+  def part(g, b, rows):
+    return by_row(b, rows), 0, g, 0
+
+  vectors = dict(q=q, k=k, v=v, log_decay=log_decay, erase=erase, write=write)
+  vectors = {n: x.astype(jnp.float32) for n, x in vectors.items()
+             if x is not None}
+  specs = {}
+  for name, x in vectors.items():
+    if x.ndim == 3:
+      specs[name] = pl.BlockSpec(
+          (1, 1, heads), lambda g, b, rows: (by_row(b, rows), 0, 0),
+          memory_space=pltpu.SMEM)
+    elif name in 'qk':
+      specs[name] = pl.BlockSpec((1, 1, *x.shape[2:]), whole)
+    else:
+      specs[name] = pl.BlockSpec((1, 1, size, x.shape[3]), part)
+  matrices = pl.BlockSpec(
+      (1, size, width, values), lambda g, b, rows: (by_row(b, rows), g, 0, 0))
+  y, after = pl.pallas_call(
+      functools.partial(_kernel, scale=scale, groups=heads // key_heads, names=tuple(vectors)),
+      grid_spec=pltpu.PrefetchScalarGridSpec(
+          num_scalar_prefetch=1, grid=(heads // size, batch),
+          in_specs=[*specs.values(), matrices],
+          out_specs=[
+              pl.BlockSpec((1, 1, size, values), lambda g, b, _: (b, 0, g, 0)),
+              matrices]),
+      out_shape=[jax.ShapeDtypeStruct(v.shape, jnp.float32),
+                 jax.ShapeDtypeStruct(state.shape, state.dtype)],
+      input_output_aliases={len(vectors) + 1: 1},
+      compiler_params=pltpu.CompilerParams(
+          dimension_semantics=('parallel', 'arbitrary')),
+      interpret=interpret, name=NAME,
+  )(rows, *vectors.values(), state)
+  return y.astype(v.dtype), after
+
+
+def _visits(n_valid, batch):
+  """[2, B]: what to do with a row, and whose memory to hold meanwhile.
+
+  1 works on a row; 0 passes over it, holding the last row worked on; -1 passes
+  over it before any row was, holding the first to come.
+  """
+  index = jnp.arange(batch, dtype=jnp.int32)
+  if n_valid is None:
+    return jnp.stack([jnp.ones_like(index), index])
+  valid = n_valid > 0
+  last = lax.cummax(jnp.where(valid, index, -1))
+  first = jnp.argmax(valid).astype(jnp.int32)
+  action = jnp.where(valid, 1, jnp.where(last < 0, -1, 0))
+  return jnp.stack([action.astype(jnp.int32), jnp.where(last < 0, first, last)])
+
+
+def _kernel(rows, *refs, scale, groups, names):
+  inputs = dict(zip(names, refs))
+  before, y, after = refs[len(names):]
+  action = rows[0, pl.program_id(1)]
+
+  @pl.when(action == 1)
+  def _():
+    _work(inputs, before, y, after, scale, groups)
+
+  @pl.when(action != 1)
+  def _():
+    y[...] = jnp.zeros_like(y)
+
+  # Held, never worked on if there is no valid row at all, and written back.
+  @pl.when(action == -1)
+  def _():
+    after[...] = before[...]
+
+
+def _work(inputs, before, y, after, scale, groups):
+  """One row: the heads of a group share a column of q and one of k."""
+  size, _, values = before.shape[1:]
+  first = pl.program_id(0) * size
+  key_heads = pl.ds(first // groups, max(1, size // groups))
+  q = scale * inputs['q'][0, 0, key_heads]
+  k = inputs['k'][0, 0, key_heads]
+  attention = jnp.sum(q * k, axis=1, keepdims=True)
+  q_column, k_column = q.T, k.T
+
+  def gate(name, head, otherwise):
+    """[1, V], or [K, 1] where the gate is by key channel."""
+    x = inputs.get(name)
+    if x is None:
+      return otherwise
+    if len(x.shape) == 3:
+      return jnp.full((1, values), x[0, 0, first + head])
+    row = x[0, 0, head:head + 1]
+    return row if name == 'write' else row.T
+
+  for head in range(size):
+    index = head // groups
+    column = slice(index, index + 1)
+    keys = k_column[:, column]
+    decayed = jnp.exp(gate('log_decay', head, None)) * before[0, head]
+    residual = gate('write', head, 1) * inputs['v'][0, 0, head:head + 1]
+    if 'erase' in inputs:
+      erase = gate('erase', head, None)
+      if erase.shape[0] == 1:
+        residual -= erase * jnp.sum(keys * decayed, axis=0, keepdims=True)
+      else:
+        residual -= jnp.sum(erase * keys * decayed, axis=0, keepdims=True)
+    read = jnp.sum(q_column[:, column] * decayed, axis=0, keepdims=True)
+    y[0, 0, head:head + 1] = read + attention[column] * residual
+    after[0, head] = decayed + keys * residual
