@@ -110,8 +110,7 @@ def compile_all(jobs: Sequence[Job], schedules=False, timeout=1800):
 
   Args:
     jobs: what to compile; group by chip or not, a start costs two seconds.
-    schedules: also read the schedules of the kernels, see `_schedule`; takes
-      about a second more per kernel.
+    schedules: also read the schedules of the kernels, see `_schedule`.
     timeout: seconds for all of them.
 
   Returns:
@@ -128,7 +127,8 @@ def compile_all(jobs: Sequence[Job], schedules=False, timeout=1800):
         'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
     if schedules:
       environment['LIBTPU_INIT_ARGS'] = (
-          f'--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true')
+          f'--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true '
+          '--xla_jf_dump_llo_pass_label_regex=.*(final_|delay-converter).*')
     order = {'jobs': [dataclasses.asdict(job) for job in jobs],
              'dump': dump if schedules else None}
     worker = subprocess.run(

@@ -19,17 +19,21 @@ from jax.experimental.pallas import tpu as pltpu
 NAME = 'delta_rule_step'
 # Two of these come and two go while one is worked on.
 _BLOCK_BYTES = 2 ** 21
+_STEPS = 8
 
 
-def head_block(heads: int, key_heads: int, width: int, values: int) -> int:
-  """Value heads per grid step: whole tiles of rows, whole groups of heads."""
+def head_block(batch, heads, key_heads, width, values) -> int:
+  """Value heads per grid step: whole tiles of rows, whole groups of heads.
+
+  Wide blocks hide latency, if enough of them are left to hide the traffic.
+  """
   groups = heads // key_heads
   padded = 4 * (-(-width // 8) * 8) * (-(-values // 128) * 128)
-  fitting = [
-      n for n in range(8, heads, 8)
-      if heads % n == 0 and n * padded <= _BLOCK_BYTES
-      and (n % groups == 0 or groups % n == 0)]
-  return min(fitting, default=heads)
+  fitting = [n for n in (8, 16) if heads % n == 0 and
+             (n % groups == 0 or groups % n == 0)]
+  wide = [n for n in fitting
+          if batch * heads >= _STEPS * n and n * padded <= _BLOCK_BYTES]
+  return max(wide, default=min(fitting, default=heads))
 
 
 def delta_rule_step(q, k, v, log_decay, erase, write, state, n_valid=None, *,
@@ -55,7 +59,7 @@ def delta_rule_step(q, k, v, log_decay, erase, write, state, n_valid=None, *,
   """
   batch, heads, width, values = state.shape
   key_heads = q.shape[2]
-  size = head_block(heads, key_heads, width, values)
+  size = head_block(batch, heads, key_heads, width, values)
   rows = _visits(n_valid, batch)
 
   def by_row(b, rows):
@@ -122,10 +126,11 @@ def _kernel(rows, *refs, scale, groups, names):
   inputs = dict(zip(names, refs))
   before, y, after = refs[len(names):]
   action = rows[0, pl.program_id(1)]
+  first = pl.program_id(0) * before.shape[1]
 
   @pl.when(action == 1)
   def _():
-    _work(inputs, before, y, after, scale, groups)
+    _work(inputs, before, y, after, first, scale, groups)
 
   @pl.when(action != 1)
   def _():
@@ -137,38 +142,41 @@ def _kernel(rows, *refs, scale, groups, names):
     after[...] = before[...]
 
 
-def _work(inputs, before, y, after, scale, groups):
-  """One row: the heads of a group share a column of q and one of k."""
+def _work(inputs, before, y, after, first, scale, groups):
+  """One row: each head's matrix goes through the registers once."""
   size, _, values = before.shape[1:]
-  first = pl.program_id(0) * size
   key_heads = pl.ds(first // groups, max(1, size // groups))
   q = scale * inputs['q'][0, 0, key_heads]
   k = inputs['k'][0, 0, key_heads]
   attention = jnp.sum(q * k, axis=1, keepdims=True)
-  q_column, k_column = q.T, k.T
 
-  def gate(name, head, otherwise):
-    """[1, V], or [K, 1] where the gate is by key channel."""
-    x = inputs.get(name)
-    if x is None:
-      return otherwise
-    if len(x.shape) == 3:
-      return jnp.full((1, values), x[0, 0, first + head])
-    row = x[0, 0, head:head + 1]
-    return row if name == 'write' else row.T
+  def by_channel(name):
+    return len(inputs[name].shape) == 4
+
+  def row(name, head):
+    """[1, K or V], a gate per head spread over the values."""
+    if by_channel(name):
+      return inputs[name][0, 0, head:head + 1]
+    return jnp.full((1, values), inputs[name][0, 0, first + head])
+
+  def column(row):
+    # Transposing a full square is quicker than spreading a column.
+    return jnp.broadcast_to(row, (values, row.shape[1])).T
 
   for head in range(size):
-    index = head // groups
-    column = slice(index, index + 1)
-    keys = k_column[:, column]
-    decayed = jnp.exp(gate('log_decay', head, None)) * before[0, head]
-    residual = gate('write', head, 1) * inputs['v'][0, 0, head:head + 1]
+    index = slice(head // groups, head // groups + 1)
+    keys = column(k[index])
+    decay = jnp.exp(row('log_decay', head))
+    decay = column(decay) if by_channel('log_decay') else decay
+    decayed = decay * before[0, head]
+    residual = row('v', head)
+    if 'write' in inputs:
+      residual *= row('write', head)
     if 'erase' in inputs:
-      erase = gate('erase', head, None)
-      if erase.shape[0] == 1:
-        residual -= erase * jnp.sum(keys * decayed, axis=0, keepdims=True)
-      else:
-        residual -= jnp.sum(erase * keys * decayed, axis=0, keepdims=True)
-    read = jnp.sum(q_column[:, column] * decayed, axis=0, keepdims=True)
-    y[0, 0, head:head + 1] = read + attention[column] * residual
+      erase = row('erase', head)
+      erasing = column(erase * k[index]) if by_channel('erase') else keys
+      recalled = jnp.sum(erasing * decayed, axis=0, keepdims=True)
+      residual -= recalled if by_channel('erase') else erase * recalled
+    read = jnp.sum(column(q[index]) * decayed, axis=0, keepdims=True)
+    y[0, 0, head:head + 1] = read + attention[index] * residual
     after[0, head] = decayed + keys * residual
