@@ -1,0 +1,377 @@
+"""What the tokens of one chunk of the delta rule are to each other, on a TPU.
+
+The kernels work on packs: the chunks of p heads, one below the other, so that
+p * C rows fill the 128 lanes once they stand in a pair matrix. Two forms:
+
+  rows   [p * C, D]   one row per head and token
+  pairs  [C, p * C]   row: token i; lane: head and token j
+
+Log decays have base 2. All is float32 but for the operands of products, which
+are bfloat16 unless `exact`.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+_BASE = 16  # blocks of this size are inverted without the MXU
+_TILE = 8  # rows of a register
+
+
+class Pack(NamedTuple):
+  """Static facts of a pack: C tokens of each of `heads` heads."""
+
+  size: int
+  heads: int
+  exact: bool
+
+  @property
+  def rows(self):
+    return self.size * self.heads
+
+
+class Decay(NamedTuple):
+  """Decays within a chunk: products over exactly the tokens they span.
+
+  Attributes:
+    pre: from the chunk's start to a token, [p * C, K or 1].
+    suf: from a token to the chunk's end, [p * C, K or 1].
+    tot: across the chunk, one [1, K or 1] per head.
+    between: per channel a list over levels, per head the pairs themselves.
+  """
+
+  pre: jax.Array
+  suf: jax.Array
+  tot: list
+  between: object
+
+
+def product(a, b, exact):
+  """a @ b."""
+  return _dot(a, b, (((1,), (0,)), ((), ())), exact)
+
+
+def product_nt(a, b, exact):
+  """a @ b.T."""
+  return _dot(a, b, (((1,), (1,)), ((), ())), exact)
+
+
+def _dot(a, b, dimensions, exact):
+  if exact:
+    return lax.dot_general(
+        a.astype(jnp.float32), b.astype(jnp.float32), dimensions,
+        precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32,
+    )
+  return lax.dot_general(
+      a.astype(jnp.bfloat16), b.astype(jnp.bfloat16), dimensions,
+      preferred_element_type=jnp.float32,
+  )
+
+
+def iota(shape, axis):
+  return lax.broadcasted_iota(jnp.int32, shape, axis)
+
+
+def head_rows(x, h, pack):
+  """The rows of head h."""
+  return x[h * pack.size : (h + 1) * pack.size]
+
+
+def to_pairs(x, pack):
+  """From every pair of rows [p * m, p * C] to those of one head [m, p * C]."""
+  m = x.shape[0] // pack.heads
+  out = x[:m]
+  lane = iota(out.shape, 1)
+  for h in range(1, pack.heads):
+    out = jnp.where(lane >= h * pack.size, x[h * m : (h + 1) * m], out)
+  return out
+
+
+def apply_pairs(pairs, x, pack):
+  """Multiplies rows [p * C, D] by pairs [m, p * C], head by head."""
+  if pack.heads == 1:
+    return product(pairs, x, pack.exact)
+  out = []
+  for h in range(pack.heads):
+    low, high = h * pack.size, (h + 1) * pack.size
+    out.append(product(pairs[:, low:high], x[low:high], pack.exact))
+  return jnp.concatenate(out, axis=0)
+
+
+def columns_to_pairs(column, pack):
+  """Spreads one number per row, [p * C, 1], over the lanes of its head."""
+  shape = (pack.size, pack.rows)
+  out = jnp.broadcast_to(head_rows(column, 0, pack), shape)
+  lane = iota(shape, 1)
+  for h in range(1, pack.heads):
+    out = jnp.where(lane >= h * pack.size, head_rows(column, h, pack), out)
+  return out
+
+
+def level_mask(shape, b, pack, row):
+  """True where tokens i and j are separated at level b, i the later one.
+
+  `row` maps the row of `shape` to i.
+  """
+  i, j = row(iota(shape, 0)), iota(shape, 1) & (pack.size - 1)
+  return ((i ^ j) & ~(b - 1) == b) & (i & b != 0)
+
+
+# Decays. Two tokens are separated at exactly one level of a binary tree, where
+# the earlier is in the left and the later in the right half of a block of 2b.
+
+
+def channel_decay(g, pack):
+  """The tree for one log decay per row and channel, [p * C, K]."""
+  rows, width = g.shape
+  pre = tot = jnp.exp2(g).reshape(rows // _TILE, _TILE, width)
+  suf = jnp.ones_like(pre)
+  sublane = iota(pre.shape, 1)
+  levels = []
+  b = 1
+  while b < _TILE:
+    right = sublane & b != 0
+    here = jnp.where(right, pre, suf)
+    levels.append(here.reshape(rows, width))
+    sibling = swap(tot, b)
+    here = here * sibling
+    pre = jnp.where(right, here, pre)
+    suf = jnp.where(right, suf, here)
+    tot = tot * sibling
+    b *= 2
+  while b < pack.size:
+    shape = (rows // (2 * b), 2, b // _TILE, _TILE, width)
+    left_pre, right_pre = halves(pre.reshape(shape))
+    left_suf, right_suf = halves(suf.reshape(shape))
+    left_tot, right_tot = halves(tot.reshape(shape[0], 2, 1, _TILE, width))
+    levels.append((
+        right_pre.reshape(rows // 2, width), left_suf.reshape(rows // 2, width)
+    ))
+    pre = interleave(left_pre, right_pre * left_tot)
+    suf = interleave(left_suf * right_tot, right_suf)
+    tot = left_tot * right_tot
+    b *= 2
+  tot = tot.reshape(pack.heads, _TILE, width)
+  return Decay(
+      pre.reshape(rows, width), suf.reshape(rows, width),
+      [tot[h, :1] for h in range(pack.heads)], levels,
+  )
+
+
+def swap(x, b):
+  """Exchanges rows i and i ^ b within tiles, [.., 8, D]."""
+  from jax.experimental.pallas import tpu as pltpu
+  axis = x.ndim - 2
+  back = pltpu.roll(x, b, axis)
+  if 2 * b == _TILE:
+    return back
+  ahead = pltpu.roll(x, _TILE - b, axis)
+  return jnp.where(iota(x.shape, axis) & b != 0, back, ahead)
+
+
+def halves(x):
+  return x[:, 0], x[:, 1]
+
+
+def interleave(left, right):
+  """Undoes `halves`."""
+  return jnp.concatenate([left[:, None], right[:, None]], axis=1)
+
+
+def split_rows(x, b):
+  """Left and right rows of the blocks of 2b, [rows / 2, D] each, b >= 8."""
+  rows, width = x.shape
+  left, right = halves(x.reshape(rows // (2 * b), 2, b, width))
+  return left.reshape(rows // 2, width), right.reshape(rows // 2, width)
+
+
+def join_rows(left, right, b):
+  """Undoes `split_rows`."""
+  rows, width = left.shape
+  shape = (rows // b, b, width)
+  return interleave(left.reshape(shape), right.reshape(shape)).reshape(
+      2 * rows, width
+  )
+
+
+def channel_pairs(q, e, k, decay, pack):
+  """Returns A and L (without gate, None if e is None) as pairs."""
+  rows = pack.rows
+  shape = (pack.size, rows)
+  reading = _diagonal(q, k, pack)
+  erasing = None if e is None else jnp.zeros(shape, jnp.float32)
+  for level, between in enumerate(decay.between):
+    b = 1 << level
+    if b < _TILE:
+      keys = k * between
+      left = [q * between]
+      if e is not None:
+        left.append(keys if e is k else e * between)
+      mask = level_mask(shape, b, pack, lambda i: i)
+      place = lambda old, new, mask=mask: jnp.where(mask, new, old)
+    else:
+      pre, suf = between
+      k_left, k_right = split_rows(k, b)
+      if e is k:
+        k_right = k_right * pre
+      keys = join_rows(k_left * suf, k_right, b)
+      left = [split_rows(q, b)[1] * pre]
+      if e is not None:
+        left.append(k_right if e is k else split_rows(e, b)[1] * pre)
+      place = lambda old, new, b=b: _place_right(old, new, b, pack)
+    pairs = product_nt(jnp.concatenate(left, axis=0), keys, pack.exact)
+    m = left[0].shape[0]
+    reading = place(reading, to_pairs(pairs[:m], pack))
+    if e is not None:
+      erasing = place(erasing, to_pairs(pairs[m:], pack))
+  return reading, erasing
+
+
+def _diagonal(q, k, pack):
+  column = jnp.sum(q * k, axis=1, keepdims=True)
+  shape = (pack.size, pack.rows)
+  mask = iota(shape, 0) == iota(shape, 1) & (pack.size - 1)
+  return jnp.where(mask, columns_to_pairs(column, pack), 0.0)
+
+
+def right_mask(b, pack):
+  """`level_mask` of the right rows alone, [C / 2, p * C]."""
+  row = lambda i: ((i & ~(b - 1)) << 1) | b | (i & (b - 1))
+  return level_mask((pack.size // 2, pack.rows), b, pack, row)
+
+
+def _place_right(old, new, b, pack):
+  left, right = split_rows(old, b)
+  return join_rows(left, jnp.where(right_mask(b, pack), new, right), b)
+
+
+# One decay per head.
+
+
+def prefix_sum(x, size):
+  """Inclusive sums down the rows of every block of `size` rows."""
+  from jax.experimental.pallas import tpu as pltpu
+  row = iota(x.shape, 0) & (size - 1)
+  b = 1
+  while b < size:
+    x = x + jnp.where(row >= b, pltpu.roll(x, b, 0), 0.0)
+    b *= 2
+  return x
+
+
+def suffix_sum(x, size):
+  """Inclusive sums up the rows of every block of `size` rows."""
+  from jax.experimental.pallas import tpu as pltpu
+  row = iota(x.shape, 0) & (size - 1)
+  b = 1
+  while b < size:
+    x = x + jnp.where(row < size - b, pltpu.roll(x, x.shape[0] - b, 0), 0.0)
+    b *= 2
+  return x
+
+
+def head_decay(g, pack):
+  """`Decay` for one log decay per row, a column [p * C, 1]."""
+  from jax.experimental.pallas import tpu as pltpu
+  size = pack.size
+  pre = prefix_sum(g, size)
+  after = pltpu.roll(g, pack.rows - 1, 0)
+  after = jnp.where(iota(g.shape, 0) & (size - 1) < size - 1, after, 0.0)
+  pre, suf = jnp.exp2(pre), jnp.exp2(suffix_sum(after, size))
+  shape = (size, pack.rows)
+  later = iota(shape, 0) > (iota(shape, 1) & (size - 1))
+  spans = jnp.where(later, columns_to_pairs(g, pack), 0.0)
+  between = jnp.exp2(prefix_sum(spans, size))
+  tot = [head_rows(pre, h, pack)[size - 1 :] for h in range(pack.heads)]
+  return Decay(pre, suf, tot, between)
+
+
+def head_pairs(q, e, k, decay, pack):
+  """`channel_pairs` for one decay per head."""
+  shape = (pack.size, pack.rows)
+  i, j = iota(shape, 0), iota(shape, 1) & (pack.size - 1)
+  left = q if e is None else jnp.concatenate([q, e], axis=0)
+  pairs = product_nt(left, k, pack.exact)
+  reading = to_pairs(pairs[: pack.rows], pack) * decay.between
+  reading = jnp.where(i >= j, reading, 0.0)
+  if e is None:
+    return reading, None
+  erasing = to_pairs(pairs[pack.rows :], pack) * decay.between
+  return reading, jnp.where(i > j, erasing, 0.0)
+
+
+# The inverse.
+
+
+def inverse(lower, pack):
+  """Inverts I + lower for strictly lower triangular pairs, [C, p * C].
+
+  Blocks of 16 by substitution, then block by block: no power of `lower` is
+  formed. Products are float32, or three of bfloat16, which is as good here.
+  """
+  size, rows = lower.shape
+  lane = iota((_BASE, rows), 1)
+  block = (lane & (size - 1)) >> 4
+  diagonal = jnp.zeros((_BASE, rows), jnp.float32)
+  for r in range(size // _BASE):
+    here = lower[r * _BASE : (r + 1) * _BASE]
+    diagonal = jnp.where(block == r, here, diagonal)
+  base = _substitute(diagonal)
+  result = jnp.concatenate([
+      jnp.where(block == r, base, 0.0) for r in range(size // _BASE)
+  ], axis=0)
+  b = _BASE
+  while b < size:
+    below = jnp.where(right_mask(b, pack), split_rows(lower, b)[1], 0.0)
+    below = _product3(below, result, pack)
+    below = join_rows(jnp.zeros_like(below), below, b)
+    left, right = split_rows(result, b)
+    result = join_rows(left, right - _product3(right, below, pack), b)
+    b *= 2
+  return result
+
+
+def _substitute(lower):
+  """Inverts I + the blocks of 16 that stand side by side, [16, p * C]."""
+  lane = iota((_TILE, lower.shape[1]), 1)
+  row = iota((_TILE, lower.shape[1]), 0)
+  one = lambda i: jnp.where(lane & (_BASE - 1) == i, 1.0, 0.0)
+  top, bottom = one(row), one(row + _TILE)
+  for j in range(_BASE - 1):
+    column = lambda x, j=j: jnp.take_along_axis(
+        x, (lane & ~(_BASE - 1)) + j, axis=1, mode='promise_in_bounds'
+    )
+    if j < _TILE:
+      pivot = top[j : j + 1]
+      top = top - column(lower[:_TILE]) * pivot
+    else:
+      pivot = bottom[j - _TILE : j - _TILE + 1]
+    bottom = bottom - column(lower[_TILE:]) * pivot
+  return jnp.concatenate([top, bottom], axis=0)
+
+
+def _product3(a, b, pack):
+  """a b of every head, for pairs a [m, p * C] and b [C, p * C]."""
+  if pack.exact:
+    return product(a, block_diagonal(b, pack), True)
+  m = a.shape[0]
+  a_high, b_high = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
+  a_low = (a - a_high.astype(jnp.float32)).astype(jnp.bfloat16)
+  b_low = (b - b_high.astype(jnp.float32)).astype(jnp.bfloat16)
+  b_high = block_diagonal(b_high, pack)
+  both = product(jnp.concatenate([a_high, a_low], axis=0), b_high, False)
+  low = product(a_high, block_diagonal(b_low, pack), False)
+  return both[:m] + (both[m:] + low)
+
+
+def block_diagonal(x, pack):
+  """Pairs [C, p * C] as [p * C, p * C], zero between heads."""
+  if pack.heads == 1:
+    return x
+  head = iota(x.shape, 1) >> (pack.size.bit_length() - 1)
+  zero = jnp.zeros_like(x)
+  return jnp.concatenate([
+      jnp.where(head == h, x, zero) for h in range(pack.heads)
+  ], axis=0)
