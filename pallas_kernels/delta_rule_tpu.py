@@ -2,38 +2,66 @@
 
 import math
 
-import jax
 import jax.numpy as jnp
 
-from pallas_kernels import delta_rule_tpu_forward as kernel
+from pallas_kernels import delta_rule_tpu_forward as primal
+from pallas_kernels import delta_rule_tpu_vjp as vjp
 
 _LANES = 128
 _FORGET = -200.0  # exp is 0 in float32, and sums of it stay finite
-_TO_BASE_2 = 1 / math.log(2)
 
 
 def delta_rule(
     q, k, v, log_decay, erase, write, state, n_valid=None, resets=None, *,
-    scale, chunk_size=64, heads_per_step=None, interpret=False,
+    scale, chunk_size=64, heads_per_step=None, backward_heads_per_step=None,
+    interpret=False,
 ):
-  """The delta rule, chunk by chunk, with the state in VMEM."""
-  batch, length, heads = v.shape[:3]
-  width, values = q.shape[-1], v.shape[-1]
-  groups = heads // q.shape[2]
-  exact = any(x.dtype == jnp.float32 for x in (q, k, v))
-  step = _heads_per_step(heads, groups, heads_per_step or 8)
+  """The delta rule, chunk by chunk, with the state in VMEM; differentiable.
+
+  Args:
+    q: queries, [B, T, HK, K], float32 or bfloat16.
+    k: keys, [B, T, HK, K].
+    v: values, [B, T, HV, V], HV a multiple of HK.
+    log_decay: [B, T, HV] or [B, T, HV, K], float32.
+    erase: [B, T, HV] or [B, T, HV, K], float32; None for 0.
+    write: [B, T, HV] or [B, T, HV, V], float32; None for 1.
+    state: [B, HV, K, V], float32.
+    n_valid: number of real tokens per row, [B], int32; None if all are.
+    resets: [B, T] bool, True where the state is emptied first; None for never.
+    scale: static factor on q.
+    chunk_size: static, 16, 32, 64 or 128.
+    heads_per_step: value heads per grid step of the forward kernel, at most;
+      None chooses.
+    backward_heads_per_step: the same of the backward kernel.
+    interpret: static, passed to `pallas_call`: to run without a TPU.
+
+  Returns:
+    y [B, T, HV, V] in v.dtype, and the state after n_valid tokens.
+  """
+  length, heads, values = v.shape[1:]
+  width, groups = q.shape[-1], heads // q.shape[2]
   kind = lambda x: None if x is None else 'head' if x.ndim == 3 else 'channel'
-  plan = kernel.Plan(
-      chunk_size, step, math.gcd(step, max(_LANES // chunk_size, 1)), groups,
-      kind(log_decay), kind(erase), kind(write), float(scale), exact, interpret,
-  )
+
+  def plan(limit):
+    step = _heads_per_step(heads, groups, limit)
+    return primal.Plan(
+        size=chunk_size, heads=step,
+        packed=math.gcd(step, max(_LANES // chunk_size, 1)), groups=groups,
+        decay=kind(log_decay), erase=kind(erase), write=kind(write),
+        scale=float(scale), interpret=interpret,
+        exact=any(x.dtype == jnp.float32 for x in (q, k, v)),
+    )
+
+  forward_plan = plan(heads_per_step or 8)
   operands, padded = _operands(
-      q, k, v, log_decay, erase, write, state, n_valid, resets, plan
+      q, k, v, log_decay, erase, write, state, n_valid, resets, forward_plan
   )
-  y, final, _ = kernel.forward(operands, padded, plan, keep=False)
+  y, final = vjp.run(
+      forward_plan, plan(backward_heads_per_step or 4), operands, padded
+  )
   y = jnp.moveaxis(y, 1, 2)[:, :length, :, :values]
   final = final[:, :, :width, :values]
-  if n_valid is not None:
+  if n_valid is not None:  # S * 1 + 0 would lose the sign of a zero
     valid = jnp.arange(length)[None, :] < n_valid[:, None]
     y = jnp.where(valid[:, :, None, None], y, jnp.zeros((), y.dtype))
     final = jnp.where(n_valid[:, None, None, None] > 0, final, state)
@@ -49,53 +77,33 @@ def _heads_per_step(heads, groups, limit):
 def _operands(
     q, k, v, log_decay, erase, write, state, n_valid, resets, plan
 ):
+  """Head-major, masked, padded; gates per head stay a dict of [B, HV, T]."""
   length = q.shape[1]
   time = -length % plan.size
   keys, values = -q.shape[-1] % _LANES, -v.shape[-1] % _LANES
   valid = None
   if n_valid is not None:
     valid = jnp.arange(length)[None, :] < n_valid[:, None]
+  along = lambda mask, x: mask.reshape(mask.shape + (1,) * (x.ndim - 2))
 
-  def clean(x):
-    """Padding becomes neutral, whatever it holds."""
-    if valid is None:
-      return x
-    where = valid.reshape(valid.shape + (1,) * (x.ndim - 2))
-    return jnp.where(where, x, jnp.zeros((), x.dtype))
-
-  def by_channel(x, channels):
-    x = jnp.pad(clean(x), [(0, 0), (0, time), (0, 0), (0, channels)])
+  def move(x, channels=0):
+    if valid is not None:
+      x = jnp.where(along(valid, x), x, jnp.zeros((), x.dtype))
+    channels = [(0, channels)] * (x.ndim - 3)
+    x = jnp.pad(x, [(0, 0), (0, time), (0, 0), *channels])
     return jnp.moveaxis(x, 2, 1)
 
-  log_decay = clean(log_decay)
   if resets is not None:
-    if valid is not None:
-      resets = resets & valid
-    resets = resets.reshape(resets.shape + (1,) * (log_decay.ndim - 2))
-    log_decay = jnp.where(resets, _FORGET, log_decay)
-  log_decay = jnp.maximum(log_decay, _FORGET) * _TO_BASE_2
+    log_decay = jnp.where(along(resets, log_decay), _FORGET, log_decay)
+  log_decay = jnp.maximum(log_decay, _FORGET)
   gates = {'decay': log_decay, 'erase': erase, 'write': write}
-  channel = {
-      n: by_channel(gates[n], values if n == 'write' else keys)
-      for n in plan.of_kind('channel')
-  }
-  head = [clean(gates[n]) for n in plan.of_kind('head')]
-  head = [_head_gates(x, time, plan) for x in head]
-  operands = kernel.Operands(
-      by_channel(q, keys), by_channel(k, keys), by_channel(v, values),
-      channel, jnp.concatenate(head, axis=3) if head else None,
+  operands = primal.Operands(
+      move(q, keys), move(k, keys), move(v, values),
+      {
+          n: move(gates[n], values if n == 'write' else keys)
+          for n in plan.of_kind('channel')
+      },
+      {n: move(gates[n]) for n in plan.of_kind('head')},
   )
   state = jnp.pad(state, [(0, 0), (0, 0), (0, keys), (0, values)])
   return operands, state
-
-
-def _head_gates(x, time, plan):
-  """[B, T, HV] to [B, HV / heads, T / C, packs, p * C]."""
-  batch, _, heads = x.shape
-  x = jnp.pad(x.astype(jnp.float32), [(0, 0), (0, time), (0, 0)])
-  x = x.reshape(
-      batch, -1, plan.size, heads // plan.heads, plan.packs, plan.packed
-  )
-  return x.transpose(0, 3, 1, 4, 5, 2).reshape(
-      batch, heads // plan.heads, -1, plan.packs, plan.pack.rows
-  )

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.pallas import tpu as pltpu
 
 _BASE = 16  # blocks of this size are inverted without the MXU
 _TILE = 8  # rows of a register
@@ -162,7 +163,6 @@ def channel_decay(g, pack):
 
 def swap(x, b):
   """Exchanges rows i and i ^ b within tiles, [.., 8, D]."""
-  from jax.experimental.pallas import tpu as pltpu
   axis = x.ndim - 2
   back = pltpu.roll(x, b, axis)
   if 2 * b == _TILE:
@@ -252,7 +252,6 @@ def _place_right(old, new, b, pack):
 
 def prefix_sum(x, size):
   """Inclusive sums down the rows of every block of `size` rows."""
-  from jax.experimental.pallas import tpu as pltpu
   row = iota(x.shape, 0) & (size - 1)
   b = 1
   while b < size:
@@ -263,7 +262,6 @@ def prefix_sum(x, size):
 
 def suffix_sum(x, size):
   """Inclusive sums up the rows of every block of `size` rows."""
-  from jax.experimental.pallas import tpu as pltpu
   row = iota(x.shape, 0) & (size - 1)
   b = 1
   while b < size:
@@ -272,14 +270,23 @@ def suffix_sum(x, size):
   return x
 
 
+def shift_down(x, size):
+  """Moves the rows of every block of `size` rows down by one."""
+  first = iota(x.shape, 0) & (size - 1) == 0
+  return jnp.where(first, 0.0, pltpu.roll(x, 1, 0))
+
+
+def shift_up(x, size):
+  """Moves the rows of every block of `size` rows up by one."""
+  last = iota(x.shape, 0) & (size - 1) == size - 1
+  return jnp.where(last, 0.0, pltpu.roll(x, x.shape[0] - 1, 0))
+
+
 def head_decay(g, pack):
   """`Decay` for one log decay per row, a column [p * C, 1]."""
-  from jax.experimental.pallas import tpu as pltpu
   size = pack.size
-  pre = prefix_sum(g, size)
-  after = pltpu.roll(g, pack.rows - 1, 0)
-  after = jnp.where(iota(g.shape, 0) & (size - 1) < size - 1, after, 0.0)
-  pre, suf = jnp.exp2(pre), jnp.exp2(suffix_sum(after, size))
+  pre = jnp.exp2(prefix_sum(g, size))
+  suf = jnp.exp2(suffix_sum(shift_up(g, size), size))
   shape = (size, pack.rows)
   later = iota(shape, 0) > (iota(shape, 1) & (size - 1))
   spans = jnp.where(later, columns_to_pairs(g, pack), 0.0)

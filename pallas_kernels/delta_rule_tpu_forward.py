@@ -7,7 +7,6 @@ channels lie along the lanes. The pair matrices and the inverse never leave the
 chip.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax

@@ -6,7 +6,7 @@ import importlib
 import pytest
 
 
-@pytest.mark.parametrize('name', ['config', 'model', 'ops.witness'])
+@pytest.mark.parametrize('name', ['config.override', 'model', 'ops.witness'])
 def test_docstring_examples(name):
   module = importlib.import_module(f'statejax.{name}')
   result = doctest.testmod(module, extraglobs={

@@ -14,8 +14,8 @@ import pytest
 from statejax import config as c
 from statejax import laws
 from statejax import state as st
-from statejax.layers import attention, common
-from statejax.ops import attend, conv, delta_rule, norm, store, window, witness
+from statejax.layers import attention, common, delta
+from statejax.ops import attend, conv, norm, store, window, witness
 
 MLP = c.SwiGLUConfig(8)
 SUBJECTS = {
@@ -97,7 +97,7 @@ def conv_reads_across_documents(right, *args, document, start, **kwargs):
 # Recurrence.
 
 
-@mutant('delta', 'padding', delta_rule, 'delta_rule')
+@mutant('delta', 'padding', delta, 'delta_rule')
 def decay_at_padding(right, q, k, v, log_decay, *args, **kwargs):
   y, matrix = right(q, k, v, log_decay, *args, **kwargs)
   n_valid = args[3]
@@ -106,7 +106,7 @@ def decay_at_padding(right, q, k, v, log_decay, *args, **kwargs):
   return y, matrix * jnp.exp(fade)[..., None, None]
 
 
-@mutant('delta', 'padding', delta_rule, 'delta_rule')
+@mutant('delta', 'padding', delta, 'delta_rule')
 def padding_is_written(right, q, k, v, log_decay, erase, write, state, n_valid,
                        document, **kwargs):
   del n_valid
@@ -114,27 +114,27 @@ def padding_is_written(right, q, k, v, log_decay, erase, write, state, n_valid,
                **kwargs)
 
 
-@mutant('delta', 'packed', delta_rule, 'delta_rule')
+@mutant('delta', 'packed', delta, 'delta_rule')
 def memory_survives_a_border(right, *args, **kwargs):
   *args, document = args
   del document
   return right(*args, None, **kwargs)
 
 
-@mutant('delta', 'dtype', delta_rule, 'delta_rule')
+@mutant('delta', 'dtype', delta, 'delta_rule')
 def state_rounded_to_bfloat16(right, *args, **kwargs):
   y, matrix = right(*args, **kwargs)
   return y, matrix.astype(jnp.bfloat16).astype(jnp.float32)
 
 
-@mutant('delta', 'initial_gradient', delta_rule, 'delta_rule')
+@mutant('delta', 'initial_gradient', delta, 'delta_rule')
 def gradient_stops_at_the_state(right, *args, **kwargs):
   *first, state, n_valid, document = args
   return right(*first, jax.lax.stop_gradient(state), n_valid, document,
                **kwargs)
 
 
-@mutant('delta', 'extreme', delta_rule, 'delta_rule')
+@mutant('delta', 'extreme', delta, 'delta_rule')
 def inverse_of_the_decay(right, q, k, v, log_decay, *args, **kwargs):
   total = jnp.cumsum(log_decay, axis=1)[..., None]
   v = v * jnp.exp(-total) * jnp.exp(total)

@@ -9,6 +9,7 @@ import numpy as np
 
 from statejax.layers import common
 from statejax.ops import conv
+from statejax.ops import delta_rule as delta_rule
 from statejax.state import Array, Spec, leaf
 
 

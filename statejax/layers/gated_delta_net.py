@@ -6,7 +6,7 @@ import jax
 from statejax.config import GatedDeltaNetConfig
 from statejax.layers import delta
 from statejax.layers.common import Proj, weight
-from statejax.ops import delta_rule, norm
+from statejax.ops import norm
 
 
 class GatedDeltaNet(nn.Module):
@@ -46,7 +46,7 @@ class GatedDeltaNet(nn.Module):
     k, tail_k = conv('conv_k', key_axes)(k, state.tail_k, context)
     v, tail_v = conv('conv_v', value_axes)(v, state.tail_v, context)
     beta = c.max_erase * jax.nn.sigmoid(beta.astype('float32'))
-    y, matrix = delta_rule.delta_rule(
+    y, matrix = delta.delta_rule(
         norm.l2_norm(q).astype(x.dtype), norm.l2_norm(k).astype(x.dtype), v,
         delta.log_decay(rate, a, bias), beta, beta, state.matrix,
         context.n_valid, context.document, chunk_size=c.chunk)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from statejax.config import KDAConfig
 from statejax.layers import delta
 from statejax.layers.common import Proj, weight
-from statejax.ops import delta_rule, norm
+from statejax.ops import norm
 
 
 class KDA(nn.Module):
@@ -46,7 +46,7 @@ class KDA(nn.Module):
     k, tail_k = conv('conv_k', key_axes)(k, state.tail_k, context)
     v, tail_v = conv('conv_v', value_axes)(v, state.tail_v, context)
     beta = c.max_erase * jax.nn.sigmoid(beta.astype('float32'))
-    y, matrix = delta_rule.delta_rule(
+    y, matrix = delta.delta_rule(
         norm.l2_norm(q).astype(x.dtype), norm.l2_norm(k).astype(x.dtype), v,
         self._log_decay(rate), beta, beta, state.matrix,
         context.n_valid, context.document, chunk_size=c.chunk)

@@ -1,0 +1,27 @@
+"""Configurations: frozen dataclasses of scalars and tuples, typed overrides.
+
+A model is a list of groups; a group is a pattern of layer names, repeated; a
+name points to one `LayerConfig`. Layers of equal name share one stacked state,
+so the pattern `('kda', 'kda', 'kda', 'full')` repeated six times has exactly
+two state entries, `kda` with 18 layers and `full` with 6.
+"""
+
+from statejax.config.attention import AttentionConfig, RopeConfig
+from statejax.config.delta import GatedDeltaNetConfig, KDAConfig
+from statejax.config.model import (
+  GroupConfig,
+  LayerConfig,
+  ModelConfig,
+  NormConfig,
+  SwiGLUConfig,
+)
+from statejax.config.override import override
+from statejax.config.train import Config, TaskConfig, TrainConfig
+from statejax.config.tree import from_dict, to_dict
+
+__all__ = [
+  'AttentionConfig', 'Config', 'GatedDeltaNetConfig', 'GroupConfig',
+  'KDAConfig', 'LayerConfig', 'ModelConfig', 'NormConfig', 'RopeConfig',
+  'SwiGLUConfig', 'TaskConfig', 'TrainConfig', 'from_dict', 'override',
+  'to_dict',
+]
