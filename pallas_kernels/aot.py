@@ -3,9 +3,9 @@
 libtpu holds the whole TPU compiler; a topology is enough, a chip is not needed.
 Everything reported here comes from the compiler: nothing was run or timed.
 
-The compiler ends its process when it meets a bug of its own, and takes its
-options from the environment at start-up. Programs are therefore named
-('module:function') and compiled in a process of their own: see `compile_all`.
+The compiler ends its process when it meets a bug of its own, and reads its
+options from the environment when it is loaded. Programs are therefore named
+('module:function') and compiled in another process: see `compile_all`.
 """
 
 import contextlib
@@ -39,13 +39,15 @@ class Program:
     function: takes arrays, traceable by `jax.jit`.
     specs: a ShapeDtypeStruct (or a tree of them) per argument.
     donate: positions of the arguments whose memory the results reuse.
-    kernels: names given to `pallas_call` whose schedules are wanted.
+    kernel: the name given to the `pallas_call` whose schedule is wanted.
+    work: heads times tokens of one grid step of that kernel.
   """
 
   function: Callable
   specs: tuple
   donate: tuple[int, ...] = ()
-  kernels: tuple[str, ...] = ()
+  kernel: str = ''
+  work: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,35 +108,35 @@ def _as_if_on(device):
 
 
 def compile_all(jobs: Sequence[Job], schedules=False, timeout=1800):
-  """Compiles every job in one process of its own.
+  """Compiles every job outside this process.
 
   Args:
-    jobs: what to compile; group by chip or not, a start costs two seconds.
-    schedules: also read the schedules of the kernels, see `_schedule`.
-    timeout: seconds for all of them.
+    jobs: what to compile.
+    schedules: also read the kernel's schedule, see `_schedule`. Every job then
+      has a process of its own: the compiler writes the files of one kernel.
+    timeout: seconds for a process.
 
   Returns:
     A dict per job: `argument`, `output`, `alias`, `temp` (bytes), `accessed`
-    (bytes, the compiler's estimate), `flops` where the compiler states them,
-    and with `schedules`, `kernels`, a dict of `_schedule` by kernel name.
+    (bytes, the compiler's count), `flops`, and with `schedules`, what
+    `_schedule` returns and `work`.
 
   Raises:
     RuntimeError: a job failed; names it, with the compiler's last words.
   """
-  with tempfile.TemporaryDirectory() as dump:
-    environment = {
-        **os.environ, 'JAX_PLATFORMS': 'cpu', 'TPU_SKIP_MDS_QUERY': '1',
-        'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
-    if schedules:
-      environment['LIBTPU_INIT_ARGS'] = (
-          f'--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true '
-          '--xla_jf_dump_llo_pass_label_regex=.*(final_|delay-converter).*')
-    order = {'jobs': [dataclasses.asdict(job) for job in jobs],
-             'dump': dump if schedules else None}
-    worker = subprocess.run(
-        [sys.executable, '-m', 'pallas_kernels.aot'], text=True,
-        input=json.dumps(order), capture_output=True, env=environment,
-        timeout=timeout, check=False)
+  if schedules:
+    return [_work([job], True, timeout)[0] for job in jobs]
+  return _work(jobs, False, timeout)
+
+
+def _work(jobs, schedules, timeout):
+  order = {'jobs': [dataclasses.asdict(job) for job in jobs],
+           'schedules': schedules}
+  worker = subprocess.run(
+      [sys.executable, '-m', 'pallas_kernels.aot'], input=json.dumps(order),
+      text=True, capture_output=True, timeout=timeout, check=False,
+      env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'TPU_SKIP_MDS_QUERY': '1',
+           'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'})
   lines = worker.stdout.splitlines()
   found = [json.loads(line) for line in lines if line.startswith('{')]
   if worker.returncode:
@@ -199,12 +201,16 @@ def main():
   for job in order['jobs']:
     module, _, name = job['program'].partition(':')
     program = getattr(importlib.import_module(module), name)(**job['args'])
-    found = _figures(compile_for(job['chip'], program))
-    if order['dump']:
-      dump = pathlib.Path(order['dump'])
-      found['kernels'] = {k: _schedule(dump, k) for k in program.kernels}
-      for path in dump.iterdir():
-        path.unlink()
+    with tempfile.TemporaryDirectory() as dump:
+      if order['schedules']:
+        os.environ['LIBTPU_INIT_ARGS'] = ' '.join([
+            f'--xla_jf_dump_to={dump}', '--xla_jf_dump_llo_text=true',
+            f'--xla_jf_dump_only_matching_hlo={program.kernel}.1',
+            '--xla_jf_dump_llo_pass_label_regex=.*(final_|delay-conv).*'])
+      found = _figures(compile_for(job['chip'], program))
+      if order['schedules']:
+        found |= _schedule(pathlib.Path(dump), program.kernel)
+        found['work'] = program.work
     print(json.dumps(found), flush=True)
 
 

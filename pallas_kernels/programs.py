@@ -1,23 +1,55 @@
 """The kernels at the named workloads, as programs to compile ahead of time."""
 
+import functools
+
 import jax
 
 from pallas_kernels import aot
 from pallas_kernels.workloads import WORKLOADS
 
+_CHUNK = 64
 
-def step(workload, ragged=True) -> aot.Program:
-  """The decode step, with its state donated."""
-  from pallas_kernels import delta_rule_step_tpu
+
+def step(workload) -> aot.Program:
+  """The decode step: some rows have a token, the state is donated."""
+  from pallas_kernels import delta_rule_step_tpu as kernel
   shapes = WORKLOADS[workload]
   specs = shapes.specs()
   state = specs.pop('state')
-  n_valid = (jax.ShapeDtypeStruct((shapes.batch,), 'int32'),) if ragged else ()
+  n_valid = jax.ShapeDtypeStruct((shapes.batch,), 'int32')
 
-  def function(state, inputs, *n_valid):
-    return delta_rule_step_tpu.delta_rule_step(
-        **inputs, state=state, n_valid=n_valid[0] if n_valid else None,
-        scale=shapes.width ** -0.5)
+  def function(state, inputs, n_valid):
+    return kernel.delta_rule_step(
+        **inputs, state=state, n_valid=n_valid, scale=shapes.width ** -0.5)
 
-  return aot.Program(function, (state, specs, *n_valid), donate=(0,),
-                     kernels=(delta_rule_step_tpu.NAME,))
+  heads = kernel.head_block(shapes.batch, shapes.heads, shapes.key_heads,
+                            shapes.width, shapes.values)
+  return aot.Program(function, (state, specs, n_valid), donate=(0,),
+                     kernel=kernel.NAME, work=heads)
+
+
+def forward(workload, heads=8) -> aot.Program:
+  """All tokens, chunk by chunk."""
+  return aot.Program(
+      functools.partial(_run, workload, heads), (WORKLOADS[workload].specs(),),
+      kernel='delta_rule_forward', work=_CHUNK * heads)
+
+
+def backward(workload, heads=4) -> aot.Program:
+  """The gradient of every input; runs the forward kernel first."""
+  specs = WORKLOADS[workload].specs()
+
+  def function(inputs, d_y, d_state):
+    _, gradient = jax.vjp(functools.partial(_run, workload, heads), inputs)
+    return gradient((d_y, d_state))
+
+  return aot.Program(
+      function, (specs, specs['v'], specs['state']),
+      kernel='delta_rule_backward', work=_CHUNK * heads)
+
+
+def _run(workload, heads, inputs):
+  from pallas_kernels import delta_rule_tpu
+  return delta_rule_tpu.delta_rule(
+      **inputs, scale=WORKLOADS[workload].width ** -0.5, chunk_size=_CHUNK,
+      heads_per_step=heads, backward_heads_per_step=heads)
