@@ -13,6 +13,7 @@ import dataclasses
 import importlib
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import re
@@ -58,11 +59,13 @@ class Job:
     chip: a key of `CHIPS`.
     program: 'module:function', a function that returns a `Program`.
     args: keyword arguments of that function; plain numbers and strings.
+    inside: see `compile_for`.
   """
 
   chip: str
   program: str
   args: dict[str, Any] = dataclasses.field(default_factory=dict)
+  inside: bool = False
 
 
 def missing() -> str | None:
@@ -77,17 +80,25 @@ def version() -> str:
   return importlib.metadata.version('libtpu')
 
 
-def compile_for(chip: str, program: Program):
+def compile_for(chip: str, program: Program, inside=False):
   """Compiles for one device of a chip, in this process.
+
+  Args:
+    chip: a key of `CHIPS`.
+    program: what to compile.
+    inside: let the compiler lay out arguments and results as it likes, as it
+      does inside a larger program; else they are row-major.
 
   Returns:
     A `jax.stages.Compiled`, which has `memory_analysis` and `cost_analysis`.
   """
   import jax
-  from jax.experimental import topologies
+  from jax.experimental import layout, topologies
   device = topologies.get_topology_desc(
       platform='tpu', topology_name=CHIPS[chip]).devices[0]
   place = jax.sharding.SingleDeviceSharding(device)
+  if inside:
+    place = layout.Format(layout.Layout.AUTO, place)
   jitted = jax.jit(program.function, donate_argnums=program.donate,
                    in_shardings=place, out_shardings=place)
   with _as_if_on(device):
@@ -113,41 +124,55 @@ def compile_all(jobs: Sequence[Job], schedules=False, timeout=1800):
   Args:
     jobs: what to compile.
     schedules: also read the kernel's schedule, see `_schedule`. Every job then
-      has a process of its own: the compiler writes the files of one kernel.
+      takes two processes more: one finds the kernel's name in the program, the
+      other has the compiler write the files of that kernel alone (those of all
+      the rest would take minutes).
     timeout: seconds for a process.
 
   Returns:
     A dict per job: `argument`, `output`, `alias`, `temp` (bytes), `accessed`
-    (bytes, the compiler's count), `flops`, and with `schedules`, what
-    `_schedule` returns and `work`.
+    (bytes, as `cost_analysis` counts), `traffic` (see `_traffic`), `flops`
+    (those of kernels are not in it), `kernel` (its name in the program), and
+    with `schedules`, what `_schedule` returns and `work`.
 
   Raises:
     RuntimeError: a job failed; names it, with the compiler's last words.
   """
+  found = _compile(jobs, timeout)
   if schedules:
-    return [_work([job], True, timeout)[0] for job in jobs]
-  return _work(jobs, False, timeout)
-
-
-def _work(jobs, schedules, timeout):
-  order = {'jobs': [dataclasses.asdict(job) for job in jobs],
-           'schedules': schedules}
-  worker = subprocess.run(
-      [sys.executable, '-m', 'pallas_kernels.aot'], input=json.dumps(order),
-      text=True, capture_output=True, timeout=timeout, check=False,
-      env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'TPU_SKIP_MDS_QUERY': '1',
-           'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'})
-  lines = worker.stdout.splitlines()
-  found = [json.loads(line) for line in lines if line.startswith('{')]
-  if worker.returncode:
-    job = jobs[len(found)] if len(found) < len(jobs) else None
-    raise RuntimeError(
-        f'{job}: expected to compile, but the compiler ended with '
-        f'{worker.returncode}:\n{worker.stderr[-3000:]}')
+    for i, job in enumerate(jobs):
+      found[i] |= _compile([job], timeout, found[i]['kernel'])[0]
   return found
 
 
-def _figures(compiled) -> dict[str, float]:
+def _compile(jobs, timeout, kernel=None):
+  """Starts a process; with `kernel`, one whose compiler writes its files."""
+  with tempfile.TemporaryDirectory() as dump:
+    environment = {
+        **os.environ, 'JAX_PLATFORMS': 'cpu', 'TPU_SKIP_MDS_QUERY': '1',
+        'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
+    if kernel:
+      environment['LIBTPU_INIT_ARGS'] = ' '.join([
+          f'--xla_jf_dump_to={dump}', '--xla_jf_dump_llo_text=true',
+          f'--xla_jf_dump_only_matching_hlo={kernel}',
+          '--xla_jf_dump_llo_pass_label_regex=.*(final_|delay-conv).*'])
+    worker = subprocess.run(
+        [sys.executable, '-m', 'pallas_kernels.aot'], text=True, check=False,
+        input=json.dumps([dataclasses.asdict(job) for job in jobs]),
+        capture_output=True, timeout=timeout, env=environment)
+    lines = worker.stdout.splitlines()
+    found = [json.loads(line) for line in lines if line.startswith('{')]
+    if worker.returncode:
+      job = jobs[len(found)] if len(found) < len(jobs) else None
+      raise RuntimeError(
+          f'{job}: expected to compile, but the compiler ended with '
+          f'{worker.returncode}:\n{worker.stderr[-3000:]}')
+    if kernel:
+      found[0] |= _schedule(pathlib.Path(dump), kernel)
+    return found
+
+
+def _figures(compiled, program) -> dict[str, Any]:
   memory = compiled.memory_analysis()
   cost = compiled.cost_analysis() or {}
   named = {
@@ -157,8 +182,49 @@ def _figures(compiled) -> dict[str, float]:
       'temp': memory.temp_size_in_bytes,
       'accessed': cost.get('bytes accessed'),
       'flops': cost.get('flops'),
+      'work': program.work,
   }
+  text = compiled.as_text()
+  named['traffic'] = _traffic(text)
+  if program.kernel:
+    calls = re.findall(r'%(\S+) = .*custom_call_target="tpu_custom_call"', text)
+    named['kernel'], = [name for name in calls if program.kernel in name]
   return {name: x for name, x in named.items() if x is not None}
+
+
+_INSTRUCTION = re.compile(r'^ *(?:ROOT )?%(\S+) = (.+?) ([\w-]+)\((.*)$', re.M)
+_ARRAY = re.compile(r'([a-z]+)(\d*)\w*\[([\d,]*)\](?:\{([^}]*)\})?')
+# No instruction of these touches an array: they name one.
+_FREE = {'parameter', 'constant', 'bitcast', 'tuple', 'get-tuple-element',
+         'copy-done'}
+
+
+def _traffic(text: str) -> int:
+  """Bytes that a compiled program without loops moves from and to HBM.
+
+  Every instruction reads its operands and writes its results; what the compiler
+  keeps on the chip (memory space S(1)) is not counted, copies to and from it
+  are. Unlike the count in `cost_analysis`, this has donated arguments in it,
+  and asynchronous copies.
+  """
+  total, sizes = 0, {}
+  entry = text[text.index('\nENTRY'):]
+  for name, kinds, operation, rest in _INSTRUCTION.findall(entry):
+    # In a copy-start, the second of the results is the operand.
+    arrays = _ARRAY.findall(kinds)[:1 if operation == 'copy-start' else None]
+    sizes[name] = sum(map(_hbm_bytes, arrays))
+    if operation not in _FREE:
+      operands = re.findall(r'%([^\s,)]+)', rest.split('), ')[0])
+      total += sizes[name] + sum(sizes.get(x, 0) for x in operands)
+  return total
+
+
+def _hbm_bytes(array) -> int:
+  kind, bits, shape, layout = array
+  if 'S(' in layout:
+    return 0
+  count = math.prod(int(n) for n in shape.split(',') if n)
+  return count * (int(bits) // 8 if kind != 'pred' else 1)
 
 
 def _schedule(dump: pathlib.Path, kernel: str) -> dict[str, Any]:
@@ -174,8 +240,8 @@ def _schedule(dump: pathlib.Path, kernel: str) -> dict[str, Any]:
     paths = sorted(dump.glob(f'*{kernel}*{suffix}'))
     if not paths:
       raise RuntimeError(
-          f'{kernel}: expected a schedule, the compiler wrote none; is that '
-          'the name given to pallas_call?')
+          f'{kernel}: expected files of its schedule, but this compiler wrote '
+          f'none; {version()} may call its options otherwise.')
     return paths[-1].read_text()
 
   bundles = re.search(r'total scheduled bundles:\s*(\d+)',
@@ -197,21 +263,11 @@ def _schedule(dump: pathlib.Path, kernel: str) -> dict[str, Any]:
 
 def main():
   """Compiles the jobs read from standard input, one line of JSON for each."""
-  order = json.load(sys.stdin)
-  for job in order['jobs']:
+  for job in json.load(sys.stdin):
     module, _, name = job['program'].partition(':')
     program = getattr(importlib.import_module(module), name)(**job['args'])
-    with tempfile.TemporaryDirectory() as dump:
-      if order['schedules']:
-        os.environ['LIBTPU_INIT_ARGS'] = ' '.join([
-            f'--xla_jf_dump_to={dump}', '--xla_jf_dump_llo_text=true',
-            f'--xla_jf_dump_only_matching_hlo={program.kernel}.1',
-            '--xla_jf_dump_llo_pass_label_regex=.*(final_|delay-conv).*'])
-      found = _figures(compile_for(job['chip'], program))
-      if order['schedules']:
-        found |= _schedule(pathlib.Path(dump), program.kernel)
-        found['work'] = program.work
-    print(json.dumps(found), flush=True)
+    compiled = compile_for(job['chip'], program, job['inside'])
+    print(json.dumps(_figures(compiled, program)), flush=True)
 
 
 if __name__ == '__main__':
