@@ -22,7 +22,7 @@ def delta_rule(
     q: queries, [B, T, HK, K], float32 or bfloat16.
     k: keys, [B, T, HK, K].
     v: values, [B, T, HV, V], HV a multiple of HK.
-    log_decay: [B, T, HV] or [B, T, HV, K], float32.
+    log_decay: [B, T, HV] or [B, T, HV, K], float32; None for 0.
     erase: [B, T, HV] or [B, T, HV, K], float32; None for 0.
     write: [B, T, HV] or [B, T, HV, V], float32; None for 1.
     state: [B, HV, K, V], float32.
@@ -41,6 +41,8 @@ def delta_rule(
   length, heads, values = v.shape[1:]
   width, groups = q.shape[-1], heads // q.shape[2]
   kind = lambda x: None if x is None else 'head' if x.ndim == 3 else 'channel'
+  if log_decay is None:
+    log_decay = jnp.zeros(v.shape[:3], jnp.float32)
 
   def plan(limit):
     step = _heads_per_step(heads, groups, limit)
@@ -95,7 +97,7 @@ def _operands(
 
   if resets is not None:
     log_decay = jnp.where(along(resets, log_decay), _FORGET, log_decay)
-  log_decay = jnp.maximum(log_decay, _FORGET)
+  log_decay = jnp.maximum(log_decay.astype(jnp.float32), _FORGET)
   gates = {'decay': log_decay, 'erase': erase, 'write': write}
   operands = primal.Operands(
       move(q, keys), move(k, keys), move(v, values),
@@ -103,7 +105,7 @@ def _operands(
           n: move(gates[n], values if n == 'write' else keys)
           for n in plan.of_kind('channel')
       },
-      {n: move(gates[n]) for n in plan.of_kind('head')},
+      {n: move(gates[n].astype(jnp.float32)) for n in plan.of_kind('head')},
   )
   state = jnp.pad(state, [(0, 0), (0, 0), (0, keys), (0, values)])
   return operands, state

@@ -32,7 +32,7 @@ def lower(x, pack, *, strict):
 def channel_adjoint(
     q, e, k, decay, d_reading, d_erasing, d_pre, d_suf, d_tot, pack
 ):
-  """Adjoint of `channel_decay` and `channel_pairs`.
+  """Adjoint of `channel_intra`; yields in turns.
 
   Args:
     q, e, k: rows; e may be None.
@@ -61,6 +61,7 @@ def channel_adjoint(
       grads, d_pre, d_suf, d_tot = _high_level(
           b, between, q, e, k, pairs, turned, grads, d_pre, d_suf, d_tot, pack
       )
+      yield
       continue
     if 2 * b == _TILE:  # from sums over rows to the sum in every row
       tile = (rows // _TILE, _TILE, width)
@@ -69,6 +70,7 @@ def channel_adjoint(
     grads, d_pre, d_suf, d_tot = _low_level(
         b, between, q, e, k, pairs, turned, grads, d_pre, d_suf, d_tot, pack
     )
+    yield
   dq, de, dk = grads
   return dq, None if e is None else de, dk, (d_pre + d_tot).reshape(q.shape)
 

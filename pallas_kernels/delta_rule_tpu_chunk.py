@@ -32,6 +32,10 @@ class Pack(NamedTuple):
   def rows(self):
     return self.size * self.heads
 
+  def operand(self, x):
+    """x as a product takes it."""
+    return x if self.exact else x.astype(jnp.bfloat16)
+
 
 class Decay(NamedTuple):
   """Decays within a chunk: products over exactly the tokens they span.
@@ -47,6 +51,28 @@ class Decay(NamedTuple):
   suf: jax.Array
   tot: list
   between: object
+
+
+def in_turns(tasks, skew):
+  """Runs generators in turns, each `skew` turns after the one before it.
+
+  They yield where another may go on: so that independent operations stand side
+  by side in the program, and the latency of one pack hides behind the others.
+
+  Returns:
+    What the generators return.
+  """
+  results, turn = {}, 0
+  while len(results) < len(tasks):
+    for i, task in enumerate(tasks):
+      if i in results or turn < i * skew:
+        continue
+      try:
+        next(task)
+      except StopIteration as stop:
+        results[i] = stop.value
+    turn += 1
+  return [results[i] for i in range(len(tasks))]
 
 
 def product(a, b, exact):
@@ -124,18 +150,26 @@ def level_mask(shape, b, pack, row):
 # the earlier is in the left and the later in the right half of a block of 2b.
 
 
-def channel_decay(g, pack):
-  """The tree for one log decay per row and channel, [p * C, K]."""
+def channel_intra(g, q, e, k, pack):
+  """Returns `Decay`, A and L (without gate) for log decays [p * C, K].
+
+  L is None if e is None.
+  """
   rows, width = g.shape
   pre = tot = jnp.exp2(g).reshape(rows // _TILE, _TILE, width)
   suf = jnp.ones_like(pre)
   sublane = iota(pre.shape, 1)
+  reading = _diagonal(q, k, pack)
+  erasing = None if e is None else jnp.zeros(reading.shape, jnp.float32)
   levels = []
   b = 1
   while b < _TILE:
     right = sublane & b != 0
     here = jnp.where(right, pre, suf)
     levels.append(here.reshape(rows, width))
+    reading, erasing = _low_pairs(
+        b, levels[-1], q, e, k, reading, erasing, pack
+    )
     sibling = swap(tot, b)
     here = here * sibling
     pre = jnp.where(right, here, pre)
@@ -150,15 +184,19 @@ def channel_decay(g, pack):
     levels.append((
         right_pre.reshape(rows // 2, width), left_suf.reshape(rows // 2, width)
     ))
+    reading, erasing = _high_pairs(
+        b, levels[-1], q, e, k, reading, erasing, pack
+    )
     pre = interleave(left_pre, right_pre * left_tot)
     suf = interleave(left_suf * right_tot, right_suf)
     tot = left_tot * right_tot
     b *= 2
   tot = tot.reshape(pack.heads, _TILE, width)
-  return Decay(
+  decay = Decay(
       pre.reshape(rows, width), suf.reshape(rows, width),
       [tot[h, :1] for h in range(pack.heads)], levels,
   )
+  return decay, reading, erasing
 
 
 def swap(x, b):
@@ -196,36 +234,42 @@ def join_rows(left, right, b):
   )
 
 
-def channel_pairs(q, e, k, decay, pack):
-  """Returns A and L (without gate, None if e is None) as pairs."""
-  rows = pack.rows
-  shape = (pack.size, rows)
-  reading = _diagonal(q, k, pack)
-  erasing = None if e is None else jnp.zeros(shape, jnp.float32)
-  for level, between in enumerate(decay.between):
-    b = 1 << level
-    if b < _TILE:
-      keys = k * between
-      left = [q * between]
-      if e is not None:
-        left.append(keys if e is k else e * between)
-      mask = level_mask(shape, b, pack, lambda i: i)
-      place = lambda old, new, mask=mask: jnp.where(mask, new, old)
-    else:
-      pre, suf = between
-      k_left, k_right = split_rows(k, b)
-      if e is k:
-        k_right = k_right * pre
-      keys = join_rows(k_left * suf, k_right, b)
-      left = [split_rows(q, b)[1] * pre]
-      if e is not None:
-        left.append(k_right if e is k else split_rows(e, b)[1] * pre)
-      place = lambda old, new, b=b: _place_right(old, new, b, pack)
-    pairs = product_nt(jnp.concatenate(left, axis=0), keys, pack.exact)
-    m = left[0].shape[0]
-    reading = place(reading, to_pairs(pairs[:m], pack))
-    if e is not None:
-      erasing = place(erasing, to_pairs(pairs[m:], pack))
+def _low_pairs(b, between, q, e, k, reading, erasing, pack):
+  keys = k * between
+  left = q * between
+  if e is not None:  # the left rows are free: row i + b of e stands in row i
+    right = iota(q.shape, 0) & b != 0
+    e = keys if e is k else e * between
+    left = jnp.where(right, left, _roll_tiles(e, _TILE - b))
+  pairs = to_pairs(product_nt(left, keys, pack.exact), pack)
+  mask = level_mask(pairs.shape, b, pack, lambda i: i)
+  reading = jnp.where(mask, pairs, reading)
+  if e is not None:
+    erasing = jnp.where(mask, _roll_tiles(pairs, b), erasing)
+  return reading, erasing
+
+
+def _roll_tiles(x, b):
+  """Moves rows down by b, around within each tile."""
+  tiles = x.reshape(-1, _TILE, x.shape[-1])
+  return pltpu.roll(tiles, b, 1).reshape(x.shape)
+
+
+def _high_pairs(b, between, q, e, k, reading, erasing, pack):
+  pre, suf = between
+  k_left, k_right = split_rows(k, b)
+  rows = [split_rows(q, b)[1] * pre]
+  if e is k:
+    k_right = k_right * pre
+    rows.append(k_right)
+  elif e is not None:
+    rows.append(split_rows(e, b)[1] * pre)
+  keys = join_rows(k_left * suf, k_right, b)
+  pairs = product_nt(jnp.concatenate(rows, axis=0), keys, pack.exact)
+  m = pairs.shape[0] // len(rows)
+  reading = _place_right(reading, to_pairs(pairs[:m], pack), b, pack)
+  if e is not None:
+    erasing = _place_right(erasing, to_pairs(pairs[m:], pack), b, pack)
   return reading, erasing
 
 
@@ -282,38 +326,32 @@ def shift_up(x, size):
   return jnp.where(last, 0.0, pltpu.roll(x, x.shape[0] - 1, 0))
 
 
-def head_decay(g, pack):
-  """`Decay` for one log decay per row, a column [p * C, 1]."""
+def head_intra(g, q, e, k, pack):
+  """`channel_intra` for one log decay per row, a column [p * C, 1]."""
   size = pack.size
   pre = jnp.exp2(prefix_sum(g, size))
   suf = jnp.exp2(suffix_sum(shift_up(g, size), size))
   shape = (size, pack.rows)
-  later = iota(shape, 0) > (iota(shape, 1) & (size - 1))
-  spans = jnp.where(later, columns_to_pairs(g, pack), 0.0)
+  i, j = iota(shape, 0), iota(shape, 1) & (size - 1)
+  spans = jnp.where(i > j, columns_to_pairs(g, pack), 0.0)
   between = jnp.exp2(prefix_sum(spans, size))
   tot = [head_rows(pre, h, pack)[size - 1 :] for h in range(pack.heads)]
-  return Decay(pre, suf, tot, between)
-
-
-def head_pairs(q, e, k, decay, pack):
-  """`channel_pairs` for one decay per head."""
-  shape = (pack.size, pack.rows)
-  i, j = iota(shape, 0), iota(shape, 1) & (pack.size - 1)
+  decay = Decay(pre, suf, tot, between)
   left = q if e is None else jnp.concatenate([q, e], axis=0)
   pairs = product_nt(left, k, pack.exact)
-  reading = to_pairs(pairs[: pack.rows], pack) * decay.between
+  reading = to_pairs(pairs[: pack.rows], pack) * between
   reading = jnp.where(i >= j, reading, 0.0)
   if e is None:
-    return reading, None
-  erasing = to_pairs(pairs[pack.rows :], pack) * decay.between
-  return reading, jnp.where(i > j, erasing, 0.0)
+    return decay, reading, None
+  erasing = to_pairs(pairs[pack.rows :], pack) * between
+  return decay, reading, jnp.where(i > j, erasing, 0.0)
 
 
 # The inverse.
 
 
 def inverse(lower, pack):
-  """Inverts I + lower for strictly lower triangular pairs, [C, p * C].
+  """Inverts I + lower for strictly lower triangular pairs, yields in turns.
 
   Blocks of 16 by substitution, then block by block: no power of `lower` is
   formed. Products are float32, or three of bfloat16, which is as good here.
@@ -325,7 +363,7 @@ def inverse(lower, pack):
   for r in range(size // _BASE):
     here = lower[r * _BASE : (r + 1) * _BASE]
     diagonal = jnp.where(block == r, here, diagonal)
-  base = _substitute(diagonal)
+  base = yield from _substitute(diagonal)
   result = jnp.concatenate([
       jnp.where(block == r, base, 0.0) for r in range(size // _BASE)
   ], axis=0)
@@ -333,9 +371,11 @@ def inverse(lower, pack):
   while b < size:
     below = jnp.where(right_mask(b, pack), split_rows(lower, b)[1], 0.0)
     below = _product3(below, result, pack)
+    yield
     below = join_rows(jnp.zeros_like(below), below, b)
     left, right = split_rows(result, b)
     result = join_rows(left, right - _product3(right, below, pack), b)
+    yield
     b *= 2
   return result
 
@@ -356,6 +396,7 @@ def _substitute(lower):
     else:
       pivot = bottom[j - _TILE : j - _TILE + 1]
     bottom = bottom - column(lower[_TILE:]) * pivot
+    yield
   return jnp.concatenate([top, bottom], axis=0)
 
 

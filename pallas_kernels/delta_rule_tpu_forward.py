@@ -16,6 +16,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import delta_rule_tpu_chunk as chunk
 
+import os
+SKEW=int(os.environ.get('SKEW','0'))
 
 class Plan(NamedTuple):
   """Static facts of a call.
@@ -95,17 +97,42 @@ class Rows(NamedTuple):
   write: jax.Array | None
 
 
-class Solved(NamedTuple):
-  """What a chunk comes to, given the states before it."""
+class Intra(NamedTuple):
+  """What the tokens of a pack are to each other, whatever the states.
+
+  Attributes:
+    decay: `chunk.Decay`.
+    e: rows whose product with the state is erased.
+    reading: A.
+    erasing: L without its gate per head.
+    lower: L.
+    reads: q * pre and e * pre, operands of products with the state.
+    keys: k * suf, operand of the product that writes.
+  """
 
   decay: chunk.Decay
-  e: jax.Array | None  # rows that are multiplied by the state to be erased
-  reading: jax.Array  # A
-  erasing: jax.Array | None  # L without its gate
+  e: jax.Array | None
+  reading: jax.Array
+  erasing: jax.Array | None
+  lower: jax.Array | None
+  reads: list
+  keys: jax.Array
+
+
+class Solved(NamedTuple):
+  """What a pack comes to, given the states before it, as rows.
+
+  Attributes:
+    inverse: (I + L)^-1 as pairs.
+    read: (q * pre) S0.
+    erased: (e * pre) S0.
+    residual: R.
+  """
+
   inverse: jax.Array | None
-  read: jax.Array  # (q * pre) S0
-  erased: jax.Array | None  # (e * pre) S0
-  residual: jax.Array  # R
+  read: jax.Array
+  erased: jax.Array | None
+  residual: jax.Array
 
 
 def load(refs, columns, i, plan):
@@ -132,45 +159,62 @@ def load(refs, columns, i, plan):
   )
 
 
-def solve(x, states, plan):
-  """Returns `Solved` for `Rows` and the states [V, K] of the pack's heads."""
+def relate(x, plan):
+  """Returns `Intra` for `Rows`."""
   pack = plan.pack
   e = None
   if plan.erase is not None:
     e = x.k if plan.erase == 'head' else x.erase * x.k
   if plan.decay == 'channel':
-    decay = chunk.channel_decay(x.decay, pack)
-    reading, erasing = chunk.channel_pairs(x.q, e, x.k, decay, pack)
+    decay, reading, erasing = chunk.channel_intra(x.decay, x.q, e, x.k, pack)
   else:
-    decay = chunk.head_decay(x.decay, pack)
-    reading, erasing = chunk.head_pairs(x.q, e, x.k, decay, pack)
-  read, erased = _recall(x.q, e, decay, states, pack)
+    decay, reading, erasing = chunk.head_intra(x.decay, x.q, e, x.k, pack)
+  lower = erasing
+  if plan.erase == 'head':
+    lower = chunk.columns_to_pairs(x.erase, pack) * erasing
+  reads = [
+      pack.operand(rows * decay.pre) for rows in (x.q, e) if rows is not None
+  ]
+  return Intra(
+      decay, e, reading, erasing, lower, reads, pack.operand(x.k * decay.suf)
+  )
+
+
+def solve(x, intra, states, plan):
+  """Yields in turns, returns `Solved`; states [V, K] of the pack's heads."""
+  pack = plan.pack
+  read, erased = _recall(intra.reads, states, pack)
+  yield
   residual = x.v if x.write is None else x.write * x.v
   inverse = None
-  if e is not None:
-    gated, lower = erased, erasing
-    if plan.erase == 'head':
-      gated = x.erase * erased
-      lower = chunk.columns_to_pairs(x.erase, pack) * erasing
-    inverse = chunk.inverse(lower, pack)
+  if erased is not None:
+    inverse = yield from chunk.inverse(intra.lower, pack)
+    gated = x.erase * erased if plan.erase == 'head' else erased
     residual = chunk.apply_pairs(inverse, residual - gated, pack)
-  return Solved(decay, e, reading, erasing, inverse, read, erased, residual)
+  return Solved(inverse, read, erased, residual)
 
 
-def _recall(q, e, decay, states, pack):
-  reads = [q * decay.pre]
-  if e is not None:
-    reads.append(e * decay.pre)
+def _recall(reads, states, pack):
   out = []
   for h, state in enumerate(states):
     rows = [chunk.head_rows(x, h, pack) for x in reads]
-    out.append(
-        chunk.product_nt(jnp.concatenate(rows, axis=0), state, pack.exact)
-    )
-  read = jnp.concatenate([x[: pack.size] for x in out], axis=0)
-  if e is None:
+    out.append(chunk.product_nt(jnp.concatenate(rows), state, pack.exact))
+  read = jnp.concatenate([x[: pack.size] for x in out])
+  if len(reads) == 1:
     return read, None
-  return read, jnp.concatenate([x[pack.size :] for x in out], axis=0)
+  return read, jnp.concatenate([x[pack.size :] for x in out])
+
+
+def turn(source, target, plan):
+  """Transposes the states of a step: [1, H, K, V] to [H, V, K] or back."""
+  def body(h, _):
+    if len(target.shape) == 3:
+      target[h] = source[0, h].T
+    else:
+      target[0, h] = source[h].T
+    return _
+
+  jax.lax.fori_loop(0, plan.heads, body, 0)
 
 
 def _kernel(*refs, plan, keep):
@@ -180,31 +224,35 @@ def _kernel(*refs, plan, keep):
 
   @pl.when(step == 0)
   def _():
-    for h in range(plan.heads):
-      states[h] = state_ref[0, h].T
+    turn(state_ref, states, plan)
 
   if keep:
     starts_ref[0, :, 0] = states[...]
   columns = None if inputs.head is None else inputs.head[0, 0, 0].T
-  for i in range(plan.packs):
+
+  rows = [load(inputs, columns, i, plan) for i in range(plan.packs)]
+  intras = [relate(x, plan) for x in rows]
+
+  def run(i):
     heads = range(i * plan.packed, (i + 1) * plan.packed)
-    x = load(inputs, columns, i, plan)
-    before = [states[h] for h in heads]
-    solved = solve(x, before, plan)
-    y = chunk.apply_pairs(solved.reading, solved.residual, pack)
+    intra = intras[i]
+    solved = yield from solve(rows[i], intra, [states[h] for h in heads], plan)
+    yield
+    y = chunk.apply_pairs(intra.reading, solved.residual, pack)
     y = plan.scale * (solved.read + y)
-    keys = x.k * solved.decay.suf
+    yield
     for n, h in enumerate(heads):
       y_ref[0, h] = chunk.head_rows(y, n, pack).astype(y_ref.dtype)
-      states[h] = before[n] * solved.decay.tot[n] + chunk.product(
+      states[h] = states[h] * intra.decay.tot[n] + chunk.product(
           chunk.head_rows(solved.residual, n, pack).T,
-          chunk.head_rows(keys, n, pack), pack.exact,
+          chunk.head_rows(intra.keys, n, pack), pack.exact,
       )
+
+  chunk.in_turns([run(i) for i in range(plan.packs)], SKEW)
 
   @pl.when(step == last)
   def _():
-    for h in range(plan.heads):
-      final_ref[0, h] = states[h].T
+    turn(states, final_ref, plan)
 
 
 def specs(operands, plan, chunk_index):

@@ -16,6 +16,8 @@ from pallas_kernels import delta_rule_tpu_adjoint as adjoint
 from pallas_kernels import delta_rule_tpu_chunk as chunk
 from pallas_kernels import delta_rule_tpu_forward as primal
 
+import os
+BSKEW=int(os.environ.get('BSKEW','0'))
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def run(plan, backward_plan, operands, state):
@@ -106,17 +108,17 @@ def _kernel(*refs, plan):
 
   @pl.when(step == 0)
   def _():
-    for h in range(plan.heads):
-      d_states[h] = d_final[0, h].T
+    primal.turn(d_final, d_states, plan)
 
   columns = None if inputs.head is None else inputs.head[0, 0, 0].T
   dq, dk = [None] * plan.key_heads, [None] * plan.key_heads
   d_columns = {}
-  for i in range(plan.packs):
+
+  def run(i):
     heads = range(i * plan.packed, (i + 1) * plan.packed)
     x = primal.load(inputs, columns, i, plan)
     dy = jnp.concatenate([dy_ref[0, h] for h in heads]).astype(jnp.float32)
-    out, d_before = _pack_backward(
+    out, d_before = yield from _pack_backward(
         x, [starts[0, h, 0] for h in heads], plan.scale * dy,
         [d_states[h] for h in heads], plan,
     )
@@ -124,13 +126,16 @@ def _kernel(*refs, plan):
       d_states[h] = d_before[n]
       grads.v[0, h] = chunk.head_rows(out.v, n, pack).astype(grads.v.dtype)
       for name, ref in grads.channel.items():
-        ref[0, h] = chunk.head_rows(getattr(out, name), n, pack)
+        grad = chunk.head_rows(getattr(out, name), n, pack)
+        ref[0, h] = grad.astype(ref.dtype)
       key = plan.key_head(h)
       for sums, part in ((dq, out.q), (dk, out.k)):
         part = chunk.head_rows(part, n, pack)
         sums[key] = part if sums[key] is None else sums[key] + part
     for g, name in enumerate(plan.of_kind('head')):
       d_columns[g * plan.packs + i] = getattr(out, name)
+
+  chunk.in_turns([run(i) for i in range(plan.packs)], BSKEW)
   for key in range(plan.key_heads):
     grads.q[0, key] = dq[key].astype(grads.q.dtype)
     grads.k[0, key] = dk[key].astype(grads.k.dtype)
@@ -143,28 +148,30 @@ def _kernel(*refs, plan):
 
   @pl.when(step == last)
   def _():
-    for h in range(plan.heads):
-      d_state_ref[0, h] = d_states[h].T
+    primal.turn(d_states, d_state_ref, plan)
 
 
 def _pack_backward(x, states, dy, d_states, plan):
-  """Returns the gradients of `primal.Rows` and of the states before."""
+  """Yields in turns; returns gradients of `primal.Rows` and of the states."""
   pack, exact = plan.pack, plan.exact
-  s = primal.solve(x, states, plan)
+  intra = primal.relate(x, plan)
+  yield
+  s = yield from primal.solve(x, intra, states, plan)
   per_head = lambda rows: [
       chunk.head_rows(rows, h, pack) for h in range(pack.heads)
   ]
-  keys = x.k * s.decay.suf
-  d_u = adjoint.apply_transposed(s.reading.T, dy, pack)
+  decay, e = intra.decay, intra.e
+  d_u = adjoint.apply_transposed(intra.reading.T, dy, pack)
   d_u += jnp.concatenate([
       chunk.product_nt(rows, d, exact)
-      for rows, d in zip(per_head(keys), d_states)
+      for rows, d in zip(per_head(intra.keys), d_states)
   ])
-  reads, d_reads = [x.q * s.decay.pre], [dy]
-  if s.e is not None:
+  d_reads = [dy]
+  yield
+  if e is not None:
     d_u = adjoint.apply_transposed(s.inverse.T, d_u, pack)
-    reads.append(s.e * s.decay.pre)
     d_reads.append(-x.erase * d_u if plan.erase == 'head' else -d_u)
+    yield
 
   # Through the state.
   d_read, d_keys, d_tot, d_before = [], [], [], []
@@ -174,52 +181,55 @@ def _pack_backward(x, states, dy, d_states, plan):
         [chunk.head_rows(p, h, pack) for p in parts]
     )
     d_rows = of_head(d_reads)
-    tot = s.decay.tot[h]
+    tot = decay.tot[h]
     d_read.append(chunk.product(d_rows, states[h], exact))
     d_keys.append(chunk.product(residual[h], d_states[h], exact))
     d_before.append(
-        tot * d_states[h] + chunk.product(d_rows.T, of_head(reads), exact)
+        tot * d_states[h] + chunk.product(d_rows.T, of_head(intra.reads), exact)
     )
     both = jnp.sum(states[h] * d_states[h], axis=0, keepdims=True)
     if plan.decay == 'head':
       both = jnp.sum(both, axis=1, keepdims=True)
     d_tot.append(tot * both)
   size = pack.size
-  dq = jnp.concatenate([d[:size] for d in d_read]) * s.decay.pre
-  dk = jnp.concatenate(d_keys) * s.decay.suf
+  dq = jnp.concatenate([d[:size] for d in d_read]) * decay.pre
+  dk = jnp.concatenate(d_keys) * decay.suf
   d_pre, d_suf, de = x.q * dq, x.k * dk, None
-  if s.e is not None:
-    de = jnp.concatenate([d[size:] for d in d_read]) * s.decay.pre
-    d_pre += s.e * de
+  if e is not None:
+    de = jnp.concatenate([d[size:] for d in d_read]) * decay.pre
+    d_pre += e * de
+
+  yield
 
   # Through the pairs.
-  left = [dy] if s.e is None else [dy, -d_u]
+  left = [dy] if e is None else [dy, -d_u]
   pairs = chunk.product_nt(jnp.concatenate(left), s.residual, exact)
   d_reading = chunk.to_pairs(pairs[: pack.rows], pack)
   d_reading = adjoint.lower(d_reading, pack, strict=False)
   d_erasing = d_gated = None
-  if s.e is not None:
+  if e is not None:
     d_gated = chunk.to_pairs(pairs[pack.rows :], pack)
     d_gated = d_erasing = adjoint.lower(d_gated, pack, strict=True)
     if plan.erase == 'head':
       d_erasing = chunk.columns_to_pairs(x.erase, pack) * d_gated
+  yield
   if plan.decay == 'channel':
-    by_q, by_e, by_k, d_decay = adjoint.channel_adjoint(
-        x.q, s.e, x.k, s.decay, d_reading, d_erasing, d_pre, d_suf, d_tot, pack
+    by_q, by_e, by_k, d_decay = yield from adjoint.channel_adjoint(
+        x.q, e, x.k, decay, d_reading, d_erasing, d_pre, d_suf, d_tot, pack
     )
     itself = jnp.sum(dy * s.residual, axis=1, keepdims=True)
     dq, dk = dq + itself * x.k, dk + itself * x.q
   else:
     over_keys = lambda rows: jnp.sum(rows, axis=1, keepdims=True)
     by_q, by_e, by_k, d_decay = adjoint.head_adjoint(
-        x.q, s.e, x.k, s.decay, (s.reading, s.erasing), d_reading, d_erasing,
+        x.q, e, x.k, decay, (intra.reading, intra.erasing), d_reading, d_erasing,
         over_keys(d_pre), over_keys(d_suf), d_tot, pack,
     )
   dq, dk = dq + by_q, dk + by_k
   d_erase = d_write = None
   if plan.erase == 'head':
     dk += de + by_e
-    d_erase = adjoint.pairs_to_column(d_gated * s.erasing, pack)
+    d_erase = adjoint.pairs_to_column(d_gated * intra.erasing, pack)
     d_erase -= jnp.sum(d_u * s.erased, axis=1, keepdims=True)
   elif plan.erase == 'channel':
     de += by_e
