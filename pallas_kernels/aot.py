@@ -118,31 +118,30 @@ def _as_if_on(device):
   return jax.sharding.use_abstract_mesh(mesh)
 
 
-def compile_all(jobs: Sequence[Job], schedules=False, timeout=1800):
+def compile_all(jobs: Sequence[Job], kernels=None, timeout=1800):
   """Compiles every job outside this process.
 
   Args:
     jobs: what to compile.
-    schedules: also read the kernel's schedule, see `_schedule`. Every job then
-      takes two processes more: one finds the kernel's name in the program, the
-      other has the compiler write the files of that kernel alone (those of all
-      the rest would take minutes).
+    kernels: for every job, the name of its kernel in the program, as an
+      earlier call returned it; then the kernel's schedule is read. The compiler
+      writes the files of one kernel per process, those of everything else would
+      take minutes.
     timeout: seconds for a process.
 
   Returns:
     A dict per job: `argument`, `output`, `alias`, `temp` (bytes), `accessed`
     (bytes, as `cost_analysis` counts), `traffic` (see `_traffic`), `flops`
     (those of kernels are not in it), `kernel` (its name in the program), and
-    with `schedules`, what `_schedule` returns and `work`.
+    `work`; with `kernels`, also what `_schedule` returns.
 
   Raises:
     RuntimeError: a job failed; names it, with the compiler's last words.
   """
-  found = _compile(jobs, timeout)
-  if schedules:
-    for i, job in enumerate(jobs):
-      found[i] |= _compile([job], timeout, found[i]['kernel'])[0]
-  return found
+  if kernels is None:
+    return _compile(jobs, timeout)
+  return [_compile([job], timeout, kernel)[0]
+          for job, kernel in zip(jobs, kernels, strict=True)]
 
 
 def _compile(jobs, timeout, kernel=None):
