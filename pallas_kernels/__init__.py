@@ -8,6 +8,10 @@ take what the op hands to any of its forms.
 def _delta_rule_tpu(
     inputs, state, n_valid, resets, scale, *, chunk_size=None, interpret=False
 ):
+  if inputs.q.shape[1] == 1:  # a single token cannot be reset
+    from pallas_kernels.delta_rule_step_tpu import delta_rule_step
+    return delta_rule_step(
+        *inputs, state, n_valid, scale=scale, interpret=interpret)
   from pallas_kernels.delta_rule_tpu import delta_rule
   return delta_rule(
       *inputs, state, n_valid, resets, scale=scale,

@@ -16,6 +16,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import plain
+
 NAME = 'delta_rule_step'
 # Two of these come and two go while one is worked on.
 _BLOCK_BYTES = 2 ** 21
@@ -28,12 +30,16 @@ def head_block(batch, heads, key_heads, width, values) -> int:
   Wide blocks hide latency, if enough of them are left to hide the traffic.
   """
   groups = heads // key_heads
-  padded = 4 * (-(-width // 8) * 8) * (-(-values // 128) * 128)
   fitting = [n for n in (8, 16) if heads % n == 0 and
              (n % groups == 0 or groups % n == 0)]
   wide = [n for n in fitting
-          if batch * heads >= _STEPS * n and n * padded <= _BLOCK_BYTES]
+          if batch * heads >= _STEPS * n
+          and n * _matrix_bytes(width, values) <= _BLOCK_BYTES]
   return max(wide, default=min(fitting, default=heads))
+
+
+def _matrix_bytes(width, values):
+  return 4 * (-(-width // 8) * 8) * (-(-values // 128) * 128)
 
 
 def delta_rule_step(q, k, v, log_decay, erase, write, state, n_valid=None, *,
@@ -53,14 +59,24 @@ def delta_rule_step(q, k, v, log_decay, erase, write, state, n_valid=None, *,
     interpret: run on any device, slowly, for tests.
 
   Returns:
-    y [B, 1, HV, V] in v.dtype and the state [B, HV, K, V].
+    y [B, 1, HV, V] in v.dtype and the state [B, HV, K, V]. Differentiable: the
+    backward pass is plain JAX.
 
   Reference: arXiv 2412.06464, 2510.26692.
   """
+  inputs = q, k, v, log_decay, erase, write
+  return _run(scale, interpret, inputs, state, n_valid)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _run(scale, interpret, inputs, state, n_valid):
+  q, k, v, log_decay, erase, write = inputs
   batch, heads, width, values = state.shape
   key_heads = q.shape[2]
   size = head_block(batch, heads, key_heads, width, values)
   rows = _visits(n_valid, batch)
+  block = size * _matrix_bytes(width, values)
+  limit = None if block <= _BLOCK_BYTES else 2 ** 23 + 4 * block
 
   def by_row(b, rows):
     return rows[1, b]
@@ -100,10 +116,28 @@ def delta_rule_step(q, k, v, log_decay, erase, write, state, n_valid=None, *,
                  jax.ShapeDtypeStruct(state.shape, state.dtype)],
       input_output_aliases={len(vectors) + 1: 1},
       compiler_params=pltpu.CompilerParams(
-          dimension_semantics=('parallel', 'arbitrary')),
+          dimension_semantics=('parallel', 'arbitrary'),
+          vmem_limit_bytes=limit),
       interpret=interpret, name=NAME,
   )(rows, *vectors.values(), state)
   return y.astype(v.dtype), after
+
+
+def _run_forward(scale, interpret, inputs, state, n_valid):
+  out = _run(scale, interpret, inputs, state, n_valid)
+  return out, (inputs, state, n_valid)
+
+
+def _run_backward(scale, interpret, residuals, cotangents):
+  inputs, state, n_valid = residuals
+
+  def run(inputs, state):
+    return plain.delta_rule(*inputs, state, n_valid, scale=scale)
+
+  return *jax.vjp(run, inputs, state)[1](cotangents), None
+
+
+_run.defvjp(_run_forward, _run_backward)
 
 
 def _visits(n_valid, batch):

@@ -251,8 +251,6 @@ def _on_tpu(q, k, v, state, chunk_size):
         'it takes float32 and bfloat16 and a float32 state, got '
         f'{", ".join(sorted({*names, state.dtype.name}))}'
     )
-  elif q.shape[1] == 1:
-    declines = 'it works in chunks, one token is a single step'
   elif chunk_size not in (None, 16, 32, 64, 128):
     declines = f'its chunks have 16, 32, 64 or 128 tokens, not {chunk_size}'
   run = dispatch.kernel('delta_rule', 'pallas_tpu', declines)

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import delta_rule_step_tpu
+from pallas_kernels import KERNELS, delta_rule_step_tpu, plain
+from statejax.ops import delta_chunk
+from statejax.ops.delta_rule import delta_rule
 
 SCALE = 0.7
 
@@ -34,7 +36,8 @@ def make(decay, erase, write, *, batch=2, key_heads=1, heads=2, width=8,
     return 1 / (1 + np.exp(-normal(*shape)))
 
   inputs = dict(
-      q=normal(batch, 1, key_heads, width), k=normal(batch, 1, key_heads, width),
+      q=normal(batch, 1, key_heads, width),
+      k=normal(batch, 1, key_heads, width),
       v=normal(batch, 1, heads, values), log_decay=-gate(decay, width),
       erase=gate(erase, width), write=gate(write, values))
   for name in 'qkv':
@@ -137,3 +140,32 @@ def test_bfloat16_inputs_lose_nothing_more():
     ((8, 24, 8, 128, 128), 24), ((8, 64, 1, 256, 512), 8)])
 def test_head_block(shape, size):
   assert delta_rule_step_tpu.head_block(*shape) == size
+
+
+def test_gradient():
+  inputs, state = make('channel', 'head', 'head')
+  n_valid = np.array([1, 0], np.int32)
+  names = ('q', 'k', 'v', 'log_decay', 'erase', 'write')
+
+  def loss(kernel, inputs, state):
+    y, after = kernel(*[inputs[n] for n in names], state, n_valid, scale=SCALE)
+    return jnp.sum(y ** 2) + jnp.sum(after ** 3)
+
+  kernel = functools.partial(
+      delta_rule_step_tpu.delta_rule_step, interpret=True)
+  got, want = (jax.jit(jax.grad(functools.partial(loss, f), argnums=(0, 1)))(
+      inputs, state) for f in (kernel, plain.delta_rule))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-5),
+               got, want)
+  assert all(np.any(x) for x in jax.tree.leaves(got))
+
+
+def test_the_op_uses_it_for_one_token():
+  inputs, state = make('channel', 'head', 'head')
+  y, after = KERNELS['delta_rule']['pallas_tpu'](
+      delta_chunk.Inputs(**inputs), state, None, None, SCALE, interpret=True)
+  want = oracle(inputs, state)
+  assert error(y, want[0]) < 3e-7 and error(after, want[1]) < 3e-7
+  with pytest.raises(ValueError, match='needs a TPU'):
+    delta_rule(
+        **inputs, state=state, implementation='pallas_tpu')
