@@ -1,5 +1,6 @@
 """The kernels at the named workloads, as programs to compile ahead of time."""
 
+import dataclasses
 import functools
 
 import jax
@@ -28,19 +29,20 @@ def step(workload) -> aot.Program:
                      kernel=kernel.NAME, work=heads)
 
 
-def forward(workload, heads=8) -> aot.Program:
+def forward(workload, heads=8, length=None) -> aot.Program:
   """All tokens, chunk by chunk."""
+  specs = _shapes(workload, length).specs()
   return aot.Program(
-      functools.partial(_run, workload, heads), (WORKLOADS[workload].specs(),),
+      functools.partial(_run, heads), (specs,),
       kernel='delta_rule_forward', work=_CHUNK * heads)
 
 
-def backward(workload, heads=4) -> aot.Program:
+def backward(workload, heads=4, length=None) -> aot.Program:
   """The gradient of every input; runs the forward kernel first."""
-  specs = WORKLOADS[workload].specs()
+  specs = _shapes(workload, length).specs()
 
   def function(inputs, d_y, d_state):
-    _, gradient = jax.vjp(functools.partial(_run, workload, heads), inputs)
+    _, gradient = jax.vjp(functools.partial(_run, heads), inputs)
     return gradient((d_y, d_state))
 
   return aot.Program(
@@ -48,8 +50,13 @@ def backward(workload, heads=4) -> aot.Program:
       kernel='delta_rule_backward', work=_CHUNK * heads)
 
 
-def _run(workload, heads, inputs):
+def _shapes(workload, length):
+  shapes = WORKLOADS[workload]
+  return dataclasses.replace(shapes, length=length or shapes.length)
+
+
+def _run(heads, inputs):
   from pallas_kernels import delta_rule_tpu
   return delta_rule_tpu.delta_rule(
-      **inputs, scale=WORKLOADS[workload].width ** -0.5, chunk_size=_CHUNK,
+      **inputs, scale=inputs['q'].shape[-1] ** -0.5, chunk_size=_CHUNK,
       heads_per_step=heads, backward_heads_per_step=heads)
