@@ -20,7 +20,7 @@ read and write once. Needs libtpu; about five minutes of one core.
   FLOP     by hand: multiplications and additions of the recurrence itself
 """
 
-import json
+import dataclasses
 import pathlib
 import sys
 
@@ -71,12 +71,12 @@ def measure(programs, chips) -> list[dict]:
   """Compiles everything; row-major arguments on the first chip alone."""
   rows = []
   for name, workload in [(n, w) for n, ws in programs.items() for w in ws]:
-    make = lambda chip, inside: aot.Job(
-        chip, f'pallas_kernels.programs:{name}', {'workload': workload}, inside)
-    alone, = aot.compile_all([make(chips[0], False)])
+    jobs = [aot.Job(chip, f'pallas_kernels.programs:{name}',
+                    {'workload': workload}, inside=True) for chip in chips]
+    alone, = aot.compile_all([dataclasses.replace(jobs[0], inside=False)])
     least = minimum_bytes(name, workload)
-    for chip in chips:
-      found, = aot.compile_all([make(chip, True)], [alone['kernel']])
+    for chip, job in zip(chips, jobs):
+      found, = aot.compile_all([job], [alone['kernel']])
       tokens = 1 if name == 'step' else _CHUNK
       rows.append({
           'kernel': name, 'workload': workload, 'chip': chip,
@@ -128,8 +128,8 @@ def markdown(rows) -> str:
     cells = (r['kernel'], r['workload'], r['chip'], f"{r['bundles']:.0f}",
              f"{r['vmem'] / 2 ** 20:.2f}", f"{r['hbm'] / 1e6:.1f}",
              f"{r['minimum'] / 1e6:.1f}", f"{r['ratio']:.2f}",
-             f"{r['ratio_alone']:.2f}" if 'ratio_alone' in r else '', f"{r['temporary'] / 1e6:.1f}",
-             f"{r['flops'] / 1e9:.2f}")
+             f"{r['ratio_alone']:.2f}" if 'ratio_alone' in r else '',
+             f"{r['temporary'] / 1e6:.1f}", f"{r['flops'] / 1e9:.2f}")
     lines.append('| ' + ' | '.join(cells) + ' |')
   return '\n'.join(lines)
 
@@ -151,8 +151,8 @@ def main(_):
     out.mkdir(parents=True, exist_ok=True)
     about = __doc__.split('\n\n', 2)[2]
     (out / 'tpu_kernels.md').write_text(
-        f'# TPU kernels, by their compiler (libtpu {aot.version()})\n\n{about}\n'
-        f'{text}\n')
+        f'# TPU kernels, by their compiler (libtpu {aot.version()})\n\n'
+        f'{about}\n{text}\n')
     report.write(out / 'tpu_kernels.json', verdict,
                  'python -m experiments.tpu_kernels', libtpu=aot.version(),
                  kernels=rows)

@@ -105,7 +105,8 @@ def _run(scale, interpret, inputs, state, n_valid):
   matrices = pl.BlockSpec(
       (1, size, width, values), lambda g, b, rows: (by_row(b, rows), g, 0, 0))
   y, after = pl.pallas_call(
-      functools.partial(_kernel, scale=scale, groups=heads // key_heads, names=tuple(vectors)),
+      functools.partial(_kernel, scale=scale, groups=heads // key_heads,
+                        names=tuple(vectors)),
       grid_spec=pltpu.PrefetchScalarGridSpec(
           num_scalar_prefetch=1, grid=(heads // size, batch),
           in_specs=[*specs.values(), matrices],
