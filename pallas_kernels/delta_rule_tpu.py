@@ -8,6 +8,7 @@ from pallas_kernels import delta_rule_tpu_forward as primal
 from pallas_kernels import delta_rule_tpu_vjp as vjp
 
 _LANES = 128
+_VMEM = 12 << 20  # bytes, of the 16 MiB a kernel may have on every TPU
 _FORGET = -200.0  # exp is 0 in float32, and sums of it stay finite
 
 
@@ -44,22 +45,27 @@ def delta_rule(
   if log_decay is None:
     log_decay = jnp.zeros(v.shape[:3], jnp.float32)
 
-  def plan(limit):
-    step = _heads_per_step(heads, groups, limit)
+  exact = any(x.dtype == jnp.float32 for x in (q, k, v))
+
+  def plan(limit, most):
+    item = 4 if exact else 2
+    padded = [x + -x % _LANES for x in (width, values)]
+    step = _heads_per_step(
+        heads, groups, limit or _fitting(*padded, chunk_size, item, most)
+    )
     return primal.Plan(
         size=chunk_size, heads=step,
         packed=math.gcd(step, max(_LANES // chunk_size, 1)), groups=groups,
         decay=kind(log_decay), erase=kind(erase), write=kind(write),
-        scale=float(scale), interpret=interpret,
-        exact=any(x.dtype == jnp.float32 for x in (q, k, v)),
+        scale=float(scale), interpret=interpret, exact=exact,
     )
 
-  forward_plan = plan(heads_per_step or 8)
+  forward_plan = plan(heads_per_step, 16)
   operands, padded = _operands(
       q, k, v, log_decay, erase, write, state, n_valid, resets, forward_plan
   )
   y, final = vjp.run(
-      forward_plan, plan(backward_heads_per_step or 4), operands, padded
+      forward_plan, plan(backward_heads_per_step, 8), operands, padded
   )
   y = jnp.moveaxis(y, 1, 2)[:, :length, :, :values]
   final = final[:, :, :width, :values]
@@ -74,6 +80,13 @@ def _heads_per_step(heads, groups, limit):
   """The most heads up to `limit` that divide evenly and share whole groups."""
   fits = lambda n: heads % n == 0 and (n % groups == 0 or groups % n == 0)
   return max(n for n in range(1, limit + 1) if fits(n))
+
+
+def _fitting(width, values, size, item, most):
+  """How many heads of one grid step fit into VMEM, every block twice."""
+  state = 4 * width * values
+  tokens = size * (item * 4 * (width + values) + 8 * width)
+  return max(1, min(most, _VMEM // (7 * state + 2 * tokens)))
 
 
 def _operands(

@@ -16,9 +16,6 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import delta_rule_tpu_chunk as chunk
 
-import os
-SKEW=int(os.environ.get('SKEW','0'))
-
 class Plan(NamedTuple):
   """Static facts of a call.
 
@@ -87,12 +84,15 @@ class Operands(NamedTuple):
 
 
 class Rows(NamedTuple):
-  """One pack in float32, [p * C, D]; gates per head are columns [p * C, 1]."""
+  """One pack in float32, [p * C, D]; gates per head are columns [p * C, 1].
+
+  A decay per head is (log decays [1, p * C], columns pre and suf).
+  """
 
   q: jax.Array
   k: jax.Array
   v: jax.Array
-  decay: jax.Array
+  decay: object
   erase: jax.Array | None
   write: jax.Array | None
 
@@ -135,6 +135,31 @@ class Solved(NamedTuple):
   residual: jax.Array
 
 
+def head_columns(refs, plan):
+  """Returns the gates per head as columns, [p * C, packs] each.
+
+  Of the decay it is (log decays [packs, p * C], columns pre, columns suf).
+  """
+  names = plan.of_kind('head')
+  if not names:
+    return {}
+  packs, size = plan.packs, plan.size
+  rows = refs.head[0, 0, 0]
+  parts = {n: rows[g * packs : (g + 1) * packs] for g, n in enumerate(names)}
+  decay = parts.pop('decay', None)
+  if decay is not None:
+    after = chunk.lane_shift(decay, size, -1)
+    parts['pre'] = jnp.exp2(chunk.lane_prefix(decay, size))
+    parts['suf'] = jnp.exp2(chunk.lane_suffix(after, size))
+  turned = jnp.concatenate(list(parts.values())).T
+  columns = {
+      n: turned[:, g * packs : (g + 1) * packs] for g, n in enumerate(parts)
+  }
+  if decay is not None:
+    columns['decay'] = decay, columns.pop('pre'), columns.pop('suf')
+  return columns
+
+
 def load(refs, columns, i, plan):
   """Returns the `Rows` of pack i from blocks of `Operands`."""
   first = i * plan.packed
@@ -150,9 +175,12 @@ def load(refs, columns, i, plan):
     return x.reshape(rows, x.shape[-1]).astype(jnp.float32)
 
   gates = {name: values(ref) for name, ref in refs.channel.items()}
-  for g, name in enumerate(plan.of_kind('head')):
-    at = g * plan.packs + i
-    gates[name] = columns[:, at : at + 1]
+  for name, gate in columns.items():
+    if name == 'decay':
+      g, pre, suf = gate
+      gates[name] = g[i : i + 1], pre[:, i : i + 1], suf[:, i : i + 1]
+    else:
+      gates[name] = gate[:, i : i + 1]
   return Rows(
       keys(refs.q), keys(refs.k), values(refs.v), gates['decay'],
       gates.get('erase'), gates.get('write'),
@@ -228,7 +256,7 @@ def _kernel(*refs, plan, keep):
 
   if keep:
     starts_ref[0, :, 0] = states[...]
-  columns = None if inputs.head is None else inputs.head[0, 0, 0].T
+  columns = head_columns(inputs, plan)
 
   rows = [load(inputs, columns, i, plan) for i in range(plan.packs)]
   intras = [relate(x, plan) for x in rows]
@@ -248,7 +276,7 @@ def _kernel(*refs, plan, keep):
           chunk.head_rows(intra.keys, n, pack), pack.exact,
       )
 
-  chunk.in_turns([run(i) for i in range(plan.packs)], SKEW)
+  chunk.in_turns([run(i) for i in range(plan.packs)])
 
   @pl.when(step == last)
   def _():

@@ -16,8 +16,6 @@ from pallas_kernels import delta_rule_tpu_adjoint as adjoint
 from pallas_kernels import delta_rule_tpu_chunk as chunk
 from pallas_kernels import delta_rule_tpu_forward as primal
 
-import os
-BSKEW=int(os.environ.get('BSKEW','0'))
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def run(plan, backward_plan, operands, state):
@@ -110,7 +108,7 @@ def _kernel(*refs, plan):
   def _():
     primal.turn(d_final, d_states, plan)
 
-  columns = None if inputs.head is None else inputs.head[0, 0, 0].T
+  columns = primal.head_columns(inputs, plan)
   dq, dk = [None] * plan.key_heads, [None] * plan.key_heads
   d_columns = {}
 
@@ -132,23 +130,35 @@ def _kernel(*refs, plan):
       for sums, part in ((dq, out.q), (dk, out.k)):
         part = chunk.head_rows(part, n, pack)
         sums[key] = part if sums[key] is None else sums[key] + part
-    for g, name in enumerate(plan.of_kind('head')):
-      d_columns[g * plan.packs + i] = getattr(out, name)
+    for name in plan.of_kind('head'):
+      of_name = getattr(out, name)
+      of_name = of_name if name == 'decay' else (of_name,)
+      for part, column in enumerate(of_name):
+        d_columns[name, part, i] = column
 
-  chunk.in_turns([run(i) for i in range(plan.packs)], BSKEW)
+  chunk.in_turns([run(i) for i in range(plan.packs)])
   for key in range(plan.key_heads):
     grads.q[0, key] = dq[key].astype(grads.q.dtype)
     grads.k[0, key] = dk[key].astype(grads.k.dtype)
   if d_columns:
-    lane = chunk.iota((pack.rows, len(d_columns)), 1)
-    joined = jnp.zeros(lane.shape, jnp.float32)
-    for at, column in d_columns.items():
-      joined = jnp.where(lane == at, column, joined)
-    grads.head[0, 0, 0] = joined.T
+    grads.head[0, 0, 0] = _head_rows(d_columns, plan)
 
   @pl.when(step == last)
   def _():
     primal.turn(d_states, d_state_ref, plan)
+
+
+def _head_rows(columns, plan):
+  """Gradients of the gates per head, from columns by (gate, part, pack)."""
+  lane = chunk.iota((plan.pack.rows, len(columns)), 1)
+  joined = jnp.zeros(lane.shape, jnp.float32)
+  for at, key in enumerate(sorted(columns)):
+    joined = jnp.where(lane == at, columns[key], joined)
+  rows, packs = joined.T, plan.packs
+  rows = [rows[at : at + packs] for at in range(0, rows.shape[0], packs)]
+  if plan.decay == 'head':
+    rows = [adjoint.sum_spans(*rows[:3], plan.size), *rows[3:]]
+  return jnp.concatenate(rows)
 
 
 def _pack_backward(x, states, dy, d_states, plan):

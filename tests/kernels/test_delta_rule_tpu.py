@@ -159,7 +159,11 @@ def test_members(gates, options):
   check(both(args, chunk_size=16, **options), oracle(args), 1e-6, 2e-6)
 
 
-@pytest.mark.parametrize('decay, size', [('channel', 64), ('head', 128)])
+@pytest.mark.parametrize('decay, size', [
+    ('head', 64),
+    pytest.param('channel', 64, marks=pytest.mark.slow),
+    pytest.param('head', 128, marks=pytest.mark.slow),
+])
 def test_longer_chunks(decay, size):
   args = make(decay, **{**CASE, 'batch': 1, 'heads': 2})
   got = jit(functools.partial(interpret, chunk_size=size))(args, None, None)
@@ -168,7 +172,7 @@ def test_longer_chunks(decay, size):
 
 @pytest.mark.parametrize('erase, limit', [(1, 1e-2), (2, 2e-2)])
 def test_bfloat16_with_correlated_keys(erase, limit):
-  args = make('channel', **{**CASE, 'batch': 1}, seed=6)
+  args = make('channel', **{**CASE, 'batch': 1, 'width': 64}, seed=6)
   args['k'] = args['k'][:, :1] + 0.3 * args['k']
   args['k'] /= np.linalg.norm(args['k'], axis=-1, keepdims=True)
   args['log_decay'] = 0.01 * args['log_decay']
