@@ -47,12 +47,13 @@ def delta_rule(
 
   exact = any(x.dtype == jnp.float32 for x in (q, k, v))
 
-  def plan(limit, most):
-    item = 4 if exact else 2
+  def plan(limit, most, passes):
+    # Every block stands twice in VMEM: states, per token q, k, v, y and a gate.
     padded = [x + -x % _LANES for x in (width, values)]
-    step = _heads_per_step(
-        heads, groups, limit or _fitting(*padded, chunk_size, item, most)
-    )
+    token = (8 if exact else 4) * sum(padded) + 4 * padded[0]
+    head = 28 * math.prod(padded) + 2 * passes * chunk_size * token
+    fits = _VMEM // head
+    step = _heads_per_step(heads, groups, limit or max(1, min(most, fits)))
     return primal.Plan(
         size=chunk_size, heads=step,
         packed=math.gcd(step, max(_LANES // chunk_size, 1)), groups=groups,
@@ -60,12 +61,12 @@ def delta_rule(
         scale=float(scale), interpret=interpret, exact=exact,
     )
 
-  forward_plan = plan(heads_per_step, 16)
+  forward_plan = plan(heads_per_step, 16, 1)
   operands, padded = _operands(
       q, k, v, log_decay, erase, write, state, n_valid, resets, forward_plan
   )
   y, final = vjp.run(
-      forward_plan, plan(backward_heads_per_step, 8), operands, padded
+      forward_plan, plan(backward_heads_per_step, 8, 2), operands, padded
   )
   y = jnp.moveaxis(y, 1, 2)[:, :length, :, :values]
   final = final[:, :, :width, :values]
@@ -80,13 +81,6 @@ def _heads_per_step(heads, groups, limit):
   """The most heads up to `limit` that divide evenly and share whole groups."""
   fits = lambda n: heads % n == 0 and (n % groups == 0 or groups % n == 0)
   return max(n for n in range(1, limit + 1) if fits(n))
-
-
-def _fitting(width, values, size, item, most):
-  """How many heads of one grid step fit into VMEM, every block twice."""
-  state = 4 * width * values
-  tokens = size * (item * 4 * (width + values) + 8 * width)
-  return max(1, min(most, _VMEM // (7 * state + 2 * tokens)))
 
 
 def _operands(

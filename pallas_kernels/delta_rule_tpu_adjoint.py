@@ -90,8 +90,8 @@ def _high_level(
       jnp.where(mask, chunk.split_rows(x, b)[1], 0.0)
       for x in _parts(pairs, pack)
   ]
-  d_rows = _rows(chunk.apply_pairs(jnp.concatenate(masked), keys, pack), pack, e)
-  d_rows = [x * pre for x in d_rows]
+  d_rows = chunk.apply_pairs(jnp.concatenate(masked), keys, pack)
+  d_rows = [x * pre for x in _rows(d_rows, pack, e)]
   queries = [
       chunk.join_rows(zeros, x * pre, b) for x in (q, e) if x is not None
   ]
@@ -125,7 +125,8 @@ def _low_level(
   d_rows = chunk.apply_pairs(jnp.concatenate(masked), k * between, pack)
   d_rows = [x * between for x in _rows(d_rows, pack, e)]
   queries = [x * between for x in (q, e) if x is not None]
-  left = jnp.where(_turned_mask(turned.shape, b, pack, lambda i: i), turned, 0.0)
+  mask = _turned_mask(turned.shape, b, pack, lambda i: i)
+  left = jnp.where(mask, turned, 0.0)
   d_keys = _by_head(left, queries, pack) * between
   dq, de, dk = grads
   dq, dk = dq + d_rows[0], dk + d_keys

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
-_BASE = 16  # blocks of this size are inverted without the MXU
 _TILE = 8  # rows of a register
 _ENDED = object()
 
@@ -87,6 +86,7 @@ def _dot(a, b, dimensions, exact):
 
 
 def iota(shape, axis):
+  """Indices along an axis."""
   return lax.broadcasted_iota(jnp.int32, shape, axis)
 
 
@@ -199,6 +199,7 @@ def swap(x, b):
 
 
 def halves(x):
+  """Left and right parts of blocks, [n, 2, ..]."""
   return x[:, 0], x[:, 1]
 
 
@@ -352,81 +353,3 @@ def _spans(g, pack):
     g = g - part
   sums = product(jnp.concatenate(parts), after, False)
   return sums[: shape[0]] + (sums[shape[0] : -shape[0]] + sums[-shape[0] :])
-
-
-# The inverse.
-
-
-def inverse(lower, pack):
-  """Inverts I + lower for strictly lower triangular pairs, yields in turns.
-
-  Blocks of 16 by substitution, then block by block: no power of `lower` is
-  formed. Products are float32, or three of bfloat16, which is as good here.
-  """
-  size, rows = lower.shape
-  lane = iota((_BASE, rows), 1)
-  block = (lane & (size - 1)) >> 4
-  diagonal = jnp.zeros((_BASE, rows), jnp.float32)
-  for r in range(size // _BASE):
-    here = lower[r * _BASE : (r + 1) * _BASE]
-    diagonal = jnp.where(block == r, here, diagonal)
-  base = yield from _substitute(diagonal)
-  result = jnp.concatenate([
-      jnp.where(block == r, base, 0.0) for r in range(size // _BASE)
-  ], axis=0)
-  b = _BASE
-  while b < size:
-    below = jnp.where(right_mask(b, pack), split_rows(lower, b)[1], 0.0)
-    below = _product3(below, result, pack)
-    yield
-    below = join_rows(jnp.zeros_like(below), below, b)
-    left, right = split_rows(result, b)
-    result = join_rows(left, right - _product3(right, below, pack), b)
-    yield
-    b *= 2
-  return result
-
-
-def _substitute(lower):
-  """Inverts I + the blocks of 16 that stand side by side, [16, p * C]."""
-  lane = iota((_TILE, lower.shape[1]), 1)
-  row = iota((_TILE, lower.shape[1]), 0)
-  one = lambda i: jnp.where(lane & (_BASE - 1) == i, 1.0, 0.0)
-  top, bottom = one(row), one(row + _TILE)
-  for j in range(_BASE - 1):
-    column = lambda x, j=j: jnp.take_along_axis(
-        x, (lane & ~(_BASE - 1)) + j, axis=1, mode='promise_in_bounds'
-    )
-    if j < _TILE:
-      pivot = top[j : j + 1]
-      top = top - column(lower[:_TILE]) * pivot
-    else:
-      pivot = bottom[j - _TILE : j - _TILE + 1]
-    bottom = bottom - column(lower[_TILE:]) * pivot
-    yield
-  return jnp.concatenate([top, bottom], axis=0)
-
-
-def _product3(a, b, pack):
-  """a b of every head, for pairs a [m, p * C] and b [C, p * C]."""
-  if pack.exact:
-    return product(a, block_diagonal(b, pack), True)
-  m = a.shape[0]
-  a_high, b_high = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
-  a_low = (a - a_high.astype(jnp.float32)).astype(jnp.bfloat16)
-  b_low = (b - b_high.astype(jnp.float32)).astype(jnp.bfloat16)
-  b_high = block_diagonal(b_high, pack)
-  both = product(jnp.concatenate([a_high, a_low], axis=0), b_high, False)
-  low = product(a_high, block_diagonal(b_low, pack), False)
-  return both[:m] + (both[m:] + low)
-
-
-def block_diagonal(x, pack):
-  """Pairs [C, p * C] as [p * C, p * C], zero between heads."""
-  if pack.heads == 1:
-    return x
-  head = iota(x.shape, 1) >> (pack.size.bit_length() - 1)
-  zero = jnp.zeros_like(x)
-  return jnp.concatenate([
-      jnp.where(head == h, x, zero) for h in range(pack.heads)
-  ], axis=0)

@@ -15,6 +15,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import delta_rule_tpu_chunk as chunk
+from pallas_kernels import delta_rule_tpu_inverse as inversion
+
 
 class Plan(NamedTuple):
   """Static facts of a call.
@@ -56,8 +58,7 @@ class Plan(NamedTuple):
 
   def of_kind(self, kind):
     """The names of the gates of a kind, in the order they are stored."""
-    kinds = zip(('decay', 'erase', 'write'), (self.decay, self.erase, self.write))
-    return [name for name, k in kinds if k == kind]
+    return [n for n in ('decay', 'erase', 'write') if getattr(self, n) == kind]
 
   def key_head(self, h):
     """Which key head of the step value head h of the step uses."""
@@ -216,7 +217,7 @@ def solve(x, intra, states, plan):
   residual = x.v if x.write is None else x.write * x.v
   inverse = None
   if erased is not None:
-    inverse = yield from chunk.inverse(intra.lower, pack)
+    inverse = yield from inversion.inverse(intra.lower, pack)
     gated = x.erase * erased if plan.erase == 'head' else erased
     residual = chunk.apply_pairs(inverse, residual - gated, pack)
   return Solved(inverse, read, erased, residual)
@@ -309,12 +310,14 @@ def specs(operands, plan, chunk_index):
 
 
 def state_spec(plan, width, values):
+  """Block spec of first and last states."""
   return pl.BlockSpec(
       (1, plan.heads, width, values), lambda b, h, n: (b, h, 0, 0)
   )
 
 
 def starts_spec(plan, width, values, chunk_index):
+  """Block spec of the states before every chunk."""
   return pl.BlockSpec(
       (1, plan.heads, 1, values, width),
       lambda b, h, n: (b, h, chunk_index(n), 0, 0),

@@ -232,8 +232,8 @@ def _pack_backward(x, states, dy, d_states, plan):
   else:
     over_keys = lambda rows: jnp.sum(rows, axis=1, keepdims=True)
     by_q, by_e, by_k, d_decay = adjoint.head_adjoint(
-        x.q, e, x.k, decay, (intra.reading, intra.erasing), d_reading, d_erasing,
-        over_keys(d_pre), over_keys(d_suf), d_tot, pack,
+        x.q, e, x.k, decay, (intra.reading, intra.erasing),
+        d_reading, d_erasing, over_keys(d_pre), over_keys(d_suf), d_tot, pack,
     )
   dq, dk = dq + by_q, dk + by_k
   d_erase = d_write = None
