@@ -57,7 +57,8 @@ def delta_rule(
     return primal.Plan(
         size=chunk_size, heads=step,
         packed=math.gcd(step, max(_LANES // chunk_size, 1)), groups=groups,
-        decay=kind(log_decay), erase=kind(erase), write=kind(write),
+        decay='head' if log_decay.ndim == 3 else 'channel',
+        erase=kind(erase), write=kind(write),
         scale=float(scale), interpret=interpret, exact=exact,
     )
 

@@ -180,9 +180,10 @@ def _turned_mask(shape, b, pack, row):
 
 
 def _add_half(x, half, b, side):
-  parts = list(chunk.split_rows(x, b))
-  parts[side] += half
-  return chunk.join_rows(*parts, b)
+  left, right = chunk.split_rows(x, b)
+  if side:
+    return chunk.join_rows(left, right + half, b)
+  return chunk.join_rows(left + half, right, b)
 
 
 def _sum_blocks(x, b):

@@ -150,7 +150,7 @@ def channel_intra(g, q, e, k, pack):
   sublane = iota(pre.shape, 1)
   reading = _diagonal(q, k, pack)
   erasing = None if e is None else jnp.zeros(reading.shape, jnp.float32)
-  levels = []
+  levels: list = []
   b = 1
   while b < _TILE:
     right = sublane & b != 0

@@ -7,7 +7,7 @@ channels lie along the lanes. The pair matrices and the inverse never leave the
 chip.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +68,8 @@ class Plan(NamedTuple):
 class Operands(NamedTuple):
   """What the kernels read, head-major and padded to whole tiles and chunks.
 
+  Also what belongs to it, one each: references, block specs, gradients.
+
   Attributes:
     q: [B, HK, T, K].
     k: [B, HK, T, K].
@@ -77,11 +79,11 @@ class Operands(NamedTuple):
       there are none. Log decays have base 2.
   """
 
-  q: jax.Array
-  k: jax.Array
-  v: jax.Array
+  q: Any
+  k: Any
+  v: Any
   channel: dict
-  head: jax.Array | None
+  head: Any
 
 
 class Rows(NamedTuple):
@@ -93,7 +95,7 @@ class Rows(NamedTuple):
   q: jax.Array
   k: jax.Array
   v: jax.Array
-  decay: object
+  decay: Any
   erase: jax.Array | None
   write: jax.Array | None
 
@@ -175,7 +177,8 @@ def load(refs, columns, i, plan):
     x = ref[0, first : first + plan.packed]
     return x.reshape(rows, x.shape[-1]).astype(jnp.float32)
 
-  gates = {name: values(ref) for name, ref in refs.channel.items()}
+  gates: dict[str, Any] = {}
+  gates.update((name, values(ref)) for name, ref in refs.channel.items())
   for name, gate in columns.items():
     if name == 'decay':
       g, pre, suf = gate
@@ -199,7 +202,7 @@ def relate(x, plan):
   else:
     decay, reading, erasing = chunk.head_intra(x.decay, x.q, e, x.k, pack)
   lower = erasing
-  if plan.erase == 'head':
+  if erasing is not None and plan.erase == 'head':
     lower = chunk.columns_to_pairs(x.erase, pack) * erasing
   reads = [
       pack.operand(rows * decay.pre) for rows in (x.q, e) if rows is not None

@@ -39,9 +39,9 @@ def _run_forward(plan, backward_plan, operands, state):
 
 def _run_backward(plan, backward_plan, residuals, cotangents):
   operands, starts = residuals
-  grads, d_state = backward(
-      _arrange(operands, backward_plan), starts, *cotangents, backward_plan
-  )
+  dy, d_final = cotangents
+  arranged = _arrange(operands, backward_plan)
+  grads, d_state = backward(arranged, starts, dy, d_final, backward_plan)
   heads = operands.q.shape[1]
   grads = grads._replace(
       q=_sum_partial(grads.q, operands.q), k=_sum_partial(grads.k, operands.k),
@@ -157,7 +157,8 @@ def _head_rows(columns, plan):
   rows, packs = joined.T, plan.packs
   rows = [rows[at : at + packs] for at in range(0, rows.shape[0], packs)]
   if plan.decay == 'head':
-    rows = [adjoint.sum_spans(*rows[:3], plan.size), *rows[3:]]
+    own, d_pre, d_suf, *rows = rows
+    rows.insert(0, adjoint.sum_spans(own, d_pre, d_suf, plan.size))
   return jnp.concatenate(rows)
 
 
@@ -178,7 +179,7 @@ def _pack_backward(x, states, dy, d_states, plan):
   ])
   d_reads = [dy]
   yield
-  if e is not None:
+  if s.inverse is not None:
     d_u = adjoint.apply_transposed(s.inverse.T, d_u, pack)
     d_reads.append(-x.erase * d_u if plan.erase == 'head' else -d_u)
     yield
@@ -201,10 +202,10 @@ def _pack_backward(x, states, dy, d_states, plan):
     if plan.decay == 'head':
       both = jnp.sum(both, axis=1, keepdims=True)
     d_tot.append(tot * both)
-  size = pack.size
+  size, zero = pack.size, jnp.zeros((), jnp.float32)
   dq = jnp.concatenate([d[:size] for d in d_read]) * decay.pre
   dk = jnp.concatenate(d_keys) * decay.suf
-  d_pre, d_suf, de = x.q * dq, x.k * dk, None
+  d_pre, d_suf, de = x.q * dq, x.k * dk, zero
   if e is not None:
     de = jnp.concatenate([d[size:] for d in d_read]) * decay.pre
     d_pre += e * de
@@ -216,7 +217,7 @@ def _pack_backward(x, states, dy, d_states, plan):
   pairs = chunk.product_nt(jnp.concatenate(left), s.residual, exact)
   d_reading = chunk.to_pairs(pairs[: pack.rows], pack)
   d_reading = adjoint.lower(d_reading, pack, strict=False)
-  d_erasing = d_gated = None
+  d_erasing, d_gated = None, zero
   if e is not None:
     d_gated = chunk.to_pairs(pairs[pack.rows :], pack)
     d_gated = d_erasing = adjoint.lower(d_gated, pack, strict=True)
@@ -237,12 +238,12 @@ def _pack_backward(x, states, dy, d_states, plan):
     )
   dq, dk = dq + by_q, dk + by_k
   d_erase = d_write = None
+  de += zero if by_e is None else by_e
   if plan.erase == 'head':
-    dk += de + by_e
+    dk += de
     d_erase = adjoint.pairs_to_column(d_gated * intra.erasing, pack)
     d_erase -= jnp.sum(d_u * s.erased, axis=1, keepdims=True)
   elif plan.erase == 'channel':
-    de += by_e
     dk += x.erase * de
     d_erase = x.k * de
   d_v = d_u
