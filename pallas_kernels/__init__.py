@@ -14,8 +14,8 @@ def _delta_rule_tpu(
         *inputs, state, n_valid, scale=scale, interpret=interpret)
   from pallas_kernels.delta_rule_tpu import delta_rule
   return delta_rule(
-      *inputs, state, n_valid, resets, scale=scale,
-      chunk_size=chunk_size or 64, interpret=interpret,
+      **inputs._asdict(), state=state, n_valid=n_valid, resets=resets,
+      scale=scale, chunk_size=chunk_size or 64, interpret=interpret,
   )
 
 

@@ -8,6 +8,7 @@ from pallas_kernels import delta_rule_tpu_forward as primal
 from pallas_kernels import delta_rule_tpu_vjp as vjp
 
 _LANES = 128
+_VMEM = 12 << 20  # bytes, of the 16 MiB a kernel may have on every TPU
 _FORGET = -200.0  # exp is 0 in float32, and sums of it stay finite
 
 
@@ -44,22 +45,29 @@ def delta_rule(
   if log_decay is None:
     log_decay = jnp.zeros(v.shape[:3], jnp.float32)
 
-  def plan(limit):
-    step = _heads_per_step(heads, groups, limit)
+  exact = any(x.dtype == jnp.float32 for x in (q, k, v))
+
+  def plan(limit, most, passes):
+    # Every block stands twice in VMEM: states, per token q, k, v, y and a gate.
+    padded = [x + -x % _LANES for x in (width, values)]
+    token = (8 if exact else 4) * sum(padded) + 4 * padded[0]
+    head = 28 * math.prod(padded) + 2 * passes * chunk_size * token
+    fits = _VMEM // head
+    step = _heads_per_step(heads, groups, limit or max(1, min(most, fits)))
     return primal.Plan(
         size=chunk_size, heads=step,
         packed=math.gcd(step, max(_LANES // chunk_size, 1)), groups=groups,
-        decay=kind(log_decay), erase=kind(erase), write=kind(write),
-        scale=float(scale), interpret=interpret,
-        exact=any(x.dtype == jnp.float32 for x in (q, k, v)),
+        decay='head' if log_decay.ndim == 3 else 'channel',
+        erase=kind(erase), write=kind(write),
+        scale=float(scale), interpret=interpret, exact=exact,
     )
 
-  forward_plan = plan(heads_per_step or 8)
+  forward_plan = plan(heads_per_step, 16, 1)
   operands, padded = _operands(
       q, k, v, log_decay, erase, write, state, n_valid, resets, forward_plan
   )
   y, final = vjp.run(
-      forward_plan, plan(backward_heads_per_step or 4), operands, padded
+      forward_plan, plan(backward_heads_per_step, 8, 2), operands, padded
   )
   y = jnp.moveaxis(y, 1, 2)[:, :length, :, :values]
   final = final[:, :, :width, :values]

@@ -6,6 +6,7 @@ cancel, so that nothing leaks across a reset.
 """
 
 import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import delta_rule_tpu_chunk as chunk
 
@@ -89,8 +90,8 @@ def _high_level(
       jnp.where(mask, chunk.split_rows(x, b)[1], 0.0)
       for x in _parts(pairs, pack)
   ]
-  d_rows = _rows(chunk.apply_pairs(jnp.concatenate(masked), keys, pack), pack, e)
-  d_rows = [x * pre for x in d_rows]
+  d_rows = chunk.apply_pairs(jnp.concatenate(masked), keys, pack)
+  d_rows = [x * pre for x in _rows(d_rows, pack, e)]
   queries = [
       chunk.join_rows(zeros, x * pre, b) for x in (q, e) if x is not None
   ]
@@ -124,7 +125,8 @@ def _low_level(
   d_rows = chunk.apply_pairs(jnp.concatenate(masked), k * between, pack)
   d_rows = [x * between for x in _rows(d_rows, pack, e)]
   queries = [x * between for x in (q, e) if x is not None]
-  left = jnp.where(_turned_mask(turned.shape, b, pack, lambda i: i), turned, 0.0)
+  mask = _turned_mask(turned.shape, b, pack, lambda i: i)
+  left = jnp.where(mask, turned, 0.0)
   d_keys = _by_head(left, queries, pack) * between
   dq, de, dk = grads
   dq, dk = dq + d_rows[0], dk + d_keys
@@ -178,9 +180,10 @@ def _turned_mask(shape, b, pack, row):
 
 
 def _add_half(x, half, b, side):
-  parts = list(chunk.split_rows(x, b))
-  parts[side] += half
-  return chunk.join_rows(*parts, b)
+  left, right = chunk.split_rows(x, b)
+  if side:
+    return chunk.join_rows(left, right + half, b)
+  return chunk.join_rows(left + half, right, b)
 
 
 def _sum_blocks(x, b):
@@ -197,10 +200,9 @@ def head_adjoint(
 ):
   """`channel_adjoint` for one decay per head, the diagonal included.
 
-  `intra` are A and L; d_pre and d_suf are columns, d_tot one [1, 1] per head;
-  the gradient of the log decay is a column.
+  `intra` are A and L; d_pre and d_suf are columns, d_tot one [1, 1] per head.
+  In place of the gradient of the log decay it returns what `sum_spans` takes.
   """
-  size = pack.size
   by_pair = d_reading * intra[0]
   pairs = [d_reading * decay.between]
   queries = [q]
@@ -211,13 +213,29 @@ def head_adjoint(
   pairs = jnp.concatenate(pairs)
   d_rows = _rows(chunk.apply_pairs(pairs, k, pack), pack, e)
   dk = _by_head(pairs.T, queries, pack)
-  spans = lower(chunk.suffix_sum(by_pair, size), pack, strict=True)
-  dg = pairs_to_column(spans, pack) + chunk.suffix_sum(d_pre, size)
-  dg += chunk.prefix_sum(chunk.shift_down(d_suf, size), size)
-  dg += jnp.concatenate([
-      jnp.broadcast_to(x, (size, 1)) for x in d_tot
-  ], axis=0)
-  return d_rows[0], None if e is None else d_rows[1], dk, dg
+  spans = lower(_suffix_sum(by_pair), pack, strict=True)
+  last = chunk.iota((pack.size, 1), 0) == pack.size - 1
+  d_pre += jnp.concatenate([jnp.where(last, x, 0.0) for x in d_tot])
+  d_decay = pairs_to_column(spans, pack), d_pre, d_suf
+  return d_rows[0], None if e is None else d_rows[1], dk, d_decay
+
+
+def _suffix_sum(x):
+  """Inclusive sums over the rows from the last, [C, D]."""
+  size, row, b = x.shape[0], chunk.iota(x.shape, 0), 1
+  while b < size:
+    x = x + jnp.where(row < size - b, pltpu.roll(x, size - b, 0), 0.0)
+    b *= 2
+  return x
+
+
+def sum_spans(own, d_pre, d_suf, size):
+  """The gradient of log decays, all [packs, p * C].
+
+  A decay to token i is made of those up to i, one from j of those after j.
+  """
+  before = chunk.lane_prefix(chunk.lane_shift(d_suf, size, 1), size)
+  return own + chunk.lane_suffix(d_pre, size) + before
 
 
 def pairs_to_column(x, pack):

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
-_BASE = 16  # blocks of this size are inverted without the MXU
 _TILE = 8  # rows of a register
+_ENDED = object()
 
 
 class Pack(NamedTuple):
@@ -53,26 +53,14 @@ class Decay(NamedTuple):
   between: object
 
 
-def in_turns(tasks, skew):
-  """Runs generators in turns, each `skew` turns after the one before it.
+def in_turns(tasks):
+  """Runs generators in turns until all have ended.
 
-  They yield where another may go on: so that independent operations stand side
-  by side in the program, and the latency of one pack hides behind the others.
-
-  Returns:
-    What the generators return.
+  They yield where another may go on: so that independent operations of several
+  packs stand side by side in the program, and hide each other's latency.
   """
-  results, turn = {}, 0
-  while len(results) < len(tasks):
-    for i, task in enumerate(tasks):
-      if i in results or turn < i * skew:
-        continue
-      try:
-        next(task)
-      except StopIteration as stop:
-        results[i] = stop.value
-    turn += 1
-  return [results[i] for i in range(len(tasks))]
+  while tasks:
+    tasks = [task for task in tasks if next(task, _ENDED) is not _ENDED]
 
 
 def product(a, b, exact):
@@ -98,6 +86,7 @@ def _dot(a, b, dimensions, exact):
 
 
 def iota(shape, axis):
+  """Indices along an axis."""
   return lax.broadcasted_iota(jnp.int32, shape, axis)
 
 
@@ -161,7 +150,7 @@ def channel_intra(g, q, e, k, pack):
   sublane = iota(pre.shape, 1)
   reading = _diagonal(q, k, pack)
   erasing = None if e is None else jnp.zeros(reading.shape, jnp.float32)
-  levels = []
+  levels: list = []
   b = 1
   while b < _TILE:
     right = sublane & b != 0
@@ -210,6 +199,7 @@ def swap(x, b):
 
 
 def halves(x):
+  """Left and right parts of blocks, [n, 2, ..]."""
   return x[:, 0], x[:, 1]
 
 
@@ -291,50 +281,47 @@ def _place_right(old, new, b, pack):
   return join_rows(left, jnp.where(right_mask(b, pack), new, right), b)
 
 
-# One decay per head.
+# One decay per head: heads and tokens along the lanes, all packs at once.
 
 
-def prefix_sum(x, size):
-  """Inclusive sums down the rows of every block of `size` rows."""
-  row = iota(x.shape, 0) & (size - 1)
+def lane_prefix(x, size):
+  """Inclusive sums along the lanes of every block of `size`."""
+  lane = iota(x.shape, 1) & (size - 1)
   b = 1
   while b < size:
-    x = x + jnp.where(row >= b, pltpu.roll(x, b, 0), 0.0)
+    x = x + jnp.where(lane >= b, pltpu.roll(x, b, 1), 0.0)
     b *= 2
   return x
 
 
-def suffix_sum(x, size):
-  """Inclusive sums up the rows of every block of `size` rows."""
-  row = iota(x.shape, 0) & (size - 1)
+def lane_suffix(x, size):
+  """Inclusive sums along the lanes of every block of `size`, from its end."""
+  lane = iota(x.shape, 1) & (size - 1)
   b = 1
   while b < size:
-    x = x + jnp.where(row < size - b, pltpu.roll(x, x.shape[0] - b, 0), 0.0)
+    ahead = pltpu.roll(x, x.shape[1] - b, 1)
+    x = x + jnp.where(lane < size - b, ahead, 0.0)
     b *= 2
   return x
 
 
-def shift_down(x, size):
-  """Moves the rows of every block of `size` rows down by one."""
-  first = iota(x.shape, 0) & (size - 1) == 0
-  return jnp.where(first, 0.0, pltpu.roll(x, 1, 0))
+def lane_shift(x, size, by):
+  """Moves lanes within every block of `size` by one, on (1) or back (-1)."""
+  lane = iota(x.shape, 1) & (size - 1)
+  edge = lane == (0 if by == 1 else size - 1)
+  return jnp.where(edge, 0.0, pltpu.roll(x, by % x.shape[1], 1))
 
 
-def shift_up(x, size):
-  """Moves the rows of every block of `size` rows up by one."""
-  last = iota(x.shape, 0) & (size - 1) == size - 1
-  return jnp.where(last, 0.0, pltpu.roll(x, x.shape[0] - 1, 0))
+def head_intra(decay, q, e, k, pack):
+  """`channel_intra` for one decay per head.
 
-
-def head_intra(g, q, e, k, pack):
-  """`channel_intra` for one log decay per row, a column [p * C, 1]."""
+  `decay` is (log decays [1, p * C], columns pre and suf).
+  """
+  g, pre, suf = decay
   size = pack.size
-  pre = jnp.exp2(prefix_sum(g, size))
-  suf = jnp.exp2(suffix_sum(shift_up(g, size), size))
   shape = (size, pack.rows)
   i, j = iota(shape, 0), iota(shape, 1) & (size - 1)
-  spans = jnp.where(i > j, columns_to_pairs(g, pack), 0.0)
-  between = jnp.exp2(prefix_sum(spans, size))
+  between = jnp.exp2(_spans(g, pack))
   tot = [head_rows(pre, h, pack)[size - 1 :] for h in range(pack.heads)]
   decay = Decay(pre, suf, tot, between)
   left = q if e is None else jnp.concatenate([q, e], axis=0)
@@ -347,79 +334,22 @@ def head_intra(g, q, e, k, pack):
   return decay, reading, jnp.where(i > j, erasing, 0.0)
 
 
-# The inverse.
+def _spans(g, pack):
+  """Sums of g over the tokens after j, up to i, as pairs; 0 where i <= j.
 
-
-def inverse(lower, pack):
-  """Inverts I + lower for strictly lower triangular pairs, yields in turns.
-
-  Blocks of 16 by substitution, then block by block: no power of `lower` is
-  formed. Products are float32, or three of bfloat16, which is as good here.
+  A product with ones: exact where g is split into three of bfloat16.
   """
-  size, rows = lower.shape
-  lane = iota((_BASE, rows), 1)
-  block = (lane & (size - 1)) >> 4
-  diagonal = jnp.zeros((_BASE, rows), jnp.float32)
-  for r in range(size // _BASE):
-    here = lower[r * _BASE : (r + 1) * _BASE]
-    diagonal = jnp.where(block == r, here, diagonal)
-  base = yield from _substitute(diagonal)
-  result = jnp.concatenate([
-      jnp.where(block == r, base, 0.0) for r in range(size // _BASE)
-  ], axis=0)
-  b = _BASE
-  while b < size:
-    below = jnp.where(right_mask(b, pack), split_rows(lower, b)[1], 0.0)
-    below = _product3(below, result, pack)
-    yield
-    below = join_rows(jnp.zeros_like(below), below, b)
-    left, right = split_rows(result, b)
-    result = join_rows(left, right - _product3(right, below, pack), b)
-    yield
-    b *= 2
-  return result
-
-
-def _substitute(lower):
-  """Inverts I + the blocks of 16 that stand side by side, [16, p * C]."""
-  lane = iota((_TILE, lower.shape[1]), 1)
-  row = iota((_TILE, lower.shape[1]), 0)
-  one = lambda i: jnp.where(lane & (_BASE - 1) == i, 1.0, 0.0)
-  top, bottom = one(row), one(row + _TILE)
-  for j in range(_BASE - 1):
-    column = lambda x, j=j: jnp.take_along_axis(
-        x, (lane & ~(_BASE - 1)) + j, axis=1, mode='promise_in_bounds'
-    )
-    if j < _TILE:
-      pivot = top[j : j + 1]
-      top = top - column(lower[:_TILE]) * pivot
-    else:
-      pivot = bottom[j - _TILE : j - _TILE + 1]
-    bottom = bottom - column(lower[_TILE:]) * pivot
-    yield
-  return jnp.concatenate([top, bottom], axis=0)
-
-
-def _product3(a, b, pack):
-  """a b of every head, for pairs a [m, p * C] and b [C, p * C]."""
+  shape = (pack.size, pack.rows)
+  until = iota(shape, 0) >= (iota(shape, 1) & (pack.size - 1))
+  t, j = iota((pack.rows,) * 2, 0), iota((pack.rows,) * 2, 1)
+  same = (t ^ j) < pack.size
+  after = jnp.where(same & (t > j), 1.0, 0.0)
   if pack.exact:
-    return product(a, block_diagonal(b, pack), True)
-  m = a.shape[0]
-  a_high, b_high = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
-  a_low = (a - a_high.astype(jnp.float32)).astype(jnp.bfloat16)
-  b_low = (b - b_high.astype(jnp.float32)).astype(jnp.bfloat16)
-  b_high = block_diagonal(b_high, pack)
-  both = product(jnp.concatenate([a_high, a_low], axis=0), b_high, False)
-  low = product(a_high, block_diagonal(b_low, pack), False)
-  return both[:m] + (both[m:] + low)
-
-
-def block_diagonal(x, pack):
-  """Pairs [C, p * C] as [p * C, p * C], zero between heads."""
-  if pack.heads == 1:
-    return x
-  head = iota(x.shape, 1) >> (pack.size.bit_length() - 1)
-  zero = jnp.zeros_like(x)
-  return jnp.concatenate([
-      jnp.where(head == h, x, zero) for h in range(pack.heads)
-  ], axis=0)
+    return product(jnp.where(until, g, 0.0), after, True)
+  parts = []
+  for _ in range(3):
+    part = g.astype(jnp.bfloat16).astype(jnp.float32)
+    parts.append(pack.operand(jnp.where(until, part, 0.0)))
+    g = g - part
+  sums = product(jnp.concatenate(parts), after, False)
+  return sums[: shape[0]] + (sums[shape[0] : -shape[0]] + sums[-shape[0] :])

@@ -7,7 +7,7 @@ channels lie along the lanes. The pair matrices and the inverse never leave the
 chip.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import delta_rule_tpu_chunk as chunk
+from pallas_kernels import delta_rule_tpu_inverse as inversion
 
-import os
-SKEW=int(os.environ.get('SKEW','0'))
 
 class Plan(NamedTuple):
   """Static facts of a call.
@@ -59,8 +58,7 @@ class Plan(NamedTuple):
 
   def of_kind(self, kind):
     """The names of the gates of a kind, in the order they are stored."""
-    kinds = zip(('decay', 'erase', 'write'), (self.decay, self.erase, self.write))
-    return [name for name, k in kinds if k == kind]
+    return [n for n in ('decay', 'erase', 'write') if getattr(self, n) == kind]
 
   def key_head(self, h):
     """Which key head of the step value head h of the step uses."""
@@ -69,6 +67,8 @@ class Plan(NamedTuple):
 
 class Operands(NamedTuple):
   """What the kernels read, head-major and padded to whole tiles and chunks.
+
+  Also what belongs to it, one each: references, block specs, gradients.
 
   Attributes:
     q: [B, HK, T, K].
@@ -79,20 +79,23 @@ class Operands(NamedTuple):
       there are none. Log decays have base 2.
   """
 
-  q: jax.Array
-  k: jax.Array
-  v: jax.Array
+  q: Any
+  k: Any
+  v: Any
   channel: dict
-  head: jax.Array | None
+  head: Any
 
 
 class Rows(NamedTuple):
-  """One pack in float32, [p * C, D]; gates per head are columns [p * C, 1]."""
+  """One pack in float32, [p * C, D]; gates per head are columns [p * C, 1].
+
+  A decay per head is (log decays [1, p * C], columns pre and suf).
+  """
 
   q: jax.Array
   k: jax.Array
   v: jax.Array
-  decay: jax.Array
+  decay: Any
   erase: jax.Array | None
   write: jax.Array | None
 
@@ -135,6 +138,31 @@ class Solved(NamedTuple):
   residual: jax.Array
 
 
+def head_columns(refs, plan):
+  """Returns the gates per head as columns, [p * C, packs] each.
+
+  Of the decay it is (log decays [packs, p * C], columns pre, columns suf).
+  """
+  names = plan.of_kind('head')
+  if not names:
+    return {}
+  packs, size = plan.packs, plan.size
+  rows = refs.head[0, 0, 0]
+  parts = {n: rows[g * packs : (g + 1) * packs] for g, n in enumerate(names)}
+  decay = parts.pop('decay', None)
+  if decay is not None:
+    after = chunk.lane_shift(decay, size, -1)
+    parts['pre'] = jnp.exp2(chunk.lane_prefix(decay, size))
+    parts['suf'] = jnp.exp2(chunk.lane_suffix(after, size))
+  turned = jnp.concatenate(list(parts.values())).T
+  columns = {
+      n: turned[:, g * packs : (g + 1) * packs] for g, n in enumerate(parts)
+  }
+  if decay is not None:
+    columns['decay'] = decay, columns.pop('pre'), columns.pop('suf')
+  return columns
+
+
 def load(refs, columns, i, plan):
   """Returns the `Rows` of pack i from blocks of `Operands`."""
   first = i * plan.packed
@@ -149,10 +177,14 @@ def load(refs, columns, i, plan):
     x = ref[0, first : first + plan.packed]
     return x.reshape(rows, x.shape[-1]).astype(jnp.float32)
 
-  gates = {name: values(ref) for name, ref in refs.channel.items()}
-  for g, name in enumerate(plan.of_kind('head')):
-    at = g * plan.packs + i
-    gates[name] = columns[:, at : at + 1]
+  gates: dict[str, Any] = {}
+  gates.update((name, values(ref)) for name, ref in refs.channel.items())
+  for name, gate in columns.items():
+    if name == 'decay':
+      g, pre, suf = gate
+      gates[name] = g[i : i + 1], pre[:, i : i + 1], suf[:, i : i + 1]
+    else:
+      gates[name] = gate[:, i : i + 1]
   return Rows(
       keys(refs.q), keys(refs.k), values(refs.v), gates['decay'],
       gates.get('erase'), gates.get('write'),
@@ -170,7 +202,7 @@ def relate(x, plan):
   else:
     decay, reading, erasing = chunk.head_intra(x.decay, x.q, e, x.k, pack)
   lower = erasing
-  if plan.erase == 'head':
+  if erasing is not None and plan.erase == 'head':
     lower = chunk.columns_to_pairs(x.erase, pack) * erasing
   reads = [
       pack.operand(rows * decay.pre) for rows in (x.q, e) if rows is not None
@@ -188,7 +220,7 @@ def solve(x, intra, states, plan):
   residual = x.v if x.write is None else x.write * x.v
   inverse = None
   if erased is not None:
-    inverse = yield from chunk.inverse(intra.lower, pack)
+    inverse = yield from inversion.inverse(intra.lower, pack)
     gated = x.erase * erased if plan.erase == 'head' else erased
     residual = chunk.apply_pairs(inverse, residual - gated, pack)
   return Solved(inverse, read, erased, residual)
@@ -228,7 +260,7 @@ def _kernel(*refs, plan, keep):
 
   if keep:
     starts_ref[0, :, 0] = states[...]
-  columns = None if inputs.head is None else inputs.head[0, 0, 0].T
+  columns = head_columns(inputs, plan)
 
   rows = [load(inputs, columns, i, plan) for i in range(plan.packs)]
   intras = [relate(x, plan) for x in rows]
@@ -248,7 +280,7 @@ def _kernel(*refs, plan, keep):
           chunk.head_rows(intra.keys, n, pack), pack.exact,
       )
 
-  chunk.in_turns([run(i) for i in range(plan.packs)], SKEW)
+  chunk.in_turns([run(i) for i in range(plan.packs)])
 
   @pl.when(step == last)
   def _():
@@ -281,12 +313,14 @@ def specs(operands, plan, chunk_index):
 
 
 def state_spec(plan, width, values):
+  """Block spec of first and last states."""
   return pl.BlockSpec(
       (1, plan.heads, width, values), lambda b, h, n: (b, h, 0, 0)
   )
 
 
 def starts_spec(plan, width, values, chunk_index):
+  """Block spec of the states before every chunk."""
   return pl.BlockSpec(
       (1, plan.heads, 1, values, width),
       lambda b, h, n: (b, h, chunk_index(n), 0, 0),

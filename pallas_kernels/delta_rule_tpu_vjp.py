@@ -16,8 +16,6 @@ from pallas_kernels import delta_rule_tpu_adjoint as adjoint
 from pallas_kernels import delta_rule_tpu_chunk as chunk
 from pallas_kernels import delta_rule_tpu_forward as primal
 
-import os
-BSKEW=int(os.environ.get('BSKEW','0'))
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def run(plan, backward_plan, operands, state):
@@ -41,9 +39,9 @@ def _run_forward(plan, backward_plan, operands, state):
 
 def _run_backward(plan, backward_plan, residuals, cotangents):
   operands, starts = residuals
-  grads, d_state = backward(
-      _arrange(operands, backward_plan), starts, *cotangents, backward_plan
-  )
+  dy, d_final = cotangents
+  arranged = _arrange(operands, backward_plan)
+  grads, d_state = backward(arranged, starts, dy, d_final, backward_plan)
   heads = operands.q.shape[1]
   grads = grads._replace(
       q=_sum_partial(grads.q, operands.q), k=_sum_partial(grads.k, operands.k),
@@ -110,7 +108,7 @@ def _kernel(*refs, plan):
   def _():
     primal.turn(d_final, d_states, plan)
 
-  columns = None if inputs.head is None else inputs.head[0, 0, 0].T
+  columns = primal.head_columns(inputs, plan)
   dq, dk = [None] * plan.key_heads, [None] * plan.key_heads
   d_columns = {}
 
@@ -132,23 +130,36 @@ def _kernel(*refs, plan):
       for sums, part in ((dq, out.q), (dk, out.k)):
         part = chunk.head_rows(part, n, pack)
         sums[key] = part if sums[key] is None else sums[key] + part
-    for g, name in enumerate(plan.of_kind('head')):
-      d_columns[g * plan.packs + i] = getattr(out, name)
+    for name in plan.of_kind('head'):
+      of_name = getattr(out, name)
+      of_name = of_name if name == 'decay' else (of_name,)
+      for part, column in enumerate(of_name):
+        d_columns[name, part, i] = column
 
-  chunk.in_turns([run(i) for i in range(plan.packs)], BSKEW)
+  chunk.in_turns([run(i) for i in range(plan.packs)])
   for key in range(plan.key_heads):
     grads.q[0, key] = dq[key].astype(grads.q.dtype)
     grads.k[0, key] = dk[key].astype(grads.k.dtype)
   if d_columns:
-    lane = chunk.iota((pack.rows, len(d_columns)), 1)
-    joined = jnp.zeros(lane.shape, jnp.float32)
-    for at, column in d_columns.items():
-      joined = jnp.where(lane == at, column, joined)
-    grads.head[0, 0, 0] = joined.T
+    grads.head[0, 0, 0] = _head_rows(d_columns, plan)
 
   @pl.when(step == last)
   def _():
     primal.turn(d_states, d_state_ref, plan)
+
+
+def _head_rows(columns, plan):
+  """Gradients of the gates per head, from columns by (gate, part, pack)."""
+  lane = chunk.iota((plan.pack.rows, len(columns)), 1)
+  joined = jnp.zeros(lane.shape, jnp.float32)
+  for at, key in enumerate(sorted(columns)):
+    joined = jnp.where(lane == at, columns[key], joined)
+  rows, packs = joined.T, plan.packs
+  rows = [rows[at : at + packs] for at in range(0, rows.shape[0], packs)]
+  if plan.decay == 'head':
+    own, d_pre, d_suf, *rows = rows
+    rows.insert(0, adjoint.sum_spans(own, d_pre, d_suf, plan.size))
+  return jnp.concatenate(rows)
 
 
 def _pack_backward(x, states, dy, d_states, plan):
@@ -168,7 +179,7 @@ def _pack_backward(x, states, dy, d_states, plan):
   ])
   d_reads = [dy]
   yield
-  if e is not None:
+  if s.inverse is not None:
     d_u = adjoint.apply_transposed(s.inverse.T, d_u, pack)
     d_reads.append(-x.erase * d_u if plan.erase == 'head' else -d_u)
     yield
@@ -191,10 +202,10 @@ def _pack_backward(x, states, dy, d_states, plan):
     if plan.decay == 'head':
       both = jnp.sum(both, axis=1, keepdims=True)
     d_tot.append(tot * both)
-  size = pack.size
+  size, zero = pack.size, jnp.zeros((), jnp.float32)
   dq = jnp.concatenate([d[:size] for d in d_read]) * decay.pre
   dk = jnp.concatenate(d_keys) * decay.suf
-  d_pre, d_suf, de = x.q * dq, x.k * dk, None
+  d_pre, d_suf, de = x.q * dq, x.k * dk, zero
   if e is not None:
     de = jnp.concatenate([d[size:] for d in d_read]) * decay.pre
     d_pre += e * de
@@ -206,7 +217,7 @@ def _pack_backward(x, states, dy, d_states, plan):
   pairs = chunk.product_nt(jnp.concatenate(left), s.residual, exact)
   d_reading = chunk.to_pairs(pairs[: pack.rows], pack)
   d_reading = adjoint.lower(d_reading, pack, strict=False)
-  d_erasing = d_gated = None
+  d_erasing, d_gated = None, zero
   if e is not None:
     d_gated = chunk.to_pairs(pairs[pack.rows :], pack)
     d_gated = d_erasing = adjoint.lower(d_gated, pack, strict=True)
@@ -222,17 +233,17 @@ def _pack_backward(x, states, dy, d_states, plan):
   else:
     over_keys = lambda rows: jnp.sum(rows, axis=1, keepdims=True)
     by_q, by_e, by_k, d_decay = adjoint.head_adjoint(
-        x.q, e, x.k, decay, (intra.reading, intra.erasing), d_reading, d_erasing,
-        over_keys(d_pre), over_keys(d_suf), d_tot, pack,
+        x.q, e, x.k, decay, (intra.reading, intra.erasing),
+        d_reading, d_erasing, over_keys(d_pre), over_keys(d_suf), d_tot, pack,
     )
   dq, dk = dq + by_q, dk + by_k
   d_erase = d_write = None
+  de += zero if by_e is None else by_e
   if plan.erase == 'head':
-    dk += de + by_e
+    dk += de
     d_erase = adjoint.pairs_to_column(d_gated * intra.erasing, pack)
     d_erase -= jnp.sum(d_u * s.erased, axis=1, keepdims=True)
   elif plan.erase == 'channel':
-    de += by_e
     dk += x.erase * de
     d_erase = x.k * de
   d_v = d_u
