@@ -50,7 +50,7 @@ def delta_rule_step(q, k, v, log_decay, erase, write, state, n_valid=None, *,
     q: [B, 1, HK, K], any float dtype.
     k: [B, 1, HK, K].
     v: [B, 1, HV, V].
-    log_decay: [B, 1, HV] or [B, 1, HV, K].
+    log_decay: [B, 1, HV] or [B, 1, HV, K]; None for 0.
     erase: [B, 1, HV] or [B, 1, HV, K]; None for 0.
     write: [B, 1, HV] or [B, 1, HV, V]; None for 1.
     state: [B, HV, K, V] float32; donate it, or it is copied first.
@@ -201,9 +201,10 @@ def _work(inputs, before, y, after, first, scale, groups):
   for head in range(size):
     index = slice(head // groups, head // groups + 1)
     keys = column(k[index])
-    decay = jnp.exp(row('log_decay', head))
-    decay = column(decay) if by_channel('log_decay') else decay
-    decayed = decay * before[0, head]
+    decayed = before[0, head]
+    if 'log_decay' in inputs:
+      decay = jnp.exp(row('log_decay', head))
+      decayed *= column(decay) if by_channel('log_decay') else decay
     residual = row('v', head)
     if 'write' in inputs:
       residual *= row('write', head)

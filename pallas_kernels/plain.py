@@ -33,7 +33,9 @@ def delta_rule(q, k, v, log_decay, erase, write, state, n_valid=None, *, scale):
 
   def body(state, token):
     real, q, k, v, log_decay, erase, write = token
-    decayed = jnp.exp(log_decay)[..., None] * state
+    decayed = state
+    if log_decay is not None:
+      decayed = jnp.exp(log_decay)[..., None] * state
     residual = v if write is None else write * v
     if erase is not None:
       residual = residual - recall(erase * k, decayed)

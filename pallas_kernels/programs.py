@@ -9,6 +9,7 @@ from pallas_kernels import aot
 from pallas_kernels.workloads import WORKLOADS
 
 _CHUNK = 64
+# Heads per grid step, below, are those that the kernels choose at these widths.
 
 
 def step(workload) -> aot.Program:
@@ -29,20 +30,20 @@ def step(workload) -> aot.Program:
                      kernel=kernel.NAME, work=heads)
 
 
-def forward(workload, heads=8, length=None) -> aot.Program:
+def forward(workload, heads=16, length=None) -> aot.Program:
   """All tokens, chunk by chunk."""
   specs = _shapes(workload, length).specs()
   return aot.Program(
-      functools.partial(_run, heads), (specs,),
+      functools.partial(_run, heads, heads), (specs,),
       kernel='delta_rule_forward', work=_CHUNK * heads)
 
 
-def backward(workload, heads=4, length=None) -> aot.Program:
+def backward(workload, heads=8, length=None) -> aot.Program:
   """The gradient of every input; runs the forward kernel first."""
   specs = _shapes(workload, length).specs()
 
   def function(inputs, d_y, d_state):
-    _, gradient = jax.vjp(functools.partial(_run, heads), inputs)
+    _, gradient = jax.vjp(functools.partial(_run, 2 * heads, heads), inputs)
     return gradient((d_y, d_state))
 
   return aot.Program(
@@ -55,8 +56,8 @@ def _shapes(workload, length):
   return dataclasses.replace(shapes, length=length or shapes.length)
 
 
-def _run(heads, inputs):
+def _run(heads, backward_heads, inputs):
   from pallas_kernels import delta_rule_tpu
   return delta_rule_tpu.delta_rule(
       **inputs, scale=inputs['q'].shape[-1] ** -0.5, chunk_size=_CHUNK,
-      heads_per_step=heads, backward_heads_per_step=heads)
+      heads_per_step=heads, backward_heads_per_step=backward_heads)

@@ -38,8 +38,10 @@ def make(decay, erase, write, *, batch=2, key_heads=1, heads=2, width=8,
   inputs = dict(
       q=normal(batch, 1, key_heads, width),
       k=normal(batch, 1, key_heads, width),
-      v=normal(batch, 1, heads, values), log_decay=-gate(decay, width),
+      v=normal(batch, 1, heads, values), log_decay=gate(decay, width),
       erase=gate(erase, width), write=gate(write, values))
+  if decay is not None:
+    inputs['log_decay'] *= -1
   for name in 'qkv':
     inputs[name] = inputs[name].astype(dtype)
   return inputs, normal(batch, heads, width, values)
@@ -54,7 +56,9 @@ def oracle(inputs, state):
   decay, erase, write = (
       x if x is None or x.ndim == 3 else x[..., None]
       for x in (wide['log_decay'], wide['erase'], wide['write']))
-  decayed = np.exp(decay)[..., None] * state.astype(np.float64)
+  decayed = state.astype(np.float64)
+  if decay is not None:
+    decayed = np.exp(decay)[..., None] * decayed
   residual = wide['v'] if write is None else write * wide['v']
   if erase is not None:
     residual = residual - np.einsum('bhk,bhkv->bhv', erase * k, decayed)
@@ -79,7 +83,7 @@ def check(inputs, state, tolerance=3e-7):
     assert got.shape == want.shape
 
 
-@pytest.mark.parametrize('decay', ['head', 'channel'])
+@pytest.mark.parametrize('decay', ['head', 'channel', None])
 @pytest.mark.parametrize('erase, write', [
     ('head', 'head'), ('channel', 'channel'), (None, None),
     ('channel', 'head')])
