@@ -196,7 +196,6 @@ def test_the_op_declines_without_a_tpu():
 
 @pytest.mark.parametrize('change, reason', [
     (dict(chunk_size=8), 'chunks have 16, 32, 64 or 128'),
-    (dict(length=1), 'one token is a single step'),
     (dict(dtype='float16'), 'float16'),
 ])
 def test_the_op_says_why_on_a_tpu(change, reason, monkeypatch):
