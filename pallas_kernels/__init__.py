@@ -11,7 +11,8 @@ def _delta_rule_tpu(
   if inputs.q.shape[1] == 1:  # a single token cannot be reset
     from pallas_kernels.delta_rule_step_tpu import delta_rule_step
     return delta_rule_step(
-        *inputs, state, n_valid, scale=scale, interpret=interpret)
+        *inputs, state=state, n_valid=n_valid, scale=scale,
+        interpret=interpret)
   from pallas_kernels.delta_rule_tpu import delta_rule
   return delta_rule(
       **inputs._asdict(), state=state, n_valid=n_valid, resets=resets,

@@ -243,8 +243,8 @@ def _schedule(dump: pathlib.Path, kernel: str) -> dict[str, Any]:
           f'none; {version()} may call its options otherwise.')
     return paths[-1].read_text()
 
-  bundles = re.search(r'total scheduled bundles:\s*(\d+)',
-                      text('schedule-analysis_final_bundles.txt'))
+  bundles, = re.findall(r'total scheduled bundles:\s*(\d+)',
+                        text('schedule-analysis_final_bundles.txt'))
   lines = text('final_hlo-static-per-bundle-utilization.txt').splitlines()
   units = [name.strip() for name in lines[1].split(',')]
   capacity = [int(x) for x in lines[2].split()]
@@ -253,7 +253,7 @@ def _schedule(dump: pathlib.Path, kernel: str) -> dict[str, Any]:
   sizes = re.findall(r'space=vmem, size = (0x[0-9a-f]+)',
                      text('post-delay-converter.txt'))
   return {
-      'bundles': int(bundles[1]),
+      'bundles': int(bundles),
       'slots': {unit: round(n / (c * len(rows)), 3)
                 for unit, n, c in zip(units, used, capacity)},
       'vmem': sum(int(size, 16) for size in sizes),

@@ -27,7 +27,7 @@ def contestants(workload: str) -> dict:
   scale = shapes.width ** -0.5
 
   def recurrence(inputs, state):
-    return plain.delta_rule(*inputs, state, scale=scale)
+    return plain.delta_rule(*inputs, state=state, scale=scale)
 
   return {'recurrence': recurrence, 'pallas_tpu': _on_tpu(shapes, scale)}
 
@@ -39,7 +39,7 @@ def _on_tpu(shapes, scale):
     from pallas_kernels.delta_rule_step_tpu import delta_rule_step as kernel
   else:
     from pallas_kernels.delta_rule_tpu import delta_rule as kernel
-  return lambda inputs, state: kernel(*inputs, state, scale=scale)
+  return lambda inputs, state: kernel(*inputs, state=state, scale=scale)
 
 
 def gradient(function):

@@ -133,7 +133,8 @@ def _run_backward(scale, interpret, residuals, cotangents):
   inputs, state, n_valid = residuals
 
   def run(inputs, state):
-    return plain.delta_rule(*inputs, state, n_valid, scale=scale)
+    return plain.delta_rule(
+        *inputs, state=state, n_valid=n_valid, scale=scale)
 
   return *jax.vjp(run, inputs, state)[1](cotangents), None
 
