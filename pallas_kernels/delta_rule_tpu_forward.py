@@ -116,7 +116,7 @@ class Intra(NamedTuple):
   decay: chunk.Decay
   e: jax.Array | None
   reading: jax.Array
-  erasing: jax.Array | None
+  erasing: Any
   lower: jax.Array | None
   reads: list
   keys: jax.Array
@@ -134,7 +134,7 @@ class Solved(NamedTuple):
 
   inverse: jax.Array | None
   read: jax.Array
-  erased: jax.Array | None
+  erased: Any
   residual: jax.Array
 
 
@@ -158,9 +158,10 @@ def head_columns(refs, plan):
   columns = {
       n: turned[:, g * packs : (g + 1) * packs] for g, n in enumerate(parts)
   }
-  if decay is not None:
-    columns['decay'] = decay, columns.pop('pre'), columns.pop('suf')
-  return columns
+  if decay is None:
+    return columns
+  of_decay = decay, columns.pop('pre'), columns.pop('suf')
+  return {'decay': of_decay, **columns}
 
 
 def load(refs, columns, i, plan):
@@ -177,14 +178,14 @@ def load(refs, columns, i, plan):
     x = ref[0, first : first + plan.packed]
     return x.reshape(rows, x.shape[-1]).astype(jnp.float32)
 
-  gates: dict[str, Any] = {}
-  gates.update((name, values(ref)) for name, ref in refs.channel.items())
-  for name, gate in columns.items():
-    if name == 'decay':
-      g, pre, suf = gate
-      gates[name] = g[i : i + 1], pre[:, i : i + 1], suf[:, i : i + 1]
-    else:
-      gates[name] = gate[:, i : i + 1]
+  def of_head(name, gate):
+    if name != 'decay':
+      return gate[:, i : i + 1]
+    g, pre, suf = gate
+    return g[i : i + 1], pre[:, i : i + 1], suf[:, i : i + 1]
+
+  gates = {name: values(ref) for name, ref in refs.channel.items()}
+  gates |= {name: of_head(name, gate) for name, gate in columns.items()}
   return Rows(
       keys(refs.q), keys(refs.k), values(refs.v), gates['decay'],
       gates.get('erase'), gates.get('write'),
