@@ -11,7 +11,8 @@ ENTRY %main.1 (a.1: f32[8,128], s.1: bf16[4]) -> (f32[8,128], bf16[4]) {
 u32[]{:S(2)}) copy-start(%a.1)
   %copy-done = f32[8,128]{1,0:T(8,128)S(1)} copy-done(%copy-start)
   %kernel.1 = (f32[8,128]{1,0:T(8,128)}, bf16[4]{0:T(1024)}) \
-custom-call(%copy-done, /*index=1*/%s.1), custom_call_target="tpu_custom_call", \
+custom-call(%copy-done, /*index=1*/%s.1), \
+custom_call_target="tpu_custom_call", \
 metadata={op_name="jit(f)/kernel"}
   %x = f32[8,128]{1,0:T(8,128)} get-tuple-element(%kernel.1), index=0
   %y = bf16[4]{0:T(1024)} get-tuple-element(%kernel.1), index=1
