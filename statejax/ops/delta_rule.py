@@ -52,7 +52,8 @@ def delta_rule(
       it changes; the incoming state belongs to the first document.
     scale: static factor on q; None means K**-0.5.
     chunk_size: static power of two, tokens per chunk of 'xla'; None chooses.
-    implementation: see `statejax.ops.dispatch`: 'xla' or 'reference'.
+    implementation: see `statejax.ops.dispatch`: 'pallas_tpu' (the first choice
+      on a single TPU), 'xla' or 'reference'.
 
   Returns:
     y: [B, T, HV, V] in v.dtype, zero past n_valid.
@@ -70,9 +71,10 @@ def delta_rule(
   _check_chunk_size(chunk_size)
   fast = (_step if q.shape[1] == 1 else
           functools.partial(_chunked, chunk_size=chunk_size))
-  run = dispatch.choose(
-      'delta_rule', implementation, {'xla': fast, 'reference': _recurrent}
-  )
+  run = dispatch.choose('delta_rule', implementation, {
+      'pallas_tpu': _on_tpu(q, k, v, state, chunk_size, implementation),
+      'xla': fast, 'reference': _recurrent,
+  })
   gates = (log_decay, erase, write)
   return _run(run, q, k, v, gates, state, n_valid, segment_ids, scale)
 
@@ -240,6 +242,30 @@ def _chunked(inputs, state, n_valid, resets, scale, chunk_size):
       inputs, state, n_valid, resets, scale=scale,
       chunk_size=min(chunk_size, needed),
   )
+
+
+def _on_tpu(q, k, v, state, chunk_size, implementation):
+  """The TPU kernel, or the reason why it declines."""
+  declines = None
+  names = {x.dtype.name for x in (q, k, v)} - {'float32', 'bfloat16'}
+  if jax.default_backend() != 'tpu':
+    declines = f'it needs a TPU, the backend is {jax.default_backend()}'
+  elif names or state.dtype != jnp.float32:
+    declines = (
+        'it takes float32 and bfloat16 and a float32 state, got '
+        f'{", ".join(sorted({*names, state.dtype.name}))}'
+    )
+  elif chunk_size not in (None, 16, 32, 64, 128):
+    declines = f'its chunks have 16, 32, 64 or 128 tokens, not {chunk_size}'
+  elif implementation is None and jax.device_count() > 1:
+    declines = (
+        'XLA cannot partition it over several devices by itself; inside '
+        'jax.shard_map ask for it by name'
+    )
+  run = dispatch.kernel('delta_rule', 'pallas_tpu', declines)
+  if isinstance(run, str):
+    return run
+  return functools.partial(run, chunk_size=chunk_size)
 
 
 # Errors of the caller.

@@ -14,8 +14,8 @@ def choose(
     op: name of the op, for messages.
     implementation: 'reference', 'xla', 'pallas_tpu', 'pallas_gpu', or None for
       the first candidate that applies.
-    candidates: from name to function, best first. A string in place of a
-      function is the reason why that implementation declines.
+    candidates: from name to function, best first; kernels come before all. A
+      string in place of a function is the reason why it declines.
 
   Returns:
     The chosen function.
@@ -24,9 +24,7 @@ def choose(
     ValueError: the implementation asked for is unknown or declines.
     ExceptionGroup: None was asked for and every candidate declines.
   """
-  # Kernels stand behind ops; each is a function, or the reason for its absence.
-  from pallas_kernels import KERNELS
-  candidates = {**candidates, **KERNELS.get(op, {})}
+  candidates = {**_kernels(op), **candidates}
   available = {n: f for n, f in candidates.items() if not isinstance(f, str)}
   if implementation is None:
     if available:
@@ -42,3 +40,13 @@ def choose(
         f'available: {", ".join(available)}. Choose one of these, or None.'
     )
   return chosen
+
+
+def kernel(op: str, implementation: str, declines: str | None):
+  """Returns a kernel, or why there is none: `declines`, unless that is None."""
+  return declines or _kernels(op).get(implementation, 'there is no kernel')
+
+
+def _kernels(op):
+  from pallas_kernels import KERNELS
+  return KERNELS.get(op, {})
