@@ -21,8 +21,9 @@ from statejax.layers.retnet import RetNet
 # `config` field, `state(config, rows, capacity, dtype)` that returns its state
 # class filled with `Spec`, and `(x, state, context) -> (y, state)`. A config
 # whose mixer does not see all of the past says how far in a field or property
-# `window` or `reach` (the query counts); a new logical axis also wants a line
-# in `statejax.sharding.RULES`.
+# `window` or `reach` (the query counts). A new logical axis also wants a line
+# in `statejax.sharding.RULES` and, where it is a side of matrices, a place in
+# `statejax.train.optimizer`: what is no matrix gets no weight decay.
 MIXERS = {
     cfg.AttentionConfig: Attention,
     cfg.DeltaNetConfig: DeltaNet,
