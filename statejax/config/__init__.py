@@ -7,7 +7,19 @@ two state entries, `kda` with 18 layers and `full` with 6.
 """
 
 from statejax.config.attention import AttentionConfig, RopeConfig
-from statejax.config.delta import GatedDeltaNetConfig, KDAConfig
+from statejax.config.delta import (
+  DeltaNetConfig,
+  DeltaProductConfig,
+  GatedDeltaNet2Config,
+  GatedDeltaNetConfig,
+  KDAConfig,
+)
+from statejax.config.linear import (
+  GLAConfig,
+  LightningConfig,
+  Mamba2Config,
+  RetNetConfig,
+)
 from statejax.config.model import (
   GroupConfig,
   LayerConfig,
@@ -20,8 +32,9 @@ from statejax.config.train import Config, TaskConfig, TrainConfig
 from statejax.config.tree import from_dict, to_dict
 
 __all__ = [
-  'AttentionConfig', 'Config', 'GatedDeltaNetConfig', 'GroupConfig',
-  'KDAConfig', 'LayerConfig', 'ModelConfig', 'NormConfig', 'RopeConfig',
-  'SwiGLUConfig', 'TaskConfig', 'TrainConfig', 'from_dict', 'override',
-  'to_dict',
+  'AttentionConfig', 'Config', 'DeltaNetConfig', 'DeltaProductConfig',
+  'GLAConfig', 'GatedDeltaNet2Config', 'GatedDeltaNetConfig', 'GroupConfig',
+  'KDAConfig', 'LayerConfig', 'LightningConfig', 'Mamba2Config',
+  'ModelConfig', 'NormConfig', 'RetNetConfig', 'RopeConfig', 'SwiGLUConfig',
+  'TaskConfig', 'TrainConfig', 'from_dict', 'override', 'to_dict',
 ]

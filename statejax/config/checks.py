@@ -15,3 +15,12 @@ def divides(config, many, few):
     raise ValueError(
         f'{type(config).__name__}: {many}={getattr(config, many)} must be a '
         f'multiple of {few}={getattr(config, few)}.')
+
+
+def negative(config, *names):
+  """Raises ValueError unless every named field is below 0 or None."""
+  for name in names:
+    value = getattr(config, name)
+    if value is not None and value >= 0:
+      raise ValueError(f'{type(config).__name__}.{name}: expected < 0 or None, '
+                       f'got {value}.')

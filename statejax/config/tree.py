@@ -3,9 +3,9 @@
 import dataclasses
 import typing
 
-from statejax.config import attention, delta, model, train
+from statejax.config import attention, delta, linear, model, train
 
-_KNOWN = {name: value for module in (attention, delta, model, train)
+_KNOWN = {name: value for module in (attention, delta, linear, model, train)
           for name, value in vars(module).items()
           if dataclasses.is_dataclass(value)}
 

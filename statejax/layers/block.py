@@ -6,9 +6,16 @@ import jax.numpy as jnp
 from statejax import config as cfg
 from statejax.layers.attention import Attention
 from statejax.layers.common import RMSNorm
+from statejax.layers.delta_net import DeltaNet
+from statejax.layers.delta_product import DeltaProduct
 from statejax.layers.gated_delta_net import GatedDeltaNet
+from statejax.layers.gated_delta_net2 import GatedDeltaNet2
+from statejax.layers.gla import GLA
 from statejax.layers.kda import KDA
+from statejax.layers.lightning import Lightning
+from statejax.layers.mamba2 import Mamba2
 from statejax.layers.mlp import SwiGLU
+from statejax.layers.retnet import RetNet
 
 # A new mixer is one file and one line here. It is a Linen module with a
 # `config` field, `state(config, rows, capacity, dtype)` that returns its state
@@ -18,8 +25,15 @@ from statejax.layers.mlp import SwiGLU
 # in `statejax.sharding.RULES`.
 MIXERS = {
     cfg.AttentionConfig: Attention,
+    cfg.DeltaNetConfig: DeltaNet,
+    cfg.DeltaProductConfig: DeltaProduct,
+    cfg.GLAConfig: GLA,
     cfg.GatedDeltaNetConfig: GatedDeltaNet,
+    cfg.GatedDeltaNet2Config: GatedDeltaNet2,
     cfg.KDAConfig: KDA,
+    cfg.LightningConfig: Lightning,
+    cfg.Mamba2Config: Mamba2,
+    cfg.RetNetConfig: RetNet,
 }
 MLPS = {cfg.SwiGLUConfig: SwiGLU}
 

@@ -1,12 +1,10 @@
 """Gated DeltaNet: one decay per value head (arXiv 2412.06464)."""
 
 import flax.linen as nn
-import jax
 
 from statejax.config import GatedDeltaNetConfig
 from statejax.layers import delta
-from statejax.layers.common import Proj, weight
-from statejax.ops import norm
+from statejax.layers.common import Proj
 
 
 class GatedDeltaNet(nn.Module):
@@ -29,28 +27,16 @@ class GatedDeltaNet(nn.Module):
   def __call__(self, x, state, context):
     c = self.config
     keys, values = (c.heads, c.key), (c.value_heads, c.value)
-    key_axes, value_axes = ('key_heads', 'key'), ('heads', 'value')
-    q = Proj(keys, ('embed', *key_axes), name='q')(x)
-    k = Proj(keys, ('embed', *key_axes), name='k')(x)
-    v = Proj(values, ('embed', *value_axes), name='v')(x)
-    gate = Proj(values, ('embed', *value_axes), name='gate')(x)
-    beta = Proj((c.value_heads,), ('embed', 'heads'), name='beta')(x)
+    gate = Proj(values, ('embed', 'heads', 'value'), name='gate')(x)
     rate = Proj((c.value_heads,), ('embed', 'heads'), name='rate')(x)
-    a = weight(self, 'a_log', ('heads',), (c.value_heads,),
-               delta.rate_init(1.0, 16.0))
-    bias = weight(self, 'dt_bias', ('heads',), (c.value_heads,),
-                  delta.step_init())
-
-    conv = lambda name, axes: delta.HeadConv(c.conv, axes, name=name)
-    q, tail_q = conv('conv_q', key_axes)(q, state.tail_q, context)
-    k, tail_k = conv('conv_k', key_axes)(k, state.tail_k, context)
-    v, tail_v = conv('conv_v', value_axes)(v, state.tail_v, context)
-    beta = c.max_erase * jax.nn.sigmoid(beta.astype('float32'))
+    log_decay = delta.decay_gate(self, rate, ('heads',), rate_min=c.rate_min,
+                                 dt_bias=c.dt_bias)
+    beta = delta.beta(x, c.value_heads, c.max_erase)
+    q, k, v, tails = delta.query_key_value(
+        x, state, context, query=keys, key=keys, value=values, taps=c.conv,
+        key_axes=('key_heads', 'key'))
     y, matrix = delta.delta_rule(
-        norm.l2_norm(q).astype(x.dtype), norm.l2_norm(k).astype(x.dtype), v,
-        delta.log_decay(rate, a, bias), beta, beta, state.matrix,
+        delta.unit(q), delta.unit(k), v, log_decay, beta, beta, state.matrix,
         context.n_valid, context.document, chunk_size=c.chunk)
-    w = weight(self, 'norm', ('value',), (c.value,), nn.initializers.ones)
-    y = norm.gated_rms_norm(y, gate, w, eps=c.eps, activation=jax.nn.silu)
-    y = Proj(x.shape[-1:], (*value_axes, 'embed'), contract=2, name='out')(y)
-    return y, delta.DeltaState(matrix, tail_q, tail_k, tail_v)
+    y = delta.output(self, y, gate, x.shape[-1], eps=c.eps)
+    return y, delta.DeltaState(matrix, **tails)

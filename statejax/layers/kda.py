@@ -2,12 +2,9 @@
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from statejax.config import KDAConfig
 from statejax.layers import delta
-from statejax.layers.common import Proj, weight
-from statejax.ops import norm
 
 
 class KDA(nn.Module):
@@ -31,38 +28,17 @@ class KDA(nn.Module):
   def __call__(self, x, state, context):
     c = self.config
     keys, values = (c.heads, c.key), (c.heads, c.value)
-    key_axes, value_axes = ('heads', 'key'), ('heads', 'value')
-    q = Proj(keys, ('embed', *key_axes), name='q')(x)
-    k = Proj(keys, ('embed', *key_axes), name='k')(x)
-    v = Proj(values, ('embed', *value_axes), name='v')(x)
-    beta = Proj((c.heads,), ('embed', 'heads'), name='beta')(x)
-    low = Proj((c.rank,), ('embed', 'rank'), name='decay_a')(x)
-    rate = Proj(keys, ('rank', *key_axes), name='decay_b')(low)
-    low = Proj((c.rank,), ('embed', 'rank'), name='gate_a')(x)
-    gate = Proj(values, ('rank', *value_axes), name='gate_b')(low)
-
-    conv = lambda name, axes: delta.HeadConv(c.conv, axes, name=name)
-    q, tail_q = conv('conv_q', key_axes)(q, state.tail_q, context)
-    k, tail_k = conv('conv_k', key_axes)(k, state.tail_k, context)
-    v, tail_v = conv('conv_v', value_axes)(v, state.tail_v, context)
-    beta = c.max_erase * jax.nn.sigmoid(beta.astype('float32'))
+    rate = delta.low_rank(self, x, 'decay', c.rank, keys, ('heads', 'key'))
+    log_decay = delta.decay_gate(self, rate, ('heads', 'key'),
+                                 lower_bound=c.lower_bound)
+    gate = delta.low_rank(self, x, 'gate', c.rank, values, ('heads', 'value'),
+                          bias=c.gate_bias)
+    beta = delta.beta(x, c.heads, c.max_erase)
+    q, k, v, tails = delta.query_key_value(
+        x, state, context, query=keys, key=keys, value=values, taps=c.conv)
     y, matrix = delta.delta_rule(
-        norm.l2_norm(q).astype(x.dtype), norm.l2_norm(k).astype(x.dtype), v,
-        self._log_decay(rate), beta, beta, state.matrix,
+        delta.unit(q), delta.unit(k), v, log_decay, beta, beta, state.matrix,
         context.n_valid, context.document, chunk_size=c.chunk)
-    w = weight(self, 'norm', ('value',), (c.value,), nn.initializers.ones)
-    y = norm.gated_rms_norm(y, gate, w, eps=c.eps, activation=jax.nn.sigmoid)
-    y = Proj(x.shape[-1:], (*value_axes, 'embed'), contract=2, name='out')(y)
-    return y, delta.DeltaState(matrix, tail_q, tail_k, tail_v)
-
-  def _log_decay(self, rate):
-    c = self.config
-    a = weight(self, 'a_log', ('heads',), (c.heads,),
-               delta.rate_init(1.0, 16.0))
-    bias = weight(self, 'dt_bias', ('heads', 'key'), (c.heads, c.key),
-                  delta.step_init())
-    if c.lower_bound is None:
-      return delta.log_decay(rate, a, bias)
-    wide = rate.astype(jnp.float32) + bias[None, None]
-    return c.lower_bound * jax.nn.sigmoid(
-        jnp.exp(a)[None, None, :, None] * wide)
+    y = delta.output(self, y, gate, x.shape[-1], eps=c.eps,
+                     activation=jax.nn.sigmoid)
+    return y, delta.DeltaState(matrix, **tails)

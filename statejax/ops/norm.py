@@ -50,6 +50,23 @@ def gated_rms_norm(x, gate, weight, *, eps, activation):
   return (y * _row(weight, y) * activation(_wide(gate))).astype(x.dtype)
 
 
+def norm_of_gated(x, gate, weight, *, eps, activation):
+  """`rms_norm(x * activation(gate)) * weight`: the gate, then the norm.
+
+  Args:
+    x: [..., V].
+    gate: [..., V].
+    weight: [V] float32.
+    eps: added to the mean square.
+    activation: jax.nn.silu in Mamba-2.
+
+  Returns:
+    [..., V] in x.dtype.
+  """
+  y = _wide(x) * activation(_wide(gate))
+  return rms_norm(y, weight, eps=eps).astype(x.dtype)
+
+
 def l2_norm(x, *, eps=1e-6):
   """`x / sqrt(sum(x^2) + eps)` over the last axis, float32 out."""
   y = _wide(x)
