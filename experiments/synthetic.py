@@ -1,0 +1,291 @@
+"""Recall, reversal and stacks: every delta-family layer at equal state bytes.
+
+  python -m experiments.synthetic
+
+Two layers of each kind are trained on multi-query associative recall,
+palindromes and 64 stacks with the same number of state bytes (within 2.5%,
+counted from the schema), the same parameters (within 1%, by the width of the
+feed-forward block), the same data and the same AdamW; the peak rate is the
+better of RATES for the layer and task, by the training loss of seed 0. Reported
+are the accuracy on unseen items, and as the speed of learning the mean accuracy
+over all updates, where every item is new too: means over seeds with 95%
+t-intervals. Expected is the order of the Kimi Linear report, KDA >= Gated
+DeltaNet >= Mamba-2 (arXiv 2510.26692, figure 4: two layers of two heads of 128,
+up to 20,000 updates). Results are kept after each training: the same command
+goes on where a killed run stopped.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import pathlib
+import statistics
+import time
+
+from absl import app, flags, logging
+
+from experiments import report
+from statejax import config as c
+
+OUT = flags.DEFINE_string('out', 'experiments/results/synthetic.json',
+                          'results; what it holds is not run again')
+SMOKE = flags.DEFINE_bool('smoke', False, 'three layers, a few updates')
+SEEDS = flags.DEFINE_integer('seeds', 3, 'seeds')
+LAYERS = flags.DEFINE_list('layers', [], 'some layers only')
+TASKS = flags.DEFINE_list('tasks', [], 'some tasks only')
+
+# 3,200 bytes a layer where matrix and convolutions have heads of 16 x 16; what
+# has no convolution gets a larger matrix, what has larger tails a smaller one.
+MIXERS = {
+    'KDA': c.KDAConfig(2, 16, 16, rank=8, chunk=16),
+    'GDN': c.GatedDeltaNetConfig(2, 2, 16, 16, chunk=16),
+    'Mamba-2': c.Mamba2Config(2, 2, 16, 16, chunk=16),
+    'GDN-2': c.GatedDeltaNet2Config(2, 2, 16, 16, rank=8, chunk=16),
+    'DeltaNet': c.DeltaNetConfig(2, 16, 16, chunk=16),
+    'DeltaProduct': c.DeltaProductConfig(2, 2, 16, 12, writes=2, chunk=16),
+    'GLA': c.GLAConfig(2, 16, 25, rank=8, chunk=16),
+    'RetNet': c.RetNetConfig(2, 16, 25, chunk=16),
+    'lightning': c.LightningConfig(2, 20, 20, chunk=16),
+}
+TASK = {
+    'mqar': c.TaskConfig('mqar', pairs=16, vocab=64),
+    'palindrome': c.TaskConfig('palindrome', vocab=64),
+    'stack': c.TaskConfig('stack', stacks=64, vocab=96),
+}
+ORDER = ('KDA', 'GDN', 'Mamba-2')
+TIE = 0.02
+RATES = (4e-3, 1.2e-2)
+TRAIN = c.TrainConfig(steps=300, rows=16, length=64, peak=1.0, warmup=20,
+                      decay=150, weight_decay=0.1, eval_batches=32)
+WIDTH, VOCAB, PARAMETERS = 32, 96, 29_000
+# Two-sided 95% of Student's t, by the number of seeds.
+T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+
+
+@functools.cache
+def model(name):
+  """Returns two layers of a kind, its feed-forward block as wide as fits."""
+  import jax
+
+  from statejax.model import LanguageModel
+  def build(hidden):
+    layer = c.LayerConfig(name, MIXERS[name], c.SwiGLUConfig(hidden))
+    return LanguageModel(c.ModelConfig(
+        vocab=VOCAB, width=WIDTH, layers=(layer,),
+        groups=(c.GroupConfig((name,), 2),)))
+  def size(hidden):
+    shapes = jax.eval_shape(build(hidden).init, jax.random.key(0))
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
+  base, each = size(1), size(2) - size(1)
+  hidden = 1 + round((PARAMETERS - base) / each)
+  return build(hidden), base + each * (hidden - 1)
+
+
+def state_bytes(name):
+  """Bytes of one row's state in one layer, from the schema."""
+  from statejax import state as st
+  built, _ = model(name)
+  schema = built.state_schema(1, 0)
+  rest = st.nbytes(dataclasses.replace(schema, layers={}))
+  return (st.nbytes(schema)['fixed'] - rest['fixed']) // 2
+
+
+def make_update():
+  """Returns `statejax.train.step.update` with the rate as an argument."""
+  import jax
+  import optax
+
+  from statejax.train import optimizer as opt
+  from statejax.train import step
+
+  @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+  def update(built, config, state, batch, rate):
+    def loss(params):
+      sums = step.score(built, params, batch)
+      return sums.loss / sums.count, sums
+    grads, sums = jax.grad(loss, has_aux=True)(state.params)
+    chain = opt.make_optimizer(config, built.axes())
+    updates, optimizer = chain.update(grads, state.optimizer, state.params)
+    # Updates of AdamW are linear in the rate, for which TRAIN.peak is 1.
+    params = jax.tree.map(lambda p, u: p + rate * u, state.params, updates)
+    return dataclasses.replace(
+        state, params=optax.tree.cast_like(params, state.params),
+        optimizer=optimizer, step=state.step + 1), (
+            sums.loss / sums.count, sums.correct / sums.count)
+  return update
+
+
+def train(update, name, task, seed, rate, train_config):
+  """Trains one model; returns its facts, of JSON types."""
+  import numpy as np
+
+  from statejax.tasks import pipeline
+  from statejax.train import loop, step
+  built, _ = model(name)
+  seeded = dataclasses.replace(train_config, seed=seed)
+  config = c.Config(built.config, seeded, TASK[task])
+  shape = dict(rows=seeded.rows, length=seeded.length)
+  data = pipeline.batches(loop.make_task(config), seed=seed, **shape)
+  clock, cpu = time.perf_counter(), time.process_time()
+  state, curve = step.initial(built, seeded), []
+  for _ in range(seeded.steps):
+    state, metrics = update(built, train_config, state, next(data), rate)
+    curve.append(metrics)
+  losses, hits = np.array(curve, np.float64).T
+  sums = [step.evaluate(built, state.params, batch)
+          for batch in pipeline.evaluation(
+              loop.make_task(config, 'eval'), **shape,
+              batches=seeded.eval_batches)]
+  total = lambda field: sum(float(getattr(s, field)) for s in sums)
+  tenth = max(1, seeded.steps // 10)
+  return {'accuracy': round(total('correct') / total('count'), 4),
+          'speed': round(hits.mean(), 4),
+          'loss': round(float(losses[-tenth:].mean()), 4),
+          'curve': [round(float(x.mean()), 3)
+                    for x in np.array_split(hits, min(10, len(hits)))],
+          'seconds': round(time.perf_counter() - clock, 1),
+          'cpu_seconds': round(time.process_time() - cpu, 1)}
+
+
+class Record:
+  """Finished trainings by name, in the results file as soon as they end."""
+
+  def __init__(self, path, settings):
+    self.path, self.settings = pathlib.Path(path), settings
+    self.cells = {}
+    if self.path.exists():
+      old = json.loads(self.path.read_text())
+      if old.get('settings') == settings:
+        self.cells = old['cells']
+
+  def get(self, key, make):
+    """Returns the facts of `key`, made now if they are missing."""
+    if key not in self.cells:
+      self.cells[key] = make()
+      print(f'  {key}: {json.dumps(self.cells[key])}', flush=True)
+      self.write([])
+    return self.cells[key]
+
+  def write(self, rows, **facts):
+    new = self.path.with_name(f'.{self.path.name}.new')
+    self.path.parent.mkdir(parents=True, exist_ok=True)
+    report.write(new, rows, 'python -m experiments.synthetic',
+                 settings=self.settings, cells=self.cells, **facts)
+    os.replace(new, self.path)
+
+
+def settings(train_config):
+  """What must agree for a training to count as the same one."""
+  return json.loads(json.dumps({
+      'layers': {k: c.to_dict(v) for k, v in MIXERS.items()},
+      'tasks': {k: c.to_dict(v) for k, v in TASK.items()},
+      'train': c.to_dict(train_config), 'rates': RATES, 'width': WIDTH,
+      'vocab': VOCAB, 'parameters': PARAMETERS}))
+
+
+def run_all(record, layers, tasks, seeds, train_config):
+  """Trains what is missing, seed by seed, so that early results are fair."""
+  update = make_update()
+  def cell(task, name, seed, rate):
+    return record.get(
+        f'{task}/{name}/{seed}/{rate}',
+        lambda: train(update, name, task, seed, rate, train_config))
+  for seed in range(seeds):
+    for name in layers:
+      for task in tasks:
+        rates = RATES if seed == 0 else (best_rate(record, task, name),)
+        for rate in rates:
+          cell(task, name, seed, rate)
+
+
+def best_rate(record, task, name):
+  """The rate whose loss at the end of training is lowest with seed 0."""
+  done = [r for r in RATES if f'{task}/{name}/0/{r}' in record.cells]
+  return min(done, default=None,
+             key=lambda r: record.cells[f'{task}/{name}/0/{r}']['loss'])
+
+
+def collect(record, task, name, field, seeds):
+  """Values of a field by seed, at the chosen rate; of seeds that are done."""
+  rate = best_rate(record, task, name)
+  keys = [f'{task}/{name}/{seed}/{rate}' for seed in range(seeds)]
+  return {i: record.cells[k][field] for i, k in enumerate(keys)
+          if k in record.cells}
+
+
+def interval(values):
+  """Mean and half the width of the 95% interval, as text."""
+  if not values:
+    return 'missing'
+  mean = f'{100 * statistics.mean(values):.1f}'
+  if len(values) < 2:
+    return f'{mean} (1 seed)'
+  half = T95[len(values)] * statistics.stdev(values) / len(values) ** 0.5
+  return f'{mean} ± {100 * half:.1f}'
+
+
+def table(record, layers, tasks, seeds):
+  """Returns the results as lines of text, one per layer."""
+  heads = ['layer', 'bytes', 'parameters', *(
+      f'{task}, {what} %' for task in tasks for what in ('accuracy', 'speed'))]
+  lines = [heads]
+  for name in layers:
+    lines.append([name, f'{state_bytes(name):,}', f'{model(name)[1]:,}', *(
+        interval(list(collect(record, task, name, field, seeds).values()))
+        for task in tasks for field in ('accuracy', 'speed'))])
+  widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
+  return '\n'.join(
+      '  '.join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip()
+      for line in lines)
+
+
+def claims(record, layers, tasks, seeds):
+  """Returns the rows: equal budgets, and the reported order."""
+  size = [state_bytes(name) for name in layers]
+  count = [model(name)[1] for name in layers]
+  rows = [
+      report.Row('state bytes, largest over smallest', '<= 1.025',
+                 f'{max(size) / min(size):.3f}',
+                 max(size) <= 1.025 * min(size)),
+      report.Row('parameters, largest over smallest', '<= 1.010',
+                 f'{max(count) / min(count):.3f}',
+                 max(count) <= 1.01 * min(count))]
+  for task in tasks:
+    for field in ('accuracy', 'speed'):
+      for high, low in zip(ORDER, ORDER[1:]):
+        rows.append(compare(record, task, field, high, low, seeds))
+  return rows
+
+
+def compare(record, task, field, high, low, seeds):
+  """One row: `high` is not below `low` by more than a tie, seed by seed."""
+  a, b = (collect(record, task, n, field, seeds) for n in (high, low))
+  differences = [a[seed] - b[seed] for seed in a if seed in b]
+  claim = f'{task}, {field}: {high} - {low}'
+  ok = bool(differences) and statistics.mean(differences) >= -TIE
+  return report.Row(claim, f'>= -{100 * TIE:.0f} points',
+                    interval(differences), ok)
+
+
+def main(_):
+  """Trains what is missing, prints both tables, writes the results."""
+  logging.set_verbosity(logging.WARNING)
+  layers = LAYERS.value or list(ORDER if SMOKE.value else MIXERS)
+  tasks = TASKS.value or list(TASK)
+  train_config, seeds, out = TRAIN, SEEDS.value, OUT.value
+  if SMOKE.value:
+    train_config = dataclasses.replace(
+        TRAIN, steps=4, rows=4, warmup=1, decay=1, eval_batches=1)
+    seeds, out = 1, pathlib.Path('runs/synthetic/smoke.json')
+  record = Record(out, settings(train_config))
+  run_all(record, layers, tasks, seeds, train_config)
+  text, rows = (f(record, layers, tasks, seeds) for f in (table, claims))
+  print(f'\n{text}\n\n{report.table(rows)}')
+  record.write(rows, table=text.splitlines())
+  raise SystemExit(0 if SMOKE.value or all(r.ok for r in rows) else 1)
+
+
+if __name__ == '__main__':
+  app.run(main)
