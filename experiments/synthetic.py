@@ -17,6 +17,7 @@ goes on where a killed run stopped.
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 import json
 import math
@@ -52,7 +53,7 @@ MIXERS = {
 }
 TASK = {
     'mqar': c.TaskConfig('mqar', pairs=12, vocab=32),
-    'palindrome': c.TaskConfig('palindrome', vocab=64),
+    'palindrome': c.TaskConfig('palindrome', vocab=48),
     'stack': c.TaskConfig('stack', stacks=64, vocab=83),
 }
 ORDER = ('KDA', 'GDN', 'Mamba-2')
@@ -163,37 +164,40 @@ def train(jitted, name, task, seed, rate, train_config):
 class Record:
   """Finished trainings by name, in the results file as soon as they end."""
 
-  def __init__(self, path, settings):
-    self.path, self.settings = pathlib.Path(path), settings
-    self.cells = {}
+  def __init__(self, path):
+    self.path, self.cells = pathlib.Path(path), {}
     if self.path.exists():
-      old = json.loads(self.path.read_text())
-      if old.get('settings') == settings:
-        self.cells = old['cells']
+      self.cells = json.loads(self.path.read_text())['cells']
 
-  def get(self, key, make):
-    """Returns the facts of `key`, made now if they are missing."""
-    if key not in self.cells:
-      self.cells[key] = make()
+  def get(self, key, of, make):
+    """Returns the facts of `key`, made now if they are missing.
+
+    Args:
+      key: names the training.
+      of: digest of its settings; of other ones it has to be repeated.
+      make: returns the facts, of JSON types.
+    """
+    if self.cells.get(key, {}).get('of') != of:
+      self.cells[key] = {'of': of, **make()}
       print(f'  {key}: {json.dumps(self.cells[key])}', flush=True)
       self.write([])
     return self.cells[key]
 
   def write(self, rows, **facts):
+    """Replaces the file as a whole."""
     new = self.path.with_name(f'.{self.path.name}.new')
     self.path.parent.mkdir(parents=True, exist_ok=True)
     report.write(new, rows, 'python -m experiments.synthetic',
-                 settings=self.settings, cells=self.cells, **facts)
+                 cells=self.cells, **facts)
     os.replace(new, self.path)
 
 
-def settings(train_config):
-  """What must agree for a training to count as the same one."""
-  return json.loads(json.dumps({
-      'layers': {k: c.to_dict(v) for k, v in MIXERS.items()},
-      'tasks': {k: c.to_dict(v) for k, v in TASK.items()},
-      'train': c.to_dict(train_config), 'rates': RATES, 'width': WIDTH,
-      'vocab': VOCAB, 'parameters': PARAMETERS}))
+def settings(name, task, train_config):
+  """Returns a digest of what a training depends on, but for seed and rate."""
+  facts = [c.to_dict(model(name)[0].config), c.to_dict(TASK[task]),
+           c.to_dict(train_config)]
+  text = json.dumps(facts, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def run_all(record, layers, tasks, seeds, train_config):
@@ -201,7 +205,7 @@ def run_all(record, layers, tasks, seeds, train_config):
   jitted = make_jitted()
   def cell(task, name, seed, rate):
     return record.get(
-        f'{task}/{name}/{seed}/{rate}',
+        f'{task}/{name}/{seed}/{rate}', settings(name, task, train_config),
         lambda: train(jitted, name, task, seed, rate, train_config))
   for rate, task, name in itertools.product(RATES, tasks, layers):
     cell(task, name, 0, rate)
@@ -288,7 +292,7 @@ def main(_):
     train_config = dataclasses.replace(
         TRAIN, steps=4, rows=4, warmup=1, decay=1, eval_batches=1)
     seeds, out = 1, pathlib.Path('runs/synthetic/smoke.json')
-  record = Record(out, settings(train_config))
+  record = Record(out)
   run_all(record, layers, tasks, seeds, train_config)
   # What has not been asked for, or not been run yet, shows as missing.
   everything = record, MIXERS, TASK, seeds
