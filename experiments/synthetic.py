@@ -34,7 +34,7 @@ from statejax import config as c
 OUT = flags.DEFINE_string('out', 'experiments/results/synthetic.json',
                           'results; what it holds is not run again')
 SMOKE = flags.DEFINE_bool('smoke', False, 'three layers, a few updates')
-SEEDS = flags.DEFINE_integer('seeds', 3, 'seeds')
+SEEDS = flags.DEFINE_integer('seeds', 3, 'seeds', lower_bound=1, upper_bound=5)
 LAYERS = flags.DEFINE_list('layers', [], 'run only these; empty: all')
 TASKS = flags.DEFINE_list('tasks', [], 'run only these; empty: all')
 
@@ -57,7 +57,7 @@ TASK = {
     'stack': c.TaskConfig('stack', stacks=64, vocab=83),
 }
 ORDER = ('KDA', 'GDN', 'Mamba-2')
-TIE = 0.02
+TIE, SPREAD = 0.02, 0.2
 RATES = (8e-3, 4e-3)
 TRAIN = c.TrainConfig(steps=600, rows=24, length=48, peak=1.0, warmup=20,
                       decay=200, weight_decay=0.1, eval_batches=20)
@@ -164,21 +164,24 @@ def train(jitted, name, task, seed, rate, train_config):
 class Record:
   """Finished trainings by name, in the results file as soon as they end."""
 
-  def __init__(self, path):
-    self.path, self.cells = pathlib.Path(path), {}
-    if self.path.exists():
-      self.cells = json.loads(self.path.read_text())['cells']
-
-  def get(self, key, of, make):
-    """Returns the facts of `key`, made now if they are missing.
+  def __init__(self, path, digest):
+    """Reads what is there already.
 
     Args:
-      key: names the training.
-      of: digest of its settings; of other ones it has to be repeated.
-      make: returns the facts, of JSON types.
+      path: the results file.
+      digest: tells of a key what its settings are; results of other settings
+        are left out, and so made again.
     """
-    if self.cells.get(key, {}).get('of') != of:
-      self.cells[key] = {'of': of, **make()}
+    self.path, self.digest = pathlib.Path(path), digest
+    old = (json.loads(self.path.read_text())['cells']
+           if self.path.exists() else {})
+    self.cells = {key: facts for key, facts in old.items()
+                  if facts['of'] == digest(key)}
+
+  def get(self, key, make):
+    """Returns the facts of `key`, made now if they are missing."""
+    if key not in self.cells:
+      self.cells[key] = {'of': self.digest(key), **make()}
       print(f'  {key}: {json.dumps(self.cells[key])}', flush=True)
       self.write([])
     return self.cells[key]
@@ -192,8 +195,11 @@ class Record:
     os.replace(new, self.path)
 
 
-def settings(name, task, train_config):
-  """Returns a digest of what a training depends on, but for seed and rate."""
+def settings(train_config, key):
+  """Returns a digest of what a training depends on; None if it is unknown."""
+  task, name, *_ = key.split('/')
+  if task not in TASK or name not in MIXERS:
+    return None
   facts = [c.to_dict(model(name)[0].config), c.to_dict(TASK[task]),
            c.to_dict(train_config)]
   text = json.dumps(facts, sort_keys=True)
@@ -205,7 +211,7 @@ def run_all(record, layers, tasks, seeds, train_config):
   jitted = make_jitted()
   def cell(task, name, seed, rate):
     return record.get(
-        f'{task}/{name}/{seed}/{rate}', settings(name, task, train_config),
+        f'{task}/{name}/{seed}/{rate}',
         lambda: train(jitted, name, task, seed, rate, train_config))
   for rate, task, name in itertools.product(RATES, tasks, layers):
     cell(task, name, 0, rate)
@@ -266,6 +272,14 @@ def claims(record, layers, tasks, seeds):
                  f'{max(count) / min(count):.3f}',
                  max(count) <= 1.01 * min(count))]
   for task in tasks:
+    means = [statistics.mean(values.values()) for name in layers
+             if (values := collect(record, task, name, 'accuracy', seeds))]
+    spread = max(means, default=0.0) - min(means, default=0.0)
+    # Else the order below would hold of layers none of which has learned.
+    rows.append(report.Row(
+        f'{task}, accuracy: best - worst layer',
+        f'>= {100 * SPREAD:.0f} points', f'{100 * spread:.1f}',
+        spread >= SPREAD))
     for field in ('accuracy', 'speed'):
       for high, low in zip(ORDER, ORDER[1:]):
         rows.append(compare(record, task, field, high, low, seeds))
@@ -282,6 +296,25 @@ def compare(record, task, field, high, low, seeds):
                     interval(differences), ok)
 
 
+def draw(path, record, layers, tasks, seeds):
+  """Writes the figure: accuracy on new items while learning, over seeds."""
+  from matplotlib import figure
+  picture = figure.Figure(figsize=(9.6, 3.2), layout='constrained')
+  panels = picture.subplots(1, len(tasks), sharey=True)
+  for axes, task in zip(panels, tasks):
+    for name in layers:
+      curves = collect(record, task, name, 'curve', seeds).values()
+      if curves:
+        mean = [100 * statistics.mean(point) for point in zip(*curves)]
+        share = [(i + 0.5) * TRAIN.steps / len(mean) for i in range(len(mean))]
+        axes.plot(share, mean, marker='.', label=name)
+    axes.set(title=task, xlabel='updates')
+    axes.grid(alpha=0.3)
+  panels[0].set(ylabel='accuracy, %')
+  panels[-1].legend(fontsize='small')
+  picture.savefig(path, dpi=120)
+
+
 def main(_):
   """Trains what is missing, prints both tables, writes the results."""
   logging.set_verbosity(logging.WARNING)
@@ -292,13 +325,15 @@ def main(_):
     train_config = dataclasses.replace(
         TRAIN, steps=4, rows=4, warmup=1, decay=1, eval_batches=1)
     seeds, out = 1, pathlib.Path('runs/synthetic/smoke.json')
-  record = Record(out)
+    out.unlink(missing_ok=True)
+  record = Record(out, functools.partial(settings, train_config))
   run_all(record, layers, tasks, seeds, train_config)
   # What has not been asked for, or not been run yet, shows as missing.
   everything = record, MIXERS, TASK, seeds
   text, rows = table(*everything), claims(*everything)
   print(f'\n{text}\n\n{report.table(rows)}')
   record.write(rows, table=text.splitlines())
+  draw(pathlib.Path(out).with_suffix('.png'), *everything)
   raise SystemExit(0 if SMOKE.value or all(r.ok for r in rows) else 1)
 
 

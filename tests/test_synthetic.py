@@ -11,7 +11,7 @@ from experiments import synthetic
 
 @pytest.fixture
 def record(tmp_path):
-  return synthetic.Record(tmp_path / 'results.json')
+  return synthetic.Record(tmp_path / 'results.json', lambda key: 'x')
 
 
 def fill(record, task, name, accuracies, rate=synthetic.RATES[0], loss=1.0):
@@ -27,7 +27,7 @@ def test_budgets_are_equal():
       16 * 12 + 3 * (16 + 2 * (16 + 12)))
   assert synthetic.state_bytes('RetNet') == 4 * 2 * 16 * 25
   rows = synthetic.claims(
-      synthetic.Record('nowhere'), list(synthetic.MIXERS), [], 3)
+      synthetic.Record('nowhere', str), list(synthetic.MIXERS), [], 3)
   assert len(rows) == 2 and all(row.ok for row in rows)
 
 
@@ -50,6 +50,16 @@ def test_order_is_compared_seed_by_seed(record, low, ok):
   assert (row.obtained == 'missing') == (not low)
 
 
+def test_order_of_untrained_layers_proves_nothing(record):
+  for name in synthetic.MIXERS:
+    fill(record, 'stack', name, [0.1, 0.1, 0.1])
+  rows = synthetic.claims(record, list(synthetic.MIXERS), ['stack'], 3)[2:]
+  assert [row.ok for row in rows] == [False, True, True, True, True]
+  fill(record, 'stack', 'RetNet', [0.0, 0.0, 0.0])
+  fill(record, 'stack', 'GLA', [0.5, 0.2, 0.2])
+  assert synthetic.claims(record, list(synthetic.MIXERS), ['stack'], 3)[2].ok
+
+
 def test_rate_is_chosen_by_the_loss_of_seed_0(record):
   first, second = synthetic.RATES
   fill(record, 'mqar', 'KDA', [0.5], first, loss=1.0)
@@ -63,11 +73,13 @@ def test_rate_is_chosen_by_the_loss_of_seed_0(record):
 def test_finished_trainings_are_not_repeated(record):
   made = []
   make = lambda: made.append(1) or {'accuracy': 1.0}
-  record.get('a', 'x', make)
-  again = synthetic.Record(record.path)
-  assert again.get('a', 'x', make) == {'of': 'x', 'accuracy': 1.0}
+  record.get('a', make)
+  again = synthetic.Record(record.path, lambda key: 'x')
+  assert again.get('a', make) == {'of': 'x', 'accuracy': 1.0}
   assert made == [1]
-  again.get('a', 'other settings', make)
+  other = synthetic.Record(record.path, lambda key: 'other settings')
+  assert not other.cells
+  other.get('a', make)
   assert made == [1, 1]
   assert json.loads(record.path.read_text())['cells']['a']['of'] != 'x'
 
@@ -76,7 +88,8 @@ def test_settings_tell_layer_task_and_training():
   train = synthetic.TRAIN
   longer = dataclasses.replace(train, steps=train.steps + 1)
   digests = {synthetic.settings(*x) for x in [
-      ('GDN', 'mqar', train), ('GDN', 'stack', train), ('GLA', 'mqar', train),
-      ('GDN', 'mqar', longer)]}
-  assert len(digests) == 4
-  assert synthetic.settings('GDN', 'mqar', train) in digests
+      (train, 'mqar/GDN/0/1'), (train, 'stack/GDN/0/1'),
+      (train, 'mqar/GLA/0/1'), (longer, 'mqar/GDN/0/1')]}
+  assert len(digests) == 4 and None not in digests
+  assert synthetic.settings(train, 'mqar/GDN/7/2') in digests
+  assert synthetic.settings(train, 'mqar/S4/0/1') is None
