@@ -59,7 +59,7 @@ TASK = {
 ORDER = ('KDA', 'GDN', 'Mamba-2')
 TIE, SPREAD = 0.02, 0.2
 RATES = (8e-3, 4e-3)
-TRAIN = c.TrainConfig(steps=600, rows=24, length=48, peak=1.0, warmup=20,
+TRAIN = c.TrainConfig(steps=500, rows=24, length=48, peak=1.0, warmup=20,
                       decay=200, weight_decay=0.1, eval_batches=20)
 WIDTH, VOCAB, PARAMETERS = 64, 83, 57_000
 # Two-sided 95% of Student's t, by the number of seeds.

@@ -1,12 +1,17 @@
-"""What `experiments.synthetic` says of its own results; nothing is trained."""
+"""`experiments.synthetic`: its accounts, and its training on a tiny model."""
 
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 
 from experiments import synthetic
+from statejax import config as c
+from statejax.model import LanguageModel
+from statejax.tasks import pipeline
+from statejax.train import loop, step
 
 
 @pytest.fixture
@@ -93,3 +98,44 @@ def test_settings_tell_layer_task_and_training():
   assert len(digests) == 4 and None not in digests
   assert synthetic.settings(train, 'mqar/GDN/7/2') in digests
   assert synthetic.settings(train, 'mqar/S4/0/1') is None
+
+
+def test_trains_as_the_loop_does(monkeypatch):
+  layer = c.LayerConfig('full', c.AttentionConfig(
+      heads=2, kv_heads=2, key=4, value=4), c.SwiGLUConfig(16))
+  built = LanguageModel(c.ModelConfig(
+      vocab=32, width=16, layers=(layer,), groups=(c.GroupConfig(('full',)),)))
+  task = c.TaskConfig('mqar', pairs=3, items=1000, vocab=32)
+  train = c.TrainConfig(steps=6, rows=8, length=16, peak=1.0, warmup=2,
+                        decay=2, eval_batches=2, seed=5)
+  monkeypatch.setattr(synthetic, 'model', lambda name: (built, 0))
+  monkeypatch.setitem(synthetic.TASK, 'mqar', task)
+  initial, update = synthetic.make_jitted()
+  final = []
+  def watched(*arguments):
+    state, sums = update(*arguments)
+    final.append(jax.device_get(state.params))
+    return state, sums
+  facts = synthetic.train((initial, watched), 'tiny', 'mqar', 5, 0.01, train)
+
+  real = dataclasses.replace(train, peak=0.01)
+  config = c.Config(built.config, real, task)
+  data = pipeline.batches(loop.make_task(config), rows=8, length=16, seed=5)
+  state, expected = step.initial(built, real), []
+  for _ in range(6):
+    state, metrics = step.update(built, real, state, next(data))
+    expected.append(metrics)
+  hits = [float(m['accuracy']) for m in expected]
+  np.testing.assert_allclose(facts['curve'], hits, atol=6e-4)
+  assert abs(facts['speed'] - np.mean(hits)) < 1e-4
+  assert abs(facts['loss'] - float(expected[-1]['loss'])) < 1e-4
+  same = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+  jax.tree.map(same, final[5], state.params)
+  # Evaluation changes nothing, and counts what the library's own does.
+  jax.tree.map(np.testing.assert_array_equal, final[5], final[7])
+  sums = [step.evaluate(built, state.params, batch)
+          for batch in pipeline.evaluation(
+              loop.make_task(config, 'eval'), rows=8, length=16, batches=2)]
+  right = sum(float(s.correct) for s in sums) / sum(
+      float(s.count) for s in sums)
+  assert abs(facts['accuracy'] - right) < 1e-4
