@@ -1,6 +1,7 @@
 """Configurations of the delta-rule mixers."""
 
 import dataclasses
+import typing
 
 from statejax.config import checks
 
@@ -41,12 +42,15 @@ class GatedDeltaNetConfig:
   @classmethod
   def qwen(cls, **fields):
     """As in Qwen3-Next and Qwen3.5."""
-    return cls(**{'rate_min': 0.01, 'dt_bias': 1.0, **fields})
+    preset: dict[str, typing.Any] = {'rate_min': 0.01, 'dt_bias': 1.0}
+    return cls(**(preset | fields))
 
   @classmethod
   def olmo(cls, **fields):
     """As in OLMo Hybrid, with negative eigenvalues."""
-    return cls(**{'rate_min': 0.0, 'max_erase': 2.0, 'eps': 1e-5, **fields})
+    preset: dict[str, typing.Any] = {
+        'rate_min': 0.0, 'max_erase': 2.0, 'eps': 1e-5}
+    return cls(**(preset | fields))
 
 
 @dataclasses.dataclass(frozen=True)
