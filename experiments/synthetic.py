@@ -15,8 +15,8 @@ Expected is the order of the Kimi Linear report, KDA >= Gated DeltaNet >=
 Mamba-2 (arXiv 2510.26692, figure 4), in both. There two layers of two heads of
 128 see up to 20,000 updates at 256 to 2,048 tokens; here it is heads of 16, 500
 updates and 48 tokens, so that speed weighs more and length less. The stacks are
-the easiest: two or three of the 64 are filled at a time, two in five pops return
-what was pushed just before (there Mamba-2 fails from 1,024 tokens).
+the easiest: two or three of the 64 are filled at a time, two in five pops
+return what was pushed just before (there Mamba-2 fails from 1,024 tokens).
 
 108 trainings, nine compilations. Results are kept after each training: the same
 command goes on where a killed run stopped, and repeats what was run with other
