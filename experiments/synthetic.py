@@ -44,6 +44,7 @@ OUT = flags.DEFINE_string('out', 'experiments/results/synthetic.json',
 SMOKE = flags.DEFINE_bool('smoke', False, 'three layers, a few updates')
 SEEDS = flags.DEFINE_integer('seeds', 3, 'seeds', lower_bound=1, upper_bound=5)
 LAYERS = flags.DEFINE_list('layers', [], 'run only these; empty: all')
+RUN = flags.DEFINE_bool('run', True, 'false: only tables of what is there')
 TASKS = flags.DEFINE_list('tasks', [], 'run only these; empty: all')
 
 # 3,200 bytes a layer where matrix and convolutions have heads of 16 x 16; what
@@ -335,7 +336,8 @@ def main(_):
     seeds, out = 1, pathlib.Path('runs/synthetic/smoke.json')
     out.unlink(missing_ok=True)
   record = Record(out, functools.partial(settings, train_config))
-  run_all(record, layers, tasks, seeds, train_config)
+  if RUN.value:
+    run_all(record, layers, tasks, seeds, train_config)
   # What has not been asked for, or not been run yet, shows as missing.
   everything = record, MIXERS, TASK, seeds
   text, rows = table(*everything), claims(*everything)
