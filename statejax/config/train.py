@@ -70,19 +70,21 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TaskConfig:
-  """What is learned: `text` (Python standard library) or `mqar`.
+  """What is learned: Python's library as text, or a synthetic task.
 
   Attributes:
-    name: 'text' or 'mqar'.
+    name: 'text', 'mqar', 'palindrome' or 'stack'.
     pairs: key-value pairs of an mqar item.
-    items: number of distinct mqar items.
-    vocab: mqar vocabulary; half keys, half values.
+    stacks: stacks of a stack item.
+    items: number of distinct synthetic items.
+    vocab: synthetic vocabulary; mqar: half keys, half values.
   """
 
   name: str = 'text'
   pairs: int = 8
   items: int = 100_000
   vocab: int = 64
+  stacks: int = 16
 
   def __post_init__(self):
     checks.positive(self, 'pairs', 'items', 'vocab')

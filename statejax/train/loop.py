@@ -45,16 +45,22 @@ class Result:
 
 def make_task(config: cfg.Config, split='train'):
   """Returns the data source of a config."""
-  from statejax.tasks import mqar, text
+  from statejax.tasks import mqar, palindrome, stack, text
   task = config.task
   if task.name == 'text':
     return text.TextSource(split)
+  held_out = split != 'train'
+  shape = dict(size=512 if held_out else task.items, vocab=task.vocab,
+               length=config.train.length,
+               seed=config.train.seed + 1_000_003 * held_out)
   if task.name == 'mqar':
-    return mqar.MQARSource(
-        task.items if split == 'train' else 512, vocab=task.vocab,
-        pairs=task.pairs, length=config.train.length,
-        seed=config.train.seed + (0 if split == 'train' else 1_000_003))
-  raise ValueError(f"task: expected 'text' or 'mqar', got {task.name!r}.")
+    return mqar.MQARSource(pairs=task.pairs, **shape)
+  if task.name == 'palindrome':
+    return palindrome.PalindromeSource(**shape)
+  if task.name == 'stack':
+    return stack.StackSource(stacks=task.stacks, **shape)
+  raise ValueError("task: expected 'text', 'mqar', 'palindrome' or 'stack', "
+                   f'got {task.name!r}.')
 
 
 def train(config: cfg.Config, workdir, *, report=None) -> Result:

@@ -178,7 +178,7 @@ def test_refused(tmp_path, options, text):
 def test_unknown_task(tmp_path):
   config = small.get_config()
   task = dataclasses.replace(config.task, name='chess')
-  with pytest.raises(ValueError, match="'text' or 'mqar', got 'chess'"):
+  with pytest.raises(ValueError, match="or 'stack', got 'chess'"):
     loop.train(dataclasses.replace(config, task=task), tmp_path)
   with pytest.raises(ValueError, match='expected a run with a checkpoint'):
     restore.from_workdir(tmp_path / 'nothing')
