@@ -149,7 +149,8 @@ def test_correlated_keys(decay):
 
 
 @pytest.mark.parametrize('gates, options', [
-    (('channel', 'channel', 'channel'), dict(backward_heads_per_step=1)),
+    pytest.param(('channel', 'channel', 'channel'),
+                 dict(backward_heads_per_step=1), marks=pytest.mark.slow),
     (('channel', 0, 'head'), dict(heads_per_step=4)),
     (('head', 0, 1), dict(heads_per_step=1)),
     (('head', 'channel', 'head'), {}),
@@ -159,11 +160,9 @@ def test_members(gates, options):
   check(both(args, chunk_size=16, **options), oracle(args), 1e-6, 2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('decay, size', [
-    ('head', 64),
-    pytest.param('channel', 64, marks=pytest.mark.slow),
-    pytest.param('head', 128, marks=pytest.mark.slow),
-])
+    ('head', 64), ('channel', 64), ('head', 128)])
 def test_longer_chunks(decay, size):
   args = make(decay, **{**CASE, 'batch': 1, 'heads': 2})
   got = jit(functools.partial(interpret, chunk_size=size))(args, None, None)

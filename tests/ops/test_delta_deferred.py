@@ -148,7 +148,8 @@ def test_recurrence(kind, parity):
       same(state, final)
 
 
-@pytest.mark.parametrize('kind', ('gdn', 'kda'))
+@pytest.mark.parametrize('kind', [
+    'kda', pytest.param('gdn', marks=pytest.mark.slow)])
 def test_bitwise_packed(kind):
   """Every document of a packed row equals its own run, steps included."""
   args, _ = case(kind)
@@ -211,7 +212,8 @@ def test_gradient(kind, parity, cut):
   near(got, want, 1e-5)
 
 
-@pytest.mark.parametrize('parity', PARITY)
+@pytest.mark.parametrize('parity', [
+    None, pytest.param('bitwise', marks=pytest.mark.slow)])
 def test_draft(parity):
   """Rejected tokens leave no trace, whatever chunk ends they crossed."""
   args, matrix = case('kda')
