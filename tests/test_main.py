@@ -142,7 +142,7 @@ def test_save_and_resume(run, workdir, tmp_path):
     (['--prompt=x', '--tokens=0'], 'expected steps >= 1'),
     (['--prompt=xyz', '--capacity=2'], 'row 0 would hold 3 tokens'),
     (['--prompt=xyz', '--capacity=9'], 'expected room for 203 tokens, got 9'),
-    (['--temperature=-1'], 'temperature: expected >= 0'),
+    (['--temperature=-1'], 'temperature: expected 0, which is greedy'),
 ])
 def test_generate_mistakes(run, workdir, monkeypatch, tmp_path, argv, text):
   monkeypatch.chdir(tmp_path)
