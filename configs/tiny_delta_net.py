@@ -4,8 +4,8 @@ r"""DeltaNet with an output gate in every layer, for tests.
         --workdir=/tmp/tiny_delta_net
     pytest -m slow tests/test_laws_delta.py -k tiny_delta_net
 
-Expected: twenty updates on mqar without NaN; every law of `statejax.laws`
-within 1e-5 in float32.
+Expected: every law of `statejax.laws` within 1e-5 in float32, by the second
+command.
 """
 
 from statejax import config as c

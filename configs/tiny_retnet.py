@@ -4,8 +4,8 @@ r"""Multi-scale retention in every layer, for tests.
         --workdir=/tmp/tiny_retnet
     pytest -m slow tests/test_laws_delta.py -k tiny_retnet
 
-Expected: twenty updates on mqar without NaN; every law of `statejax.laws`
-within 1e-5 in float32.
+Expected: every law of `statejax.laws` within 1e-5 in float32, by the second
+command.
 """
 
 from statejax import config as c
