@@ -9,7 +9,6 @@ from pallas_kernels import delta_rule_tpu_vjp as vjp
 
 _LANES = 128
 _VMEM = 12 << 20  # bytes, of the 16 MiB a kernel may have on every TPU
-_FORGET = -200.0  # exp is 0 in float32, and sums of it stay finite
 
 
 def delta_rule(
@@ -104,8 +103,8 @@ def _operands(
     return jnp.moveaxis(x, 2, 1)
 
   if resets is not None:
-    log_decay = jnp.where(along(resets, log_decay), _FORGET, log_decay)
-  log_decay = jnp.maximum(log_decay.astype(jnp.float32), _FORGET)
+    log_decay = jnp.where(along(resets, log_decay), primal.FORGET, log_decay)
+  log_decay = log_decay.astype(jnp.float32)
   gates = {'decay': log_decay, 'erase': erase, 'write': write}
   operands = primal.Operands(
       move(q, keys), move(k, keys), move(v, values),

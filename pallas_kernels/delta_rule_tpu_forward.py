@@ -7,6 +7,7 @@ channels lie along the lanes. The pair matrices and the inverse never leave the
 chip.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import delta_rule_tpu_chunk as chunk
 from pallas_kernels import delta_rule_tpu_inverse as inversion
+
+FORGET = -200.0  # exp is 0 in float32, and sums of it stay finite
 
 
 class Plan(NamedTuple):
@@ -76,7 +79,7 @@ class Operands(NamedTuple):
     v: [B, HV, T, V].
     channel: name -> gates per channel, [B, HV, T, K or V].
     head: gates per head, [B, HV / heads, T / C, gates * packs, p * C]; None if
-      there are none. Log decays have base 2.
+      there are none. Its log decays have base 2.
   """
 
   q: Any
@@ -138,6 +141,11 @@ class Solved(NamedTuple):
   residual: jax.Array
 
 
+def base_2(log_decay):
+  """Finite log decays, to base 2: what the kernels compute with."""
+  return jnp.maximum(log_decay, FORGET) * (1 / math.log(2))
+
+
 def head_columns(refs, plan):
   """Returns the gates per head as columns, [p * C, packs] each.
 
@@ -185,6 +193,8 @@ def load(refs, columns, i, plan):
     return g[i : i + 1], pre[:, i : i + 1], suf[:, i : i + 1]
 
   gates = {name: values(ref) for name, ref in refs.channel.items()}
+  if 'decay' in gates:  # here, for a pass over all channels would be traffic
+    gates['decay'] = base_2(gates['decay'])
   gates |= {name: of_head(name, gate) for name, gate in columns.items()}
   return Rows(
       keys(refs.q), keys(refs.k), values(refs.v), gates['decay'],

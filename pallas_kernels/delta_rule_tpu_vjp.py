@@ -5,7 +5,6 @@ the chunks in reverse, forms each anew and carries the gradient of the state.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -63,10 +62,7 @@ def _sum_partial(grad, x):
 
 
 def _arrange(operands, plan):
-  """Log decays to base 2, gates per head [B, HV, T] to blocks."""
-  base_2 = lambda name, x: x * (1 / math.log(2)) if name == 'decay' else x
-  channel = {n: base_2(n, x) for n, x in operands.channel.items()}
-  operands = operands._replace(channel=channel)
+  """Gates per head [B, HV, T] to blocks, their log decays to base 2."""
   names = plan.of_kind('head')
   if not names:
     return operands._replace(head=None)
@@ -80,7 +76,10 @@ def _arrange(operands, plan):
         batch, heads // plan.heads, -1, plan.packs, plan.pack.rows
     )
 
-  blocked = [blocks(base_2(n, operands.head[n])) for n in names]
+  head = dict(operands.head)
+  if 'decay' in head:
+    head['decay'] = primal.base_2(head['decay'])
+  blocked = [blocks(head[n]) for n in names]
   return operands._replace(head=jnp.concatenate(blocked, axis=3))
 
 

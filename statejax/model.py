@@ -3,14 +3,13 @@
 import dataclasses
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from statejax import state as st
 from statejax.config import ModelConfig
-from statejax.layers import block, common
+from statejax.layers import block, common, weights
 from statejax.ops import norm, witness
 
 
@@ -55,9 +54,8 @@ class LanguageModel:
 
   def axes(self):
     """Returns the tree of logical axis names, one tuple per parameter."""
-    boxed = jax.eval_shape(self._boxed, jax.random.key(0))
-    is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)
-    names = jax.tree.map(lambda box: tuple(box.names), boxed, is_leaf=is_box)
+    names = jax.tree.map(lambda w: tuple(w.names), self._declared(),
+                         is_leaf=_is_weight)
     for group in self._groups():
       names[group] = jax.tree.map(lambda n: ('layers', *n), names[group],
                                   is_leaf=lambda n: isinstance(n, tuple))
@@ -66,27 +64,26 @@ class LanguageModel:
   def _groups(self):
     return {f'group_{i}': g for i, g in enumerate(self.config.groups)}
 
-  def _boxed(self, key):
+  def _declared(self):
+    """Returns the tree of `weights.Weight`, one repeat of each group."""
+    return jax.eval_shape(self._weights, jax.random.key(0))
+
+  def _weights(self, key):
     c = self.config
-    box = lambda value, *names: nn.LogicallyPartitioned(value, names)
-    normal = jax.nn.initializers.normal
+    table = weights.normal(c.width ** -0.5)
     params: dict = {
-        'embed': box(normal(c.width ** -0.5)(
-            jax.random.fold_in(key, 0), (c.vocab, c.width), jnp.float32),
-                     'vocab', 'embed'),
-        'norm': box(jnp.full((c.width,), 1.0 - c.norm.offset, jnp.float32),
-                    'embed')}
+        'embed': weights.declare(
+            key, ('vocab', 'embed'), (c.vocab, c.width), table),
+        'norm': weights.declare(
+            key, ('embed',), (c.width,), weights.constant(1.0 - c.norm.offset))}
     if not c.tied:
-      params['head'] = box(normal(c.width ** -0.5)(
-          jax.random.fold_in(key, 1), (c.width, c.vocab), jnp.float32),
-                           'embed', 'vocab')
-    for i, (name, group) in enumerate(self._groups().items()):
-      keys = jax.random.split(jax.random.fold_in(key, 2 + i), group.repeats)
-      params[name] = jax.vmap(
-          functools.partial(self._init_pattern, group.pattern))(keys)
+      params['head'] = weights.declare(
+          key, ('embed', 'vocab'), (c.width, c.vocab), table)
+    for name, group in self._groups().items():
+      params[name] = self._pattern_weights(group.pattern, key)
     return params
 
-  def _init_pattern(self, pattern, key):
+  def _pattern_weights(self, pattern, key):
     c = self.config
     x = jnp.zeros((1, 1, c.width), c.dtype)
     one = jnp.ones((1,), jnp.int32)
@@ -95,7 +92,7 @@ class LanguageModel:
     for j, name in enumerate(pattern):
       state = layer_state(self._layer_specs(name, 1, 1))
       out[f'layer_{j}'] = self._block(name).init(
-          jax.random.fold_in(key, j), x, state, context)['params']
+          key, x, state, context)['params']
     return out
 
   def _block(self, name):
@@ -388,8 +385,19 @@ def _shapes(model):
 
 
 _compiled = jax.jit(apply, static_argnums=0, static_argnames='keep')
-_initialise = jax.jit(lambda model, key: nn.meta.unbox(model._boxed(key)),
-                      static_argnums=0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _initialise(model, key):
+  leaves, tree = jax.tree.flatten(model._declared(), is_leaf=_is_weight)
+  height = {name: (g.repeats,) for name, g in model._groups().items()}
+  paths, _ = jax.tree.flatten_with_path(tree.unflatten(range(len(leaves))))
+  stacked = [height.get(path[0].key, ()) for path, _ in paths]
+  return tree.unflatten(weights.draw(key, leaves, stacked))
+
+
+def _is_weight(x):
+  return isinstance(x, weights.Weight)
 
 
 def pack(tokens, n_valid, segment_ids):

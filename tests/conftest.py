@@ -11,17 +11,27 @@ jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 
+@pytest.fixture(autouse=True, scope='module')
+def forget_programs():
+  """Lets go of a module's programs: a process may map only so many."""
+  yield
+  jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def compile_quickly(request):
+  """Leaves out most optimizations, which take longer than most tests run.
+
+  Tests of what they could break, equality to the bit say, are `optimized`.
+  """
+  quick = request.node.get_closest_marker('optimized') is None
+  jax.config.update('jax_disable_most_optimizations', quick)
+  yield
+
+
 @pytest.fixture
 def float64():
   """Runs the test with 64-bit types enabled."""
   with jax.enable_x64(True) if hasattr(jax, 'enable_x64') else (
       jax.experimental.enable_x64()):
     yield
-
-
-@pytest.fixture(scope='module')
-def quick_compile():
-  """Compiles three times as fast, to slower programs; for tiny models."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)

@@ -112,9 +112,9 @@ def test_nobody_imports_what_is_on_top():
 
 # Linen is a thin layer, so that leaving it stays cheap.
 
-LINEN = {'Module', 'compact', 'scan', 'remat', 'with_logical_partitioning',
+LINEN = {'Module', 'compact', 'scan', 'remat',
          'LogicallyPartitioned', 'get_partition_spec', 'PARTITION_NAME',
-         'logical_to_mesh_sharding', 'meta', 'initializers'}
+         'logical_to_mesh_sharding', 'meta'}
 
 
 @pytest.mark.parametrize('path', [

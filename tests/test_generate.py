@@ -12,8 +12,6 @@ from statejax import model as lm
 from statejax import state as st
 from statejax.artifact import serving
 
-pytestmark = pytest.mark.usefixtures('quick_compile')
-
 MODEL = lm.LanguageModel(c.ModelConfig(
     vocab=32, width=16,
     layers=(

@@ -20,7 +20,7 @@ from statejax import config as c
 from statejax import laws
 from statejax import model as lm
 from statejax import state as st
-from statejax.layers import block, common, delta
+from statejax.layers import block, delta, weights
 from statejax.ops import window
 
 KDA = c.KDAConfig(heads=2, key=8, value=8, rank=8, chunk=8)
@@ -63,6 +63,7 @@ def model(name):
   return importlib.import_module(f'configs.{name}').get_config().model
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize('name', MIXERS)
 def test_mixer(name):
   report = laws.check(MIXERS[name])
@@ -70,6 +71,7 @@ def test_mixer(name):
   assert report.worst['split'] is not None
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize('name', ('tiny_full', 'tiny_kda'))
 def test_model_quick(name):
   laws.check(model(name), laws=QUICK)
@@ -255,7 +257,7 @@ class EveryFourth(nn.Module):
 
   @nn.compact
   def __call__(self, x, state, context):
-    weight = common.weight(self, 'w', ('embed',), (24,), nn.initializers.ones)
+    weight = weights.weight(self, 'w', ('embed',), (24,), weights.ones)
     data, at = state.x.data, context.positions
     rows, slots = jnp.arange(x.shape[0])[:, None], data.shape[2]
     stored = context.valid & (at % 4 == 3)

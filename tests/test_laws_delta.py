@@ -38,11 +38,6 @@ MODELS = ('tiny_delta_net', 'tiny_delta_product', 'tiny_gdn2', 'tiny_gla',
 QUICK = ('schema', 'split', 'decode', 'true_start')
 
 
-@pytest.fixture(autouse=True)
-def quickly(quick_compile):
-  """Every test of this file."""
-
-
 @pytest.mark.parametrize('name', MIXERS)
 def test_mixer_quick(name):
   laws.check(MIXERS[name], laws=QUICK)

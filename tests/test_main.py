@@ -15,7 +15,6 @@ from absl.testing import flagsaver
 from statejax import generate as gen
 from statejax import main
 
-pytestmark = pytest.mark.usefixtures('quick_compile')
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = [f'--set={change}' for change in (
     'model.width=16', 'model.groups.0.repeats=1',

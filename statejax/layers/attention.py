@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from statejax.config import AttentionConfig
-from statejax.layers.common import Proj, RMSNorm, weight
+from statejax.layers import weights
+from statejax.layers.common import Proj, RMSNorm
 from statejax.ops import attend, rope, store, window
 from statejax.state import Array, Spec, leaf
 
@@ -75,8 +76,8 @@ class Attention(nn.Module):
       k = rope.rotate(k, context.positions, inverse)
     sink = None
     if c.sink:
-      sink = weight(self, 'sink', ('heads',), (c.heads,),
-                    nn.initializers.zeros)
+      sink = weights.weight(self, 'sink', ('heads',), (c.heads,),
+                            weights.zeros)
 
     # Keys enter this step as they enter the store, so that a token is the same
     # key whether a query meets it now or later.

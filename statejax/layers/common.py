@@ -1,11 +1,13 @@
 """What every layer shares: projections, weights with logical axes, context."""
 
 import dataclasses
+import math
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from statejax.layers import weights
 from statejax.ops import norm
 
 
@@ -89,12 +91,6 @@ def context(length, n_valid, document, steps):
   return Context(length, n_valid, old + index - begin, count, start, base)
 
 
-def weight(module, name, axes, shape, init):
-  """Declares a float32 parameter with logical axis names."""
-  return module.param(
-      name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
-
-
 class Proj(nn.Module):
   """Linear map of the last axes of x, without bias, as one einsum.
 
@@ -111,11 +107,9 @@ class Proj(nn.Module):
   @nn.compact
   def __call__(self, x):
     inner = x.shape[x.ndim - self.contract:]
-    into = tuple(range(self.contract))
-    out = tuple(range(self.contract, self.contract + len(self.shape)))
-    init = nn.initializers.variance_scaling(
-        1.0, 'fan_in', 'truncated_normal', into, out)
-    kernel = weight(self, 'kernel', self.axes, (*inner, *self.shape), init)
+    init = weights.truncated_normal(math.prod(inner) ** -0.5)
+    kernel = weights.weight(
+        self, 'kernel', self.axes, (*inner, *self.shape), init)
     return project(x, kernel, self.contract)
 
 
@@ -147,6 +141,6 @@ class RMSNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    init = nn.initializers.constant(1.0 - self.offset)
-    w = weight(self, 'weight', (self.axis,), (x.shape[-1],), init)
+    w = weights.weight(self, 'weight', (self.axis,), (x.shape[-1],),
+                       weights.constant(1.0 - self.offset))
     return norm.rms_norm(x, w, eps=self.eps, offset=self.offset)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from statejax.layers import common
+from statejax.layers import common, weights
 from statejax.ops import conv, norm
 from statejax.ops import delta_rule as delta_rule
 from statejax.state import Array, Spec, leaf
@@ -51,14 +51,13 @@ class HeadConv(nn.Module):
   @nn.compact
   def __call__(self, x, tail, context):
     batch, length, heads, width = x.shape
-    init = nn.initializers.variance_scaling(
-        1.0, 'fan_in', 'uniform', in_axis=0, out_axis=())
-    w = common.weight(self, 'weight', ('taps', *self.axes),
-                      (self.taps, heads, width), init)
+    w = weights.weight(self, 'weight', ('taps', *self.axes),
+                       (self.taps, heads, width),
+                       weights.symmetric(self.taps ** -0.5))
     bias = None
     if self.bias:
-      bias = common.weight(self, 'bias', self.axes, (heads, width),
-                           nn.initializers.zeros).reshape(-1)
+      bias = weights.weight(self, 'bias', self.axes, (heads, width),
+                            weights.zeros).reshape(-1)
     y, tail = conv.short_conv(
         x.reshape(batch, length, -1),
         tail.reshape(batch, self.taps - 1, -1),
@@ -70,18 +69,14 @@ class HeadConv(nn.Module):
 
 
 def rate_init(low, high):
-  """A_log whose exponential is uniform in [low, high), and above 0."""
-  def init(key, shape, dtype):
-    least = max(low, float(jnp.finfo(dtype).tiny))
-    return jnp.log(jax.random.uniform(key, shape, dtype, least, high))
-  return init
+  """A_log whose exponential is uniform in (low, high)."""
+  return lambda u: jnp.log(low + (high - low) * u)
 
 
 def step_init(low=1e-3, high=1e-1):
   """Bias whose softplus is log-uniform in [low, high] (arXiv 2405.21060)."""
-  def init(key, shape, dtype):
-    step = jnp.exp(jax.random.uniform(
-        key, shape, dtype, np.log(low), np.log(high)))
+  def init(u):
+    step = low * jnp.exp(np.log(high / low) * u)
     return step + jnp.log(-jnp.expm1(-step))
   return init
 
@@ -176,8 +171,7 @@ def low_rank(module, x, name, rank, shape, axes, *, bias=False):
   low = common.Proj((rank,), ('embed', 'rank'), name=f'{name}_a')(x)
   y = common.Proj(shape, ('rank', *axes), name=f'{name}_b')(low)
   if bias:
-    b = common.weight(module, f'{name}_bias', axes, shape,
-                      nn.initializers.zeros)
+    b = weights.weight(module, f'{name}_bias', axes, shape, weights.zeros)
     y = y + b.astype(y.dtype)[None, None]
   return y
 
@@ -190,16 +184,15 @@ def decay_gate(module, x, axes, *, rate_min=1.0, dt_bias=None,
     module: the mixer.
     x: [B, T, H] or [B, T, H, K].
     axes: logical names of (H,) or (H, K).
-    rate_min: exp(a_log) is drawn from [rate_min, 16).
+    rate_min: exp(a_log) is drawn from (rate_min, 16).
     dt_bias: initial value; None for `step_init`.
     lower_bound: see `log_decay`; a_log then begins at 0.
   """
   rate = (rate_init(rate_min, 16.0) if lower_bound is None else
-          nn.initializers.zeros)
-  step = (step_init() if dt_bias is None else
-          nn.initializers.constant(dt_bias))
-  a = common.weight(module, 'a_log', axes[:1], x.shape[2:3], rate)
-  bias = common.weight(module, 'dt_bias', axes, x.shape[2:], step)
+          weights.zeros)
+  step = step_init() if dt_bias is None else weights.constant(dt_bias)
+  a = weights.weight(module, 'a_log', axes[:1], x.shape[2:3], rate)
+  bias = weights.weight(module, 'dt_bias', axes, x.shape[2:], step)
   return log_decay(x, a, bias, lower_bound)
 
 
@@ -223,7 +216,7 @@ def output(module, y, gate, width, *, eps, activation=jax.nn.silu,
   if groups is not None:
     axes, shape = ('heads', 'value'), (heads, value)
     view = (*y.shape[:2], groups, heads // groups * value)
-  w = common.weight(module, 'norm', axes, shape, nn.initializers.ones)
+  w = weights.weight(module, 'norm', axes, shape, weights.ones)
   if groups is not None:
     w = w.reshape(view[2:])
   if gate is None:

@@ -5,8 +5,9 @@ import jax
 import jax.numpy as jnp
 
 from statejax.config import Mamba2Config
-from statejax.layers import delta
-from statejax.layers.common import Proj, weight
+from statejax.layers import delta, weights
+from statejax.layers.common import Proj
+from statejax.layers.weights import weight
 from statejax.ops import norm
 
 
@@ -38,7 +39,7 @@ class Mamba2(nn.Module):
     a = weight(self, 'a_log', ('heads',), (c.heads,),
                delta.rate_init(1.0, 16.0))
     bias = weight(self, 'dt_bias', ('heads',), (c.heads,), delta.step_init())
-    skip = weight(self, 'skip', ('heads',), (c.heads,), nn.initializers.ones)
+    skip = weight(self, 'skip', ('heads',), (c.heads,), weights.ones)
     step = jax.nn.softplus(rate.astype(jnp.float32) + bias[None, None])
     step = jnp.clip(step, c.dt_min, c.dt_max)
     q, k, v, tails = delta.query_key_value(

@@ -17,8 +17,6 @@ from statejax import model as lm
 from statejax import state as st
 from statejax.artifact import commit, serving
 
-pytestmark = pytest.mark.usefixtures('quick_compile')
-
 MLP = c.SwiGLUConfig(16)
 KDA = c.LayerConfig('kda', c.KDAConfig(heads=2, key=4, value=4, rank=4), MLP)
 RING = c.LayerConfig('ring', c.AttentionConfig(

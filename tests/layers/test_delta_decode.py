@@ -10,6 +10,7 @@ from statejax import config as c
 from statejax import laws
 from statejax import model as lm
 
+pytestmark = pytest.mark.optimized
 MIXERS = {
     'kda': c.KDAConfig(heads=2, key=8, value=8, rank=8, chunk=8),
     'gdn': c.GatedDeltaNetConfig(heads=2, value_heads=4, key=8, value=12,

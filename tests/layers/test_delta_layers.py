@@ -22,11 +22,6 @@ from statejax.ops import norm
 GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
 
 
-@pytest.fixture(autouse=True)
-def quickly(quick_compile):
-  """Every test of this file."""
-
-
 def load(name):
   g = dict(np.load(GOLDEN / f'{name}.npz'))
   return g, g.pop('x'), g.pop('y')

@@ -12,6 +12,7 @@ from delta_rule_cases import FAST, error, make
 from statejax.ops import delta_deferred as dd
 from statejax.ops.delta_rule import delta_rule
 
+pytestmark = pytest.mark.optimized
 ROWS, LENGTH, CHUNK, DRAFT = 3, 21, 4, 5
 KINDS = {'gdn': ('head', 'head'), 'kda': ('channel', 'head'),
          'gdn2': ('channel', 'channel')}

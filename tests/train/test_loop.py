@@ -15,7 +15,6 @@ import small
 from statejax.artifact import digest
 from statejax.train import checkpoint, loop, restore
 
-pytestmark = pytest.mark.usefixtures('quick_compile')
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
 

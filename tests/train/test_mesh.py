@@ -8,7 +8,6 @@ from statejax.artifact import digest
 from statejax.model import LanguageModel
 from statejax.train import loop
 
-pytestmark = pytest.mark.usefixtures('quick_compile')
 LAYERS = [small.KDA, small.FULL]
 
 

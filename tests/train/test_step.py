@@ -8,8 +8,6 @@ import small
 from statejax.model import LanguageModel
 from statejax.train import loop, step
 
-pytestmark = pytest.mark.usefixtures('quick_compile')
-
 
 def batch_of(config, **changes):
   """One batch; two documents per row, the last tokens padding."""
