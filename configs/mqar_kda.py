@@ -14,6 +14,6 @@ def get_config():
       model=c.ModelConfig(vocab=64, width=64, layers=(layer,),
                           groups=(c.GroupConfig(('kda',), 2),)),
       train=c.TrainConfig(
-          steps=520, rows=64, length=40, peak=8e-3, warmup=20, decay=280,
-          save_every=130),
+          steps=340, rows=64, length=40, peak=8e-3, warmup=20, decay=200,
+          save_every=85),
       task=c.TaskConfig('mqar', pairs=8, items=100_000, vocab=64))

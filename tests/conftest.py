@@ -1,14 +1,29 @@
 import os
+import shutil
+import tempfile
 
 # Before jax is imported: no accelerator look-up, and eight devices so that
 # multi-device tests run in this process.
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+# Workers and child processes compile a program once for all.
+if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+  PROGRAMS = tempfile.mkdtemp(prefix='programs')
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = PROGRAMS
+  os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.1'
+else:
+  PROGRAMS = None
 
 import jax
 import pytest
 
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+
+def pytest_unconfigure():
+  """Removes the programs, in the process that made the place for them."""
+  if PROGRAMS is not None:
+    shutil.rmtree(PROGRAMS, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True, scope='module')

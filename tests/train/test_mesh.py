@@ -23,8 +23,9 @@ def one_device(tmp_path_factory):
 
 
 @pytest.mark.parametrize('options', [
-    dict(data=4), dict(data=1, fsdp=2, tensor=2), dict(data=None, fsdp=2)],
-                         ids=str)
+    dict(data=1, fsdp=2, tensor=2),
+    pytest.param(dict(data=4), marks=pytest.mark.slow),
+    pytest.param(dict(data=None, fsdp=2), marks=pytest.mark.slow)], ids=str)
 def test_losses_are_those_of_one_device(one_device, tmp_path, options):
   result = train(tmp_path, **options)
   for name in ('loss', 'grad_norm'):
@@ -42,7 +43,8 @@ class Crash(Exception):
   """Ends a run."""
 
 
-@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+@pytest.mark.parametrize('optimizer', [
+    'adamw', pytest.param('muon', marks=pytest.mark.slow)])
 def test_resume_on_a_mesh(tmp_path, optimizer):
   options = dict(data=1, fsdp=2, tensor=2, optimizer=optimizer)
   def report(line):

@@ -78,6 +78,7 @@ def test_accumulation_changes_nothing(accumulate):
   assert_close(state.params, other.params)
 
 
+@pytest.mark.slow
 def test_remat_changes_nothing():
   state, metrics = updated(small.get_config([small.KDA], {'remat': True}))
   other, expected = updated(small.get_config([small.KDA]))
