@@ -82,7 +82,6 @@ def test_mixer_quick(name):
   laws.check(MIXERS[name], laws=('split', 'decode', 'padding', 'packed'))
 
 
-@pytest.mark.optimized
 @pytest.mark.parametrize('name', ('tiny_full', 'tiny_kda'))
 def test_model_quick(name):
   laws.check(model(name), laws=QUICK)

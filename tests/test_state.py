@@ -448,7 +448,7 @@ operations = hs.one_of(
     hs.tuples(hs.just('draft'), chunks))
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(hs.lists(operations, max_size=12))
 def test_any_sequence_equals_independent_rows(sequence):
   rows = Rows()

@@ -106,12 +106,12 @@ def test_a_batch_that_asks_nothing():
 
 
 def test_bfloat16_compute_keeps_float32_parameters():
-  config = small.get_config([small.KDA], {'dtype': 'bfloat16'})
+  config = small.get_config(model={'dtype': 'bfloat16'})
   state, metrics = updated(config)
   floats = [x.dtype for x in jax.tree.leaves((state.params, state.optimizer))
             if jnp.issubdtype(x.dtype, jnp.floating)]
   assert set(floats) == {jnp.dtype('float32')}
-  exact = updated(small.get_config([small.KDA]))[1]
+  exact = updated(small.get_config())[1]
   assert metrics['loss'] == pytest.approx(exact['loss'], abs=0.05)
   assert metrics['loss'] != exact['loss']
 
