@@ -14,6 +14,6 @@ def get_config():
       model=c.ModelConfig(vocab=64, width=64, layers=(layer,),
                           groups=(c.GroupConfig(('kda',), 2),)),
       train=c.TrainConfig(
-          steps=340, rows=64, length=40, peak=8e-3, warmup=20, decay=200,
-          save_every=85),
+          steps=300, rows=64, length=40, peak=8e-3, warmup=20, decay=180,
+          save_every=75),
       task=c.TaskConfig('mqar', pairs=8, items=100_000, vocab=64))

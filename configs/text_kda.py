@@ -22,6 +22,6 @@ def get_config():
                   heads=4, kv_heads=2, key=32, value=32, rope=None), mlp)),
           groups=(c.GroupConfig(('kda',), 3), c.GroupConfig(('full',), 1))),
       train=c.TrainConfig(
-          steps=100, rows=16, length=256, peak=6e-3, warmup=15, decay=60,
-          save_every=50),
+          steps=76, rows=16, length=256, peak=6e-3, warmup=15, decay=46,
+          save_every=38),
       task=c.TaskConfig('text'))
