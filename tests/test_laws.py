@@ -82,12 +82,14 @@ def test_mixer_quick(name):
   laws.check(MIXERS[name], laws=('split', 'decode', 'padding', 'packed'))
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize('name', ('tiny_full', 'tiny_kda'))
 def test_model_quick(name):
   laws.check(model(name), laws=QUICK)
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 @pytest.mark.parametrize('name', MODELS)
 def test_model(name):
   report = laws.check(model(name))
@@ -95,6 +97,7 @@ def test_model(name):
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 @pytest.mark.parametrize('unstacked', (False, True))
 @pytest.mark.parametrize('name', ('tiny_gdn', 'tiny_window'))
 def test_repeats(name, unstacked):
@@ -121,6 +124,7 @@ def test_bfloat16_mixer(name):
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 @pytest.mark.parametrize('name', MODELS)
 def test_bfloat16_model(name):
   laws.check(dataclasses.replace(model(name), dtype='bfloat16'),
