@@ -137,7 +137,7 @@ def kill_and_resume():
 
 
 def compile_quickly():
-  """Half of this script's time would be compilation of what runs a minute."""
+  """Compiles less well, and once for all processes: nothing runs for long."""
   os.environ.setdefault('XLA_FLAGS', '--xla_backend_optimization_level=1')
   programs = pathlib.Path(WORKDIR.value).absolute() / 'programs'
   os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(programs))

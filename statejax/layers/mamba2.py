@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from statejax.config import Mamba2Config
 from statejax.layers import delta, weights
 from statejax.layers.common import Proj
-from statejax.layers.weights import weight
 from statejax.ops import norm
 
 
@@ -36,10 +35,11 @@ class Mamba2(nn.Module):
     keys, values = (c.groups, c.key), (c.heads, c.value)
     gate = Proj(values, ('embed', 'heads', 'value'), name='gate')(x)
     rate = Proj((c.heads,), ('embed', 'heads'), name='rate')(x)
-    a = weight(self, 'a_log', ('heads',), (c.heads,),
-               delta.rate_init(1.0, 16.0))
-    bias = weight(self, 'dt_bias', ('heads',), (c.heads,), delta.step_init())
-    skip = weight(self, 'skip', ('heads',), (c.heads,), weights.ones)
+    a = weights.weight(self, 'a_log', ('heads',), (c.heads,),
+                       delta.rate_init(1.0, 16.0))
+    bias = weights.weight(self, 'dt_bias', ('heads',), (c.heads,),
+                          delta.step_init())
+    skip = weights.weight(self, 'skip', ('heads',), (c.heads,), weights.ones)
     step = jax.nn.softplus(rate.astype(jnp.float32) + bias[None, None])
     step = jnp.clip(step, c.dt_min, c.dt_max)
     q, k, v, tails = delta.query_key_value(

@@ -1,8 +1,8 @@
 """Parameters: declared with logical axes, drawn by quantile functions.
 
 An `init` maps uniform numbers in (0, 1) to values of the same shape. All small
-parameters of a model then share one draw of random bits: XLA takes half a
-second to compile each draw, whatever its size.
+parameters of a model then share one draw of random bits: XLA compiles the
+generator anew for each draw, which takes longer than a small model's draw runs.
 """
 
 import dataclasses
