@@ -195,7 +195,7 @@ _INSTRUCTION = re.compile(r'^ *(?:ROOT )?%(\S+) = (.+?) ([\w-]+)\((.*)$', re.M)
 _ARRAY = re.compile(r'([a-z]+)(\d*)\w*\[([\d,]*)\](?:\{([^}]*)\})?')
 # No instruction of these touches an array: they name one.
 _FREE = {'parameter', 'constant', 'bitcast', 'tuple', 'get-tuple-element',
-         'copy-done'}
+         'copy-done', 'slice-done'}
 
 
 def _traffic(text: str) -> int:
@@ -209,8 +209,15 @@ def _traffic(text: str) -> int:
   total, sizes = 0, {}
   entry = text[text.index('\nENTRY'):]
   for name, kinds, operation, rest in _INSTRUCTION.findall(entry):
+    arrays = _ARRAY.findall(kinds)
+    if operation == 'slice-start':
+      # Its results are ((operand), slice); only the slice is read.
+      sizes[name] = _hbm_bytes(arrays[1])
+      in_hbm = _hbm_bytes(arrays[0]) > 0
+      total += sizes[name] + in_hbm * _hbm_bytes((*arrays[1][:3], ''))
+      continue
     # In a copy-start, the second of the results is the operand.
-    arrays = _ARRAY.findall(kinds)[:1 if operation == 'copy-start' else None]
+    arrays = arrays[:1 if operation == 'copy-start' else None]
     sizes[name] = sum(map(_hbm_bytes, arrays))
     if operation not in _FREE:
       operands = re.findall(r'%([^\s,)]+)', rest.split('), ')[0])
