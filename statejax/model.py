@@ -9,7 +9,7 @@ import numpy as np
 
 from statejax import state as st
 from statejax.config import ModelConfig
-from statejax.layers import block, common, weights
+from statejax.layers import block, common, groups, weights
 from statejax.ops import norm, witness
 
 
@@ -56,13 +56,10 @@ class LanguageModel:
     """Returns the tree of logical axis names, one tuple per parameter."""
     names = jax.tree.map(lambda w: tuple(w.names), self._declared(),
                          is_leaf=_is_weight)
-    for group in self._groups():
+    for group in groups.named(self.config):
       names[group] = jax.tree.map(lambda n: ('layers', *n), names[group],
                                   is_leaf=lambda n: isinstance(n, tuple))
     return names
-
-  def _groups(self):
-    return {f'group_{i}': g for i, g in enumerate(self.config.groups)}
 
   def _declared(self):
     """Returns the tree of `weights.Weight`, one repeat of each group."""
@@ -79,24 +76,8 @@ class LanguageModel:
     if not c.tied:
       params['head'] = weights.declare(
           key, ('embed', 'vocab'), (c.width, c.vocab), table)
-    for name, group in self._groups().items():
-      params[name] = self._pattern_weights(group.pattern, key)
-    return params
-
-  def _pattern_weights(self, pattern, key):
-    c = self.config
-    x = jnp.zeros((1, 1, c.width), c.dtype)
-    one = jnp.ones((1,), jnp.int32)
-    context = common.context(0 * one, one, None, 1)
-    out = {}
-    for j, name in enumerate(pattern):
-      state = layer_state(self._layer_specs(name, 1, 1))
-      out[f'layer_{j}'] = self._block(name).init(
-          key, x, state, context)['params']
-    return out
-
-  def _block(self, name):
-    return block.Block(self.config.layer(name), self.config.norm)
+    return params | groups.declare(c, key, lambda layer: layer_state(
+        self._layer_specs(layer, 1, 1)))
 
   # State.
 
@@ -293,7 +274,7 @@ class LanguageModel:
     three times faster. For accelerators and training keep the stacks.
     """
     out = dict(params)
-    for name, group in self._groups().items():
+    for name, group in groups.named(self.config).items():
       out[name] = {
           f'repeat_{r}': jax.tree.map(lambda x, r=r: x[r], params[name])
           for r in range(group.repeats)}
@@ -302,7 +283,7 @@ class LanguageModel:
   def stack(self, params):
     """Undoes `unstack`; returns stacked parameters as they are."""
     out = dict(params)
-    for name in self._groups():
+    for name in groups.named(self.config):
       if 'repeat_0' in params[name]:
         repeats = [params[name][f'repeat_{r}']
                    for r in range(len(params[name]))]
@@ -335,6 +316,18 @@ def _last_document(real, segment_ids, length):
 def apply(model, params, state, tokens, n_valid=None, segment_ids=None, *,
           keep='all'):
   """`LanguageModel.step` without host checks; pure and traceable."""
+  return forward(model, params, state, tokens, n_valid, segment_ids,
+                 keep=keep)[:2]
+
+
+def forward(model, params, state, tokens, n_valid=None, segment_ids=None, *,
+            keep='all'):
+  """`apply` with the losses of layers that have one of their own.
+
+  Returns:
+    logits, state, and {layer: {name: total}} of float32 scalars, summed over
+    layers and real tokens; see `statejax.layers.common.add_loss`.
+  """
   c = model.config
   rows, steps = tokens.shape
   n_valid = (jnp.full((rows,), steps, jnp.int32) if n_valid is None
@@ -351,7 +344,7 @@ def apply(model, params, state, tokens, n_valid=None, segment_ids=None, *,
     # A row that has outgrown its stores must not answer from a part of them.
     lost |= (state.length > st.capacity(state)) & (n_valid > 0)
   x = jnp.where(lost[:, None, None], jnp.asarray(jnp.nan, x.dtype), x)
-  x, layers = run_groups(model, params, x, state.layers, context)
+  x, layers, losses = groups.run(c, params, x, state.layers, context)
   x = norm.rms_norm(x, params['norm'], eps=c.norm.eps, offset=c.norm.offset)
   x = jnp.where(context.valid[..., None], x, jnp.zeros((), x.dtype))
   # Of the two, XLA computes what is used.
@@ -366,7 +359,7 @@ def apply(model, params, state, tokens, n_valid=None, segment_ids=None, *,
           None if document is None else context.start),
       logits=None if state.logits is None else jnp.where(
           (n_valid > 0)[:, None], last[:, 0], state.logits))
-  return logits, new
+  return logits, new, losses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -390,7 +383,8 @@ _compiled = jax.jit(apply, static_argnums=0, static_argnames='keep')
 @functools.partial(jax.jit, static_argnums=0)
 def _initialise(model, key):
   leaves, tree = jax.tree.flatten(model._declared(), is_leaf=_is_weight)
-  height = {name: (g.repeats,) for name, g in model._groups().items()}
+  height = {name: (g.repeats,)
+            for name, g in groups.named(model.config).items()}
   paths, _ = jax.tree.flatten_with_path(tree.unflatten(range(len(leaves))))
   stacked = [height.get(path[0].key, ()) for path, _ in paths]
   return tree.unflatten(weights.draw(key, leaves, stacked))
@@ -433,108 +427,3 @@ def _head(params, x):
   kernel = params['head'] if 'head' in params else params['embed'].T
   wide = (jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
   return common.project(x, kernel, out_dtype=wide)
-
-
-def run_groups(model, params, x, layers, context):
-  """Runs all groups; returns x and the new layer states."""
-  used = dict.fromkeys(layers, 0)
-  for name, group in model._groups().items():
-    run = (_unrolled if 'repeat_0' in params[name] else _scanned)
-    x, layers = run(model, group, params[name], x, layers, dict(used), context)
-    for layer in group.pattern:
-      used[layer] += group.repeats
-  return x, layers
-
-
-def _block_fn(model, name):
-  block_ = model._block(name)
-  def run(params, x, state, context):
-    return block_.apply({'params': params}, x, state, context)
-  return jax.checkpoint(run, prevent_cse=False) if model.config.remat else run
-
-
-def _unrolled(model, group, params, x, layers, used, context):
-  """Every layer in turn.
-
-  Fixed leaves are read from the stacks that came in and stacked anew at the
-  end: writing them one by one makes XLA copy all layers for each.
-  """
-  first, old = dict(used), layers
-  new = {name: [] for name in set(group.pattern)}
-  layers = dict(layers)
-  for r in range(group.repeats):
-    for j, name in enumerate(group.pattern):
-      at = used[name]
-      used[name] += 1
-      stores = _only(layers[name], 'growing')
-      x, state = _block_fn(model, name)(
-          params[f'repeat_{r}'][f'layer_{j}'], x, dataclasses.replace(
-              layers[name],
-              **{f: st.Store(a, jnp.int32(at)) for f, a in stores.items()},
-              **{f: a[at] for f, a in _only(old[name], 'fixed').items()}),
-          context)
-      new[name].append(state)
-      layers[name] = dataclasses.replace(
-          layers[name], **{f: getattr(state, f).data for f in stores})
-  for name, states in new.items():
-    layers[name] = dataclasses.replace(layers[name], **{
-        f: _put(whole, first[name], jnp.stack([getattr(s, f) for s in states]))
-        for f, whole in _only(old[name], 'fixed').items()})
-  return x, layers
-
-
-def _put(whole, low, part):
-  """`whole` with the layers from `low` on replaced by `part`."""
-  if part.shape == whole.shape:
-    return part
-  return whole.at[low:low + part.shape[0]].set(part)
-
-
-def _scanned(model, group, params, x, layers, used, context):
-  """One scan over the repeats: stores in the carry, fixed leaves in and out."""
-  counts = {name: group.pattern.count(name) for name in set(group.pattern)}
-  mine = {name: layers[name] for name in counts}
-  stores = {n: _only(s, 'growing') for n, s in mine.items()}
-  fixed = {}
-  for name, count in counts.items():
-    low, high = used[name], used[name] + count * group.repeats
-    fixed[name] = jax.tree.map(
-        lambda a, low=low, high=high, count=count: a[low:high].reshape(
-            group.repeats, count, *a.shape[1:]), _only(mine[name], 'fixed'))
-
-  def body(carry, slices):
-    x, stores = carry
-    r, params, fixed = slices
-    stores, fixed = dict(stores), dict(fixed)
-    seen = dict.fromkeys(counts, 0)
-    for j, name in enumerate(group.pattern):
-      i = seen[name]
-      seen[name] += 1
-      at = (used[name] + r * counts[name] + i).astype(jnp.int32)
-      views = {f: st.Store(data, at) for f, data in stores[name].items()}
-      values = {f: value[i] for f, value in fixed[name].items()}
-      x, new = _block_fn(model, name)(
-          params[f'layer_{j}'], x,
-          dataclasses.replace(mine[name], **views, **values), context)
-      stores[name] = {f: getattr(new, f).data for f in stores[name]}
-      fixed[name] = {f: value.at[i].set(getattr(new, f))
-                     for f, value in fixed[name].items()}
-    return (x, stores), fixed
-
-  (x, stores), fixed = jax.lax.scan(
-      body, (x, stores), (jnp.arange(group.repeats), params, fixed))
-  layers = dict(layers)
-  for name in counts:
-    low, whole = used[name], layers[name]
-    values = {}
-    for f, value in fixed[name].items():
-      values[f] = _put(getattr(whole, f), low,
-                       value.reshape(-1, *value.shape[2:]))
-    layers[name] = dataclasses.replace(whole, **stores[name], **values)
-  return x, layers
-
-
-def _only(layer, kind):
-  """The leaves of one kind, as a dict by field name."""
-  return {f.name: getattr(layer, f.name) for f in dataclasses.fields(layer)
-          if f.metadata['kind'] == kind}

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 
 from statejax import config as cfg
 from statejax import model as lm
-from statejax.layers import block, common
+from statejax.layers import block, common, groups
 
 # Chunks and windows that do not end within a few tokens are cut to these: no
 # parameter depends on them, and what is never reached is never checked.
@@ -158,7 +158,8 @@ class MixerSubject:
       order, n_valid, document, back = lm.pack(index, n_valid, segment_ids)
       x = jnp.take_along_axis(x, order[..., None], axis=1)
     context = common.context(state.length, n_valid, document, steps)
-    y, layers = lm.run_groups(self.model, params, x, state.layers, context)
+    y, layers, _ = groups.run(
+        self.model.config, params, x, state.layers, context)
     y = jnp.where(context.valid[..., None], y, jnp.zeros((), y.dtype))
     if back is not None:
       y = jnp.take_along_axis(y, back[..., None], axis=1)

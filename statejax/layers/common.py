@@ -27,6 +27,8 @@ class Context:
     start: index of the first token of the row's last document, [B].
     base: position of that token; `length` or, past a border, 0, [B].
     All are int32.
+    lent: what earlier layers of this step lend, {layer: {name: array}}; see
+      `lend` and `borrow`.
   """
 
   length: jax.Array
@@ -35,6 +37,22 @@ class Context:
   document: jax.Array | None
   start: jax.Array
   base: jax.Array
+  lent: dict = dataclasses.field(default_factory=dict)
+
+  def borrow(self, layer, name):
+    """Returns what the nearest earlier layer called `layer` lends.
+
+    Raises:
+      ValueError: no such layer lends it here.
+    """
+    found = self.lent.get(layer, {})
+    if name not in found:
+      have = {k: sorted(v) for k, v in self.lent.items()}
+      raise ValueError(
+          f'expected {name!r} of an earlier layer {layer!r}, lent are {have}. '
+          'The owner has to stand before its reader in the same pattern, or in '
+          'an earlier group of one repeat.')
+    return found[name]
 
   @property
   def valid(self):
@@ -89,6 +107,31 @@ def context(length, n_valid, document, steps):
   old = jnp.where(count == 0, length[:, None], 0)
   base = jnp.where(start == 0, length, 0)
   return Context(length, n_valid, old + index - begin, count, start, base)
+
+
+def lend(module, **arrays):
+  """Lets later layers of this step read arrays of a mixer; never stored."""
+  for name, x in arrays.items():
+    _sow(module, 'lent', name, x)
+
+
+def add_loss(module, name, total):
+  """Adds a sum over real tokens to the training loss.
+
+  The trainer divides it by the number of real tokens. Where only logits are
+  asked for, XLA computes none of it.
+
+  Args:
+    module: the mixer.
+    name: of the loss.
+    total: float32 scalar.
+  """
+  _sow(module, 'losses', name, total)
+
+
+def _sow(module, collection, name, x):
+  module.sow(collection, name, x, reduce_fn=lambda _, new: new,
+             init_fn=lambda: None)
 
 
 class Proj(nn.Module):

@@ -42,12 +42,16 @@ class Sums:
     correct: tokens whose most likely prediction was right.
     squares: squared log-normalisers, for the z-loss.
     count: predicted tokens.
+    layers: losses of the layers' own, such as an indexer's, over real tokens.
+    tokens: real tokens.
   """
 
   loss: jax.Array
   correct: jax.Array
   squares: jax.Array
   count: jax.Array
+  layers: jax.Array
+  tokens: jax.Array
 
 
 def score(model, params, batch) -> Sums:
@@ -61,8 +65,8 @@ def score(model, params, batch) -> Sums:
   """
   targets = batch['targets']
   state = model.init_state(targets.shape[0], 0)
-  logits, _ = lm.apply(model, params, state, batch['tokens'],
-                       segment_ids=batch['segments'])
+  logits, _, losses = lm.forward(model, params, state, batch['tokens'],
+                                 segment_ids=batch['segments'])
   asked = targets >= 0
   norm = jax.nn.logsumexp(logits, axis=-1)
   hit = jnp.take_along_axis(
@@ -70,7 +74,9 @@ def score(model, params, batch) -> Sums:
   total = lambda x: jnp.sum(jnp.where(asked, x, 0.0))
   return Sums(loss=total(norm - hit),
               correct=total((jnp.argmax(logits, -1) == targets) * 1.0),
-              squares=total(norm * norm), count=total(1.0))
+              squares=total(norm * norm), count=total(1.0),
+              layers=sum(jax.tree.leaves(losses), start=jnp.float32(0)),
+              tokens=jnp.sum(batch['segments'] >= 0).astype(jnp.float32))
 
 
 def initial(model, config: TrainConfig) -> TrainState:
@@ -84,11 +90,13 @@ def initial(model, config: TrainConfig) -> TrainState:
 
 def _gradient(model, config, params, batch):
   """Mean gradient over the batch, summed over `accumulate` micro-batches."""
-  count = jnp.maximum(jnp.sum(batch['targets'] >= 0), 1).astype(jnp.float32)
+  many = lambda mask: jnp.maximum(jnp.sum(mask), 1).astype(jnp.float32)
+  count, tokens = many(batch['targets'] >= 0), many(batch['segments'] >= 0)
 
   def loss(params, piece):
     sums = score(model, params, piece)
-    return (sums.loss + config.z_loss * sums.squares) / count, sums
+    predicted = (sums.loss + config.z_loss * sums.squares) / count
+    return predicted + sums.layers / tokens, sums
 
   grad = jax.grad(loss, has_aux=True)
   if config.accumulate == 1:
