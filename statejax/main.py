@@ -175,6 +175,7 @@ def doctor():
   import jax
 
   import pallas_kernels
+  from statejax.ops import dispatch
   print(f'python {platform.python_version()}')
   for name in ('statejax', 'jax', 'jaxlib', 'flax', 'optax',
                'orbax-checkpoint', 'grain', 'numpy', 'absl-py'):
@@ -190,7 +191,8 @@ def doctor():
   for op, kernels in pallas_kernels.KERNELS.items():
     print(f'{op}: reference: available')
     print(f'{op}: xla: available')
-    for name, kernel in kernels.items():
+    for name in kernels:
+      kernel = dispatch.kernel(op, name)
       why = f'declines: {kernel}' if isinstance(kernel, str) else 'available'
       print(f'{op}: {name}: {why}')
 

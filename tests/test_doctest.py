@@ -6,7 +6,8 @@ import importlib
 import pytest
 
 
-@pytest.mark.parametrize('name', ['config.override', 'model', 'ops.witness'])
+@pytest.mark.parametrize('name', [
+    'config.override', 'model', 'ops.delta_rule', 'ops.witness'])
 def test_docstring_examples(name):
   module = importlib.import_module(f'statejax.{name}')
   result = doctest.testmod(module, extraglobs={

@@ -180,6 +180,9 @@ def test_doctor(run):
   status, out, err = run('doctor')
   assert status == 0 and not err
   assert re.search(r'^jax \d', out, re.M) and 'devices cpu:' in out
+  assert 'delta_rule: xla: available' in out
+  assert ('delta_rule: pallas_tpu: declines: it needs a TPU, the backend is cpu'
+          in out)
 
 
 @pytest.mark.skipif(importlib.util.find_spec('libtpu') is not None,

@@ -31,11 +31,19 @@ def negative(config, *names):
                        f'got {value}.')
 
 
+def chunk(config):
+  """Raises ValueError unless `chunk` is None or a power of two >= 2."""
+  size = config.chunk
+  if size is not None and (size < 2 or size & (size - 1)):
+    raise ValueError(f'{type(config).__name__}.chunk: expected a power of two '
+                     f'>= 2 or None, got {size}.')
+
+
 DECODES = ('step', 'deferred', 'bitwise')
 
 
 def decodes(config):
-  """Raises ValueError unless `decode` is known and `chunk` allows it."""
+  """Raises ValueError unless `decode` is known."""
   if config.decode not in DECODES:
     raise ValueError(f'{type(config).__name__}.decode: expected one of '
                      f'{DECODES}, got {config.decode!r}.')

@@ -42,6 +42,7 @@ class GatedDeltaNetConfig:
   def __post_init__(self):
     checks.positive(self, 'heads', 'value_heads', 'key', 'value', 'conv')
     checks.divides(self, 'value_heads', 'heads')
+    checks.chunk(self)
     checks.decodes(self)
 
   @classmethod
@@ -94,6 +95,7 @@ class KDAConfig:
   def __post_init__(self):
     checks.positive(self, 'heads', 'key', 'value', 'rank', 'conv')
     checks.negative(self, 'lower_bound')
+    checks.chunk(self)
     checks.decodes(self)
 
 
@@ -134,6 +136,7 @@ class GatedDeltaNet2Config:
                     'conv')
     checks.divides(self, 'value_heads', 'heads')
     checks.negative(self, 'lower_bound')
+    checks.chunk(self)
     checks.decodes(self)
 
 
@@ -167,6 +170,7 @@ class DeltaNetConfig:
 
   def __post_init__(self):
     checks.positive(self, 'heads', 'key', 'value', 'conv')
+    checks.chunk(self)
     checks.decodes(self)
 
 
@@ -202,3 +206,4 @@ class DeltaProductConfig:
     checks.positive(self, 'heads', 'value_heads', 'key', 'value', 'writes',
                     'conv')
     checks.divides(self, 'value_heads', 'heads')
+    checks.chunk(self)

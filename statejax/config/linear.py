@@ -30,6 +30,7 @@ class GLAConfig:
 
   def __post_init__(self):
     checks.positive(self, 'heads', 'key', 'value', 'rank', 'divisor')
+    checks.chunk(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +55,7 @@ class RetNetConfig:
 
   def __post_init__(self):
     checks.positive(self, 'heads', 'key', 'value')
+    checks.chunk(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +81,7 @@ class LightningConfig:
 
   def __post_init__(self):
     checks.positive(self, 'heads', 'key', 'value')
+    checks.chunk(self)
     if self.slope < 0:
       raise ValueError(f'slope: expected >= 0, got {self.slope}; a negative '
                        'one would let the state grow.')
@@ -117,6 +120,7 @@ class Mamba2Config:
 
   def __post_init__(self):
     checks.positive(self, 'heads', 'groups', 'key', 'value', 'conv')
+    checks.chunk(self)
     checks.divides(self, 'heads', 'groups')
     if self.dt_min < 0 or (self.dt_max is not None
                            and self.dt_max < self.dt_min):

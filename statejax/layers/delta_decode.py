@@ -1,4 +1,9 @@
-"""How a delta-rule layer carries its matrix: written per step, or deferred."""
+"""How a delta-rule layer carries its matrix: written per step, or deferred.
+
+Deferred layers run XLA's parallel form on every backend. A model rejects draft
+tokens by a snapshot (`statejax.state.restore_fixed`), whatever its layers;
+cutting them off the tail is for callers of the op.
+"""
 
 import dataclasses
 
@@ -9,9 +14,9 @@ from statejax.ops.delta_deferred import delta_rule_deferred
 from statejax.ops.delta_grid import Deferred, shapes
 from statejax.state import Array, Spec, leaf
 
-# With 8 a step moves the fewest bytes where K = V = 128, three quarters of the
-# ordinary; see experiments/bench_decode.py. On a CPU arithmetic counts for
-# more, and 'step' remains the default.
+# With 8 a step needs the fewest bytes where K = V = 128, three quarters of the
+# ordinary, but XLA's CPU programs are not faster: 'step' remains the default;
+# see experiments/bench_decode.py.
 CHUNK = 8
 
 

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from statejax.ops import delta_check as check
 from statejax.ops import delta_grid as grid
 from statejax.ops.delta_grid import Deferred, Tokens
 
@@ -73,14 +74,16 @@ def delta_rule_deferred(
   Raises:
     ValueError: a shape disagrees, or the tail has no room for a draft.
   """
-  _check(q, v, erase, state, segment_ids, chunk_size, parity, drafted)
+  gates = (log_decay, erase, write)
+  chunk_size = _check(q, k, v, gates, state, n_valid, segment_ids, chunk_size,
+                      parity, drafted)
   batch, length, _, width = q.shape
   if length == 0:
     return jnp.zeros_like(v), state
-  scale = width ** -0.5 if scale is None else float(scale)
-  x = _tokens(q, k, v, (log_decay, erase, write), state, scale)
-  if n_valid is None:
-    n_valid = jnp.full((batch,), length, jnp.int32)
+  scale = check.scale(scale, width)
+  x = _tokens(q, k, v, gates, state, scale)
+  n_valid = (jnp.full((batch,), length, jnp.int32) if n_valid is None else
+             jnp.clip(n_valid, 0, length))
   resets = None
   if segment_ids is not None:
     changes = segment_ids[:, 1:] != segment_ids[:, :-1]
@@ -112,10 +115,15 @@ def empty(
     chunk_size: C.
     draft: most tokens of a call with `drafted`.
     decay: 'head' or 'channel', the kind of `log_decay`.
-    erase: 'head' or 'channel', the kind of `erase`; only parity keeps it.
+    erase: 'head' or 'channel', the kind of `erase`, or None for erase=0; only
+      parity keeps it.
     parity: None or 'bitwise'.
     dtype: float32, or float64.
   """
+  kinds = ('head', 'channel')
+  if decay not in kinds or erase not in (*kinds, None):
+    raise ValueError(f'decay, erase: expected one of {kinds}, got {decay!r} '
+                     f'and {erase!r}; erase=None is for calls with erase=0.')
   shapes = grid.shapes(
       rows, key_heads, heads, key, value, chunk_size=chunk_size, draft=draft,
       decay=decay, erase=erase if parity else None)
@@ -132,17 +140,19 @@ def truncate(state, count, *, chunk_size):
 
   Args:
     state: `Deferred`, after a call with `drafted`.
-    count: [B] int32, between the count before that call and the present one.
+    count: [B] int32 or an int, between the count before that call and the
+      present one.
     chunk_size: as in that call.
 
   Returns:
     `Deferred` for any next call.
   """
+  count = jnp.broadcast_to(jnp.asarray(count, jnp.int32), state.count.shape)
   keep = jnp.arange(state.k.shape[2])[None] < count[:, None]
   cut = grid.map_tail(
       lambda x: jnp.where(keep[:, None, :, None], x, jnp.zeros((), x.dtype)),
       state)
-  cut = dataclasses.replace(cut, count=jnp.asarray(count, jnp.int32))
+  cut = dataclasses.replace(cut, count=count)
 
   def settle(cut):
     # The tail, absorbed anew: its full chunks become matrix. A row without
@@ -275,30 +285,47 @@ def _draft_exact(size, state, x, n_valid):
   return y, grid.append(state, x, n_valid)
 
 
-def _check(q, v, erase, state, segment_ids, chunk_size, parity, drafted):
-  if chunk_size < 2 or chunk_size & (chunk_size - 1):
-    raise ValueError(
-        f'chunk_size: expected a power of two >= 2, got {chunk_size}.')
+def _check(q, k, v, gates, state, n_valid, segment_ids, chunk_size, parity,
+           drafted):
+  """Raises ValueError unless all agree; returns the chunk size as an int."""
+  dtype = check.tokens(q, k, v, *gates, n_valid, segment_ids)
+  if not isinstance(state, Deferred):
+    raise ValueError(f'state: expected a Deferred, got {type(state).__name__}; '
+                     'make one with statejax.ops.delta_deferred.empty.')
+  check.matrix(q, v, state.matrix, dtype)
+  if chunk_size is None:
+    raise ValueError('chunk_size: expected the same power of two >= 2 in every '
+                     'call, got None.')
+  chunk_size = check.chunk_size(chunk_size)
   if parity not in PARITY:
     raise ValueError(f'parity: expected one of {PARITY}, got {parity!r}.')
-  want = (q.shape[0], *v.shape[2:3], q.shape[3], *v.shape[3:])
-  if state.matrix.shape != want or state.k.shape[1] != q.shape[2]:
-    raise ValueError(
-        f'state: expected a matrix {list(want)} and {q.shape[2]} key heads, '
-        f'got {list(state.matrix.shape)} and {state.k.shape[1]}; see empty.')
-  slots = state.k.shape[2]
+  heads, slots = state.k.shape[1:3]
+  if heads != q.shape[2]:
+    raise ValueError(f'state: expected {q.shape[2]} key heads, got {heads}; '
+                     'see empty.')
   if slots < chunk_size:
     raise ValueError(
         f'state: expected room for chunk_size={chunk_size} entries, got '
         f'{slots}; make the state with the same chunk_size.')
+  log_decay, erase, _ = gates
   gated = parity == 'bitwise' and not (
       isinstance(erase, (int, float)) and erase == 0)
   if (state.erase is not None) != gated:
     raise ValueError(
         f'state: expected {"" if gated else "no "}erase gates in the tail with '
         f'parity={parity!r}; make the state with the same parity.')
+  for name, gate, held in (('decay', log_decay, state.log_decay),
+                           ('erase', erase, state.erase)):
+    width = gate.shape[3] if getattr(gate, 'ndim', 3) == 4 else 1
+    if held is not None and held.shape[-1] != width:
+      kinds = ['head' if n == 1 else 'channel'
+               for n in (held.shape[-1], width)]
+      raise ValueError(
+          f'state: expected {name}={kinds[1]!r} as the gate has it, got '
+          f'{name}={kinds[0]!r}; see empty.')
   if drafted and (segment_ids is not None
                   or q.shape[1] > slots - chunk_size + 1):
     raise ValueError(
         f'drafted: expected at most {slots - chunk_size + 1} tokens of one '
         f'document, got {q.shape[1]}; make the state with a longer draft.')
+  return chunk_size

@@ -1,11 +1,14 @@
 """The gated delta rule: recurrence, single step, and the public op."""
 
+import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from statejax.ops import delta_check as check
 from statejax.ops import delta_chunk, dispatch
 
 
@@ -37,6 +40,20 @@ def delta_rule(
   Laws: split (L1), padding (L3), packed documents (L4), no overflow (L10),
   exact residual (L11), initial gradient (L16).
 
+  Gradients are reverse mode; for forward mode ask for 'reference'. Real tokens
+  are finite: one that is not may reach later documents of its row. An erase of
+  2 on keys that repeat is a reflection: float32 errors add up instead of fading
+  (1e-5 of the state after 64 equal keys).
+
+  >>> import jax
+  >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 5, 4, 8))
+  >>> k /= jnp.linalg.norm(k, axis=-1, keepdims=True)
+  >>> log_decay, beta = jnp.full((2, 5, 4), -0.1), jnp.full((2, 5, 4), 0.5)
+  >>> y, state = delta_rule(
+  ...     q, k, v, log_decay, beta, beta, jnp.zeros((2, 4, 8, 8)))
+  >>> y.shape, state.shape
+  ((2, 5, 4, 8), (2, 4, 8, 8))
+
   Args:
     q: queries, [B, T, HK, K], any float dtype.
     k: keys of unit length, [B, T, HK, K].
@@ -51,7 +68,8 @@ def delta_rule(
     segment_ids: document of each token, [B, T], int32. Memory is emptied where
       it changes; the incoming state belongs to the first document.
     scale: static factor on q; None means K**-0.5.
-    chunk_size: static power of two, tokens per chunk of 'xla'; None chooses.
+    chunk_size: static power of two, tokens per chunk of 'xla' and of
+      'pallas_tpu', which takes 16 to 128; None chooses.
     implementation: see `statejax.ops.dispatch`: 'pallas_tpu' (the first choice
       on a single TPU), 'xla' or 'reference'.
 
@@ -67,15 +85,16 @@ def delta_rule(
   Reference: arXiv 2406.06484 (no decay); arXiv 2412.06464 (decay per head);
     arXiv 2510.26692 (decay per channel).
   """
-  _check(q, k, v, log_decay, erase, write, state, n_valid, segment_ids)
-  _check_chunk_size(chunk_size)
+  gates = (log_decay, erase, write)
+  dtype = check.tokens(q, k, v, *gates, n_valid, segment_ids)
+  check.matrix(q, v, state, dtype)
+  chunk_size = check.chunk_size(chunk_size)
   fast = (_step if q.shape[1] == 1 else
-          functools.partial(_chunked, chunk_size=chunk_size))
+          _Bound(_chunked, chunk_size))
   run = dispatch.choose('delta_rule', implementation, {
       'pallas_tpu': _on_tpu(q, k, v, state, chunk_size, implementation),
       'xla': fast, 'reference': _recurrent,
   })
-  gates = (log_decay, erase, write)
   return _run(run, q, k, v, gates, state, n_valid, segment_ids, scale)
 
 
@@ -98,12 +117,12 @@ def delta_rule_step(
     D = diag(exp(log_decay)) S;  [p, o] = D^T [erase * k, q]
     r = write * v - p;  S' = D + k r^T;  y = scale * (o + (q . k) r)
   """
-  _check(q, k, v, log_decay, erase, write, state, n_valid, None)
+  gates = (log_decay, erase, write)
+  check.matrix(q, v, state, check.tokens(q, k, v, *gates, n_valid, None))
   if q.shape[1] != 1:
     raise ValueError(
         f'q: expected [B, T=1, HK, K], got {q.shape}; use delta_rule for T > 1.'
     )
-  gates = (log_decay, erase, write)
   return _run(_step, q, k, v, gates, state, n_valid, None, scale)
 
 
@@ -125,8 +144,25 @@ def _run(run, q, k, v, gates, state, n_valid, segment_ids, scale):
   if segment_ids is not None:
     changes = segment_ids[:, 1:] != segment_ids[:, :-1]
     resets = jnp.pad(changes, [(0, 0), (1, 0)])
-  scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+  scale = check.scale(scale, q.shape[-1])
+  return _compiled(run, inputs, state, n_valid, resets, scale)
+
+
+# A notebook's call by itself is compiled once, not at every call.
+@functools.partial(jax.jit, static_argnums=(0, 5))
+def _compiled(run, inputs, state, n_valid, resets, scale):
   return run(inputs, state, n_valid, resets, scale)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Bound:
+  """A form with its chunk size; equal ones share compiled programs."""
+
+  form: Callable
+  chunk_size: int | None
+
+  def __call__(self, *args):
+    return self.form(*args, chunk_size=self.chunk_size)
 
 
 def _is(gate, value):
@@ -248,9 +284,7 @@ def _on_tpu(q, k, v, state, chunk_size, implementation):
   """The TPU kernel, or the reason why it declines."""
   declines = None
   names = {x.dtype.name for x in (q, k, v)} - {'float32', 'bfloat16'}
-  if jax.default_backend() != 'tpu':
-    declines = f'it needs a TPU, the backend is {jax.default_backend()}'
-  elif names or state.dtype != jnp.float32:
+  if names or state.dtype != jnp.float32:
     declines = (
         'it takes float32 and bfloat16 and a float32 state, got '
         f'{", ".join(sorted({*names, state.dtype.name}))}'
@@ -265,95 +299,4 @@ def _on_tpu(q, k, v, state, chunk_size, implementation):
   run = dispatch.kernel('delta_rule', 'pallas_tpu', declines)
   if isinstance(run, str):
     return run
-  return functools.partial(run, chunk_size=chunk_size)
-
-
-# Errors of the caller.
-
-
-def _check(q, k, v, log_decay, erase, write, state, n_valid, segment_ids):
-  """Raises ValueError unless shapes and dtypes agree."""
-  arrays = dict(q=q, k=k, v=v, state=state)
-  if n_valid is not None:
-    arrays['n_valid'] = n_valid
-  if segment_ids is not None:
-    arrays['segment_ids'] = segment_ids
-  for name, x in arrays.items():
-    _expect_array(name, x)
-  if q.ndim != 4 or v.ndim != 4:
-    raise ValueError(
-        f'q, v: expected [B, T, HK, K] and [B, T, HV, V], got {q.shape} and '
-        f'{v.shape}; heads and width are separate axes.'
-    )
-  _expect('q', q, q.shape)
-  batch, length, key_heads, width = q.shape
-  heads, values = v.shape[2:]
-  if not key_heads or heads % key_heads:
-    raise ValueError(
-        f'v: expected HV a multiple of HK={key_heads}, got HV={heads}; every '
-        'key head serves the same number of value heads.'
-    )
-  per_head = (batch, length, heads)
-  _expect('k', k, (batch, length, key_heads, width))
-  _expect('v', v, (batch, length, heads, values))
-  _expect('state', state, (batch, heads, width, values))
-  _expect_gate('log_decay', log_decay, per_head, width)
-  if isinstance(log_decay, (int, float)) and log_decay > 0:
-    raise ValueError(
-        f'log_decay: expected at most 0, got {log_decay}; it is the logarithm '
-        'of the factor: 0 keeps everything.'
-    )
-  _expect_gate('erase', erase, per_head, width)
-  _expect_gate('write', write, per_head, values)
-  if n_valid is not None:
-    _expect('n_valid', n_valid, (batch,), jnp.integer)
-  if segment_ids is not None:
-    _expect('segment_ids', segment_ids, (batch, length), jnp.integer)
-  gates = [x for x in (log_decay, erase, write) if hasattr(x, 'dtype')]
-  dtype = jnp.result_type(jnp.float32, *[x.dtype for x in (q, k, v, *gates)])
-  if state.dtype != dtype:
-    raise ValueError(
-        f'state: expected {dtype.name}, got {state.dtype.name}; carried state '
-        'is never rounded: allocate it in this type.'
-    )
-
-
-def _expect(name, x, shape, kind=jnp.floating):
-  if x.shape != shape or not jnp.issubdtype(x.dtype, kind):
-    raise ValueError(
-        f'{name}: expected {list(shape)} {kind.__name__}, got {list(x.shape)} '
-        f'{x.dtype}; see the shapes in the docstring of delta_rule.'
-    )
-
-
-def _expect_array(name, x):
-  if not hasattr(x, 'shape'):
-    raise ValueError(
-        f'{name}: expected an array, got {type(x).__name__}; only log_decay, '
-        'erase and write may be Python scalars.'
-    )
-
-
-def _expect_gate(name, x, per_head, width):
-  if isinstance(x, (int, float)):
-    return
-  _expect_array(name, x)
-  if not x.ndim:
-    raise ValueError(
-        f'{name}: expected {list(per_head)}, one more axis, or a Python scalar,'
-        ' got an array without axes; jit makes one of a scalar argument: bind '
-        'it by functools.partial before.'
-    )
-  shape = per_head if x.ndim == 3 else (*per_head, width)
-  _expect(name, x, shape)
-
-
-def _check_chunk_size(chunk_size):
-  if chunk_size is not None and (
-      not isinstance(chunk_size, int)
-      or chunk_size < 2 or chunk_size & (chunk_size - 1)
-  ):
-    raise ValueError(
-        f'chunk_size: expected a power of two >= 2, got {chunk_size!r}; leave '
-        'it None to let the backend decide.'
-    )
+  return _Bound(run, chunk_size)

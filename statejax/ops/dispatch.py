@@ -1,6 +1,10 @@
 """Chooses the implementation of an op, in one place and never silently."""
 
+import functools
+import warnings
 from collections.abc import Callable, Mapping
+
+import jax
 
 
 def choose(
@@ -28,7 +32,12 @@ def choose(
   available = {n: f for n, f in candidates.items() if not isinstance(f, str)}
   if implementation is None:
     if available:
-      return next(iter(available.values()))
+      chosen = next(iter(available))
+      for name, why in candidates.items():
+        # Elsewhere that there is no kernel for this backend is no news.
+        if isinstance(why, str) and name.endswith(jax.default_backend()):
+          _report(op, name, why, chosen)
+      return available[chosen]
     raise ExceptionGroup(
         f'{op}: no implementation accepts these arguments',
         [ValueError(f'{n}: {why}') for n, why in candidates.items()],
@@ -42,8 +51,25 @@ def choose(
   return chosen
 
 
-def kernel(op: str, implementation: str, declines: str | None):
-  """Returns a kernel, or why there is none: `declines`, unless that is None."""
+@functools.cache
+def _report(op, name, why, chosen):
+  """Says once why a kernel of this backend does not run."""
+  warnings.warn(f'{op}: {name} declines: {why}; {chosen!r} runs.',
+                stacklevel=4)
+
+
+def kernel(op: str, implementation: str, declines: str | None = None):
+  """Returns a kernel, or why it cannot run.
+
+  Args:
+    op: name of the op.
+    implementation: 'pallas_tpu' or 'pallas_gpu'.
+    declines: why the arguments do not suit it, or None.
+  """
+  backend = jax.default_backend()
+  if not implementation.endswith(backend):
+    needed = implementation.removeprefix('pallas_').upper()
+    return f'it needs a {needed}, the backend is {backend}'
   return declines or _kernels(op).get(implementation, 'there is no kernel')
 
 

@@ -297,7 +297,8 @@ def test_step_in_place():
 
 @pytest.mark.parametrize('change, message', [
     (dict(chunk_size=3), 'power of two'),
-    (dict(v=np.zeros((ROWS, LENGTH, 4, 5), np.float32)), 'a matrix'),
+    (dict(v=np.zeros((ROWS, LENGTH, 4, 5), np.float32)),
+     r'state: expected \[3, 4, 8, 5\]'),
     (dict(chunk_size=16), 'room for chunk_size=16'),
     (dict(parity='bits'), 'parity'),
     (dict(parity='bitwise'), 'erase gates'),
@@ -308,3 +309,50 @@ def test_errors(change, message):
   options = {**args, 'chunk_size': CHUNK, **change}
   with pytest.raises(ValueError, match=message):
     dd.delta_rule_deferred(state=start('gdn', None), **options)
+
+
+def call(changes=(), **kwargs):
+  """A call of 5 tokens with some arguments changed."""
+  args = make('channel', 'head', batch=2, length=5)
+  heads, key, value = args['state'].shape[1:]
+  args['state'] = dd.empty(2, args['q'].shape[2], heads, key, value,
+                           chunk_size=CHUNK, decay='channel')
+  args |= {n: f(args[n]) for n, f in dict(changes).items()}
+  return dd.delta_rule_deferred(**args, **{'chunk_size': CHUNK, **kwargs})
+
+
+@pytest.mark.parametrize('changes,kwargs,text', [
+    ({'k': lambda x: x[:, :3]}, {}, r'k: expected \[2, 5'),
+    ({'log_decay': lambda x: 1}, {}, 'log_decay: expected at most 0'),
+    ({'log_decay': lambda x: float('nan')}, {}, 'log_decay: expected at most'),
+    ({'log_decay': lambda x: x[..., 0]}, {}, "expected decay='head'"),
+    ({'erase': lambda x: None}, {}, 'erase: expected an array'),
+    ({'q': lambda x: x.astype(int)}, {}, 'q: expected .* floating'),
+    ({'state': lambda x: x.matrix}, {}, 'expected a Deferred'),
+    ({}, {'n_valid': np.ones(1, int)}, r'n_valid: expected \[2\]'),
+    ({}, {'n_valid': 3}, 'n_valid: expected an array'),
+    ({}, {'segment_ids': np.ones((2, 5), bool)}, 'segment_ids: .* integer'),
+    ({}, {'chunk_size': None}, 'chunk_size: .* got None'),
+    ({}, {'chunk_size': '4'}, "chunk_size: .* got '4'"),
+    ({}, {'scale': 'x'}, 'scale: expected a number'),
+])
+def test_mistakes(changes, kwargs, text):
+  with pytest.raises(ValueError, match=text):
+    call(changes, **kwargs)
+
+
+def test_empty_mistake():
+  with pytest.raises(ValueError, match="decay, erase: .* got 'chan'"):
+    dd.empty(1, 1, 1, 4, 4, chunk_size=4, decay='chan')
+
+
+def test_more_valid_tokens_than_there_are():
+  want, got = call(), call(n_valid=np.array([5, 9]))
+  jax.tree.map(np.testing.assert_array_equal, want, got)
+
+
+def test_truncate_takes_an_int():
+  _, state = call(n_valid=np.array([3, 3]))
+  one = dd.truncate(state, 1, chunk_size=CHUNK)
+  jax.tree.map(np.testing.assert_array_equal, one, dd.truncate(
+      state, jnp.array([1, 1]), chunk_size=CHUNK))

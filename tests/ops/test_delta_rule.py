@@ -169,7 +169,9 @@ def test_dependent_keys(keys, beta):
     args['k'] = np.broadcast_to(args['k'], args['q'].shape)
   args['log_decay'] = np.zeros_like(args['log_decay'])
   args['erase'] = args['write'] = np.full_like(args['erase'], beta)
-  check(both(args), oracle(args), 5e-5 if beta == 2 else 2e-6, 1e-4)
+  # Each step with beta = 2 is a reflection: errors are kept, never damped.
+  check(both(args), oracle(args), *((2e-5, 3e-5) if beta == 2 else
+                                    (2e-6, 1e-5)))
 
 
 @pytest.mark.parametrize('decay', DECAYS)
