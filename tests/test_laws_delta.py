@@ -63,7 +63,9 @@ def test_mixer(name):
 @pytest.mark.slow
 @pytest.mark.parametrize('name', MODELS)
 def test_model(name):
-  assert None not in laws.check(model(name)).worst.values()
+  worst = laws.check(model(name)).worst
+  # Where nothing grows, no row can outgrow its store.
+  assert {n for n, error in worst.items() if error is None} <= {'neighbours'}
 
 
 @pytest.mark.slow

@@ -6,7 +6,14 @@ so the pattern `('kda', 'kda', 'kda', 'full')` repeated six times has exactly
 two state entries, `kda` with 18 layers and `full` with 6.
 """
 
-from statejax.config.attention import AttentionConfig, RopeConfig
+from statejax.config.attention import (
+  AttentionConfig,
+  Llama3RopeConfig,
+  LongRopeConfig,
+  RopeConfig,
+  YarnConfig,
+)
+from statejax.config.compressed import CompressedConfig, IndexConfig
 from statejax.config.delta import (
   DeltaNetConfig,
   DeltaProductConfig,
@@ -14,12 +21,14 @@ from statejax.config.delta import (
   GatedDeltaNetConfig,
   KDAConfig,
 )
+from statejax.config.dsa import DSAConfig
 from statejax.config.linear import (
   GLAConfig,
   LightningConfig,
   Mamba2Config,
   RetNetConfig,
 )
+from statejax.config.mla import MLAConfig
 from statejax.config.model import (
   GroupConfig,
   LayerConfig,
@@ -32,9 +41,11 @@ from statejax.config.train import Config, TaskConfig, TrainConfig
 from statejax.config.tree import from_dict, to_dict
 
 __all__ = [
-  'AttentionConfig', 'Config', 'DeltaNetConfig', 'DeltaProductConfig',
-  'GLAConfig', 'GatedDeltaNet2Config', 'GatedDeltaNetConfig', 'GroupConfig',
-  'KDAConfig', 'LayerConfig', 'LightningConfig', 'Mamba2Config',
-  'ModelConfig', 'NormConfig', 'RetNetConfig', 'RopeConfig', 'SwiGLUConfig',
-  'TaskConfig', 'TrainConfig', 'from_dict', 'override', 'to_dict',
+  'AttentionConfig', 'CompressedConfig', 'Config', 'DSAConfig',
+  'DeltaNetConfig', 'DeltaProductConfig', 'GLAConfig', 'GatedDeltaNet2Config',
+  'GatedDeltaNetConfig', 'GroupConfig', 'IndexConfig', 'KDAConfig',
+  'LayerConfig', 'LightningConfig', 'Llama3RopeConfig', 'LongRopeConfig',
+  'MLAConfig', 'Mamba2Config', 'ModelConfig', 'NormConfig', 'RetNetConfig',
+  'RopeConfig', 'SwiGLUConfig', 'TaskConfig', 'TrainConfig', 'YarnConfig',
+  'from_dict', 'override', 'to_dict',
 ]

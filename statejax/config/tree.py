@@ -3,9 +3,19 @@
 import dataclasses
 import typing
 
-from statejax.config import attention, delta, linear, model, train
+from statejax.config import (
+  attention,
+  compressed,
+  delta,
+  dsa,
+  linear,
+  mla,
+  model,
+  train,
+)
 
-_KNOWN = {name: value for module in (attention, delta, linear, model, train)
+_MODULES = (attention, compressed, delta, dsa, linear, mla, model, train)
+_KNOWN = {name: value for module in _MODULES
           for name, value in vars(module).items()
           if dataclasses.is_dataclass(value)}
 

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from statejax.config import AttentionConfig
-from statejax.layers import weights
+from statejax.layers import rotary, weights
 from statejax.layers.common import Proj, RMSNorm
-from statejax.ops import attend, rope, store, window
+from statejax.ops import attend, store, window
 from statejax.state import Array, Spec, leaf
 
 
@@ -69,11 +69,8 @@ class Attention(nn.Module):
     if c.qk_norm:
       q = RMSNorm(c.eps, axis='key', name='norm_q')(q)
       k = RMSNorm(c.eps, axis='key', name='norm_k')(k)
-    if c.rope is not None:
-      inverse = rope.frequencies(
-          c.key, theta=c.rope.theta, fraction=c.rope.fraction)
-      q = rope.rotate(q, context.positions, inverse)
-      k = rope.rotate(k, context.positions, inverse)
+    turn = rotary.rotation(c.rope, c.key)
+    q, k = turn(q, context.positions), turn(k, context.positions)
     sink = None
     if c.sink:
       sink = weights.weight(self, 'sink', ('heads',), (c.heads,),

@@ -6,14 +6,17 @@ import jax.numpy as jnp
 from statejax import config as cfg
 from statejax.layers.attention import Attention
 from statejax.layers.common import RMSNorm
+from statejax.layers.compressed import Compressed
 from statejax.layers.delta_net import DeltaNet
 from statejax.layers.delta_product import DeltaProduct
+from statejax.layers.dsa import DSA
 from statejax.layers.gated_delta_net import GatedDeltaNet
 from statejax.layers.gated_delta_net2 import GatedDeltaNet2
 from statejax.layers.gla import GLA
 from statejax.layers.kda import KDA
 from statejax.layers.lightning import Lightning
 from statejax.layers.mamba2 import Mamba2
+from statejax.layers.mla import MLA
 from statejax.layers.mlp import SwiGLU
 from statejax.layers.retnet import RetNet
 
@@ -26,6 +29,8 @@ from statejax.layers.retnet import RetNet
 # `statejax.train.optimizer`: what is no matrix gets no weight decay.
 MIXERS = {
     cfg.AttentionConfig: Attention,
+    cfg.CompressedConfig: Compressed,
+    cfg.DSAConfig: DSA,
     cfg.DeltaNetConfig: DeltaNet,
     cfg.DeltaProductConfig: DeltaProduct,
     cfg.GLAConfig: GLA,
@@ -33,6 +38,7 @@ MIXERS = {
     cfg.GatedDeltaNet2Config: GatedDeltaNet2,
     cfg.KDAConfig: KDA,
     cfg.LightningConfig: Lightning,
+    cfg.MLAConfig: MLA,
     cfg.Mamba2Config: Mamba2,
     cfg.RetNetConfig: RetNet,
 }

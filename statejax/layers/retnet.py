@@ -4,9 +4,8 @@ import flax.linen as nn
 import numpy as np
 
 from statejax.config import RetNetConfig
-from statejax.layers import delta
+from statejax.layers import delta, rotary
 from statejax.layers.common import Proj
-from statejax.ops import rope
 from statejax.state import Spec
 
 
@@ -34,11 +33,8 @@ class RetNet(nn.Module):
     k = Proj(keys, ('embed', *key_axes), name='k')(x)
     v = Proj(values, ('embed', *value_axes), name='v')(x)
     gate = Proj(values, ('embed', *value_axes), name='gate')(x)
-    if c.rope is not None:
-      inverse = rope.frequencies(
-          c.key, theta=c.rope.theta, fraction=c.rope.fraction)
-      q = rope.rotate(q, context.positions, inverse)
-      k = rope.rotate(k, context.positions, inverse)
+    turn = rotary.rotation(c.rope, c.key)
+    q, k = turn(q, context.positions), turn(k, context.positions)
     log_decay = np.log1p(-2.0 ** (-5.0 - np.arange(c.heads)))
     y, matrix = delta.delta_rule(
         q, k, v, delta.constant(log_decay, x), 0, 1, state.matrix,

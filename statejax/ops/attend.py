@@ -18,14 +18,14 @@ class Segment:
   """Keys and values with what each query sees of them.
 
   Attributes:
-    k: [B, G, N, K].
-    v: [B, G, N, V].
+    k: [B, G, N, K]; or a tuple of such arrays, one for each part of the query.
+    v: [B, G, N, V]. G may differ from part to part, and from that of v.
     visible: [B, T, N] bool.
     causal: promises that query t sees no key after key t, so that `attend`
       may leave those out of its products.
   """
 
-  k: jax.Array
+  k: jax.Array | tuple[jax.Array, ...]
   v: jax.Array
   visible: jax.Array
   causal: bool = dataclasses.field(default=False, metadata=dict(static=True))
@@ -40,8 +40,11 @@ def attend(q, segments, *, scale, sink=None):
   Query head h reads key/value head h // (H / G). Scores, softmax and sums are
   float32. A query that sees nothing gets out = 0 and finite gradients.
 
+  Where q and k are tuples, the scores of their parts add, as those of their
+  concatenations would: keys kept in two stores need not be copied together.
+
   Args:
-    q: [B, T, H, K].
+    q: [B, T, H, K]; or a tuple of such arrays, each with its own K.
     segments: a list of `Segment`; empty ones (N = 0) are fine.
     scale: factor on the scores.
     sink: learned logit per head, [H] float32, or None.
@@ -50,15 +53,28 @@ def attend(q, segments, *, scale, sink=None):
     out: [B, T, H, V] in q.dtype.
     lse: [B, T, H] float32; -1e30 where nothing is visible.
 
+  Raises:
+    ValueError: keys are in more or fewer parts than queries.
+
   Reference: arXiv 2309.17453 and gpt-oss for the sink logit.
   """
-  length = q.shape[1]
+  q = _parts(q)
+  counts = [len(_parts(s.k)) for s in segments]
+  if set(counts) - {len(q)}:
+    raise ValueError(f'attend: expected keys in {len(q)} parts, as the '
+                     f'queries are, got {counts}.')
+  length = q[0].shape[1]
   if length < 2 * _BLOCK or not any(s.causal for s in segments):
     return _attend(q, segments, scale, sink)
   size = max(_BLOCK, -(-length // _BLOCKS))
-  parts = [_attend(q[:, i:i + size], [_seen(s, i, size) for s in segments],
-                   scale, sink) for i in range(0, length, size)]
-  return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *parts)
+  blocks = [_attend(tuple(a[:, i:i + size] for a in q),
+                    [_seen(s, i, size) for s in segments], scale, sink)
+            for i in range(0, length, size)]
+  return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *blocks)
+
+
+def _parts(x):
+  return x if isinstance(x, tuple) else (x,)
 
 
 def _seen(segment, first, size):
@@ -67,57 +83,59 @@ def _seen(segment, first, size):
   if not segment.causal:
     return dataclasses.replace(segment, visible=visible)
   end = first + size
-  return Segment(segment.k[:, :, :end], segment.v[:, :, :end],
-                 visible[:, :, :end])
+  return Segment(tuple(k[:, :, :end] for k in _parts(segment.k)),
+                 segment.v[:, :, :end], visible[:, :, :end])
 
 
 def _attend(q, segments, scale, sink):
-  batch, length, heads, width = q.shape
-  groups = segments[0].k.shape[1]
-  per = heads // groups
-  wide = (jnp.float64 if q.dtype == jnp.float64 else jnp.float32)
-  product = functools.partial(
-      jnp.matmul, preferred_element_type=wide,
-      precision=jax.lax.Precision.HIGHEST if q.dtype == wide else None)
-  # Heads of a group are rows of one product: [B, G, (H/G) T, K] x [B, G, K, N].
-  grouped = (q * jnp.asarray(scale, q.dtype)).reshape(
-      batch, length, groups, per, width).transpose(0, 2, 3, 1, 4).reshape(
-          batch, groups, per * length, width)
+  batch, length, heads, _ = q[0].shape
+  dtype = q[0].dtype
+  wide = (jnp.float64 if dtype == jnp.float64 else jnp.float32)
+  einsum = functools.partial(
+      jnp.einsum, preferred_element_type=wide,
+      precision=jax.lax.Precision.HIGHEST if dtype == wide else None)
+
+  def product(equation, a, b):
+    """a [B, H, T, X] with b [B, G, ...]: heads of a group are rows of one
+    matrix, [B, G, (H/G) T, X]."""
+    groups = b.shape[1]
+    rows = a.reshape(batch, groups, heads // groups * length, a.shape[-1])
+    y = einsum(equation, rows, b.astype(dtype))
+    return y.reshape(batch, heads, length, y.shape[-1])
+
+  q = [(a * jnp.asarray(scale, dtype)).swapaxes(1, 2) for a in q]
   value = segments[0].v.shape[-1]
-  segments = [s for s in segments if s.k.shape[2]]
+  segments = [s for s in segments if s.v.shape[2]]
 
   def score(segment):
     # Adding the mask costs one pass less than selecting; -1e30 swallows any
     # finite score exactly.
     bias = jnp.where(segment.visible, jnp.zeros((), wide),
-                     jnp.asarray(_MASKED, wide))[:, None, None]
-    s = product(grouped, segment.k.astype(q.dtype).swapaxes(2, 3))
-    return s.reshape(batch, groups, per, length, segment.k.shape[2]) + bias
+                     jnp.asarray(_MASKED, wide))[:, None]
+    first, *more = (product('bgrk,bgnk->bgrn', a, k)
+                    for a, k in zip(q, _parts(segment.k)))
+    return sum(more, start=first) + bias
 
   scores = [score(segment) for segment in segments]
-  top = jnp.full((batch, groups, per, length), _MASKED, wide)
+  top = jnp.full((batch, heads, length), _MASKED, wide)
   for s in scores:
     top = jnp.maximum(top, jnp.max(s, axis=-1))
   sees = ~(top <= 0.5 * _MASKED)
   logit = None
   if sink is not None:
-    logit = sink.astype(wide).reshape(1, groups, per, 1)
+    logit = sink.astype(wide).reshape(1, heads, 1)
     top = jnp.maximum(top, logit)
   # The maximum only conditions the exponentials; no gradient runs through it.
   top = jax.lax.stop_gradient(top)
   total = (jnp.zeros(top.shape, wide) if logit is None
            else jnp.exp(logit - top))
-  out = jnp.zeros((batch, groups, per, length, value), wide)
+  out = jnp.zeros((batch, heads, length, value), wide)
   for segment, s in zip(segments, scores):
     p = jnp.exp(s - top[..., None])
     total = total + jnp.sum(p, axis=-1)
-    out = out + product(
-        p.astype(q.dtype).reshape(batch, groups, per * length, s.shape[-1]),
-        segment.v.astype(q.dtype)).reshape(out.shape)
+    out = out + product('bgrn,bgnv->bgrv', p.astype(dtype), segment.v)
   out = jnp.where(sees[..., None], out / total[..., None],
                   jnp.zeros((), wide))
   some = sees if sink is None else jnp.ones_like(sees)
   lse = jnp.where(some, top + jnp.log(total), jnp.asarray(_MASKED, wide))
-  return (out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, value)
-          .astype(q.dtype),
-          lse.transpose(0, 3, 1, 2).reshape(batch, length, heads))
+  return out.swapaxes(1, 2).astype(dtype), lse.swapaxes(1, 2)

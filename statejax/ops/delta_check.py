@@ -93,22 +93,20 @@ def _expect_gate(name, x, per_head, width):
   _expect(name, x, shape)
 
 
-def chunk_size(size):
-  """Returns `size` as an int; None stays.
+def chunk_size(size) -> int:
+  """Returns `size` as an int.
 
   Raises:
     ValueError: it is no power of two, or less than 2.
   """
-  if size is None:
-    return None
   try:
     found = operator.index(size)
   except TypeError:
     found = 0
   if found < 2 or found & (found - 1):
     raise ValueError(
-        f'chunk_size: expected a power of two >= 2, got {size!r}; leave '
-        'it None to let the backend decide.'
+        f'chunk_size: expected a power of two >= 2, got {size!r}; of '
+        'delta_rule, None lets the backend decide.'
     )
   return found
 

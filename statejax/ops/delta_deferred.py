@@ -288,14 +288,12 @@ def _draft_exact(size, state, x, n_valid):
 def _check(q, k, v, gates, state, n_valid, segment_ids, chunk_size, parity,
            drafted):
   """Raises ValueError unless all agree; returns the chunk size as an int."""
-  dtype = check.tokens(q, k, v, *gates, n_valid, segment_ids)
+  log_decay, erase, write = gates
+  dtype = check.tokens(q, k, v, log_decay, erase, write, n_valid, segment_ids)
   if not isinstance(state, Deferred):
     raise ValueError(f'state: expected a Deferred, got {type(state).__name__}; '
                      'make one with statejax.ops.delta_deferred.empty.')
   check.matrix(q, v, state.matrix, dtype)
-  if chunk_size is None:
-    raise ValueError('chunk_size: expected the same power of two >= 2 in every '
-                     'call, got None.')
   chunk_size = check.chunk_size(chunk_size)
   if parity not in PARITY:
     raise ValueError(f'parity: expected one of {PARITY}, got {parity!r}.')
@@ -307,7 +305,6 @@ def _check(q, k, v, gates, state, n_valid, segment_ids, chunk_size, parity,
     raise ValueError(
         f'state: expected room for chunk_size={chunk_size} entries, got '
         f'{slots}; make the state with the same chunk_size.')
-  log_decay, erase, _ = gates
   gated = parity == 'bitwise' and not (
       isinstance(erase, (int, float)) and erase == 0)
   if (state.erase is not None) != gated:

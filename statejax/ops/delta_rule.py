@@ -85,16 +85,17 @@ def delta_rule(
   Reference: arXiv 2406.06484 (no decay); arXiv 2412.06464 (decay per head);
     arXiv 2510.26692 (decay per channel).
   """
-  gates = (log_decay, erase, write)
-  dtype = check.tokens(q, k, v, *gates, n_valid, segment_ids)
+  dtype = check.tokens(q, k, v, log_decay, erase, write, n_valid, segment_ids)
   check.matrix(q, v, state, dtype)
-  chunk_size = check.chunk_size(chunk_size)
+  if chunk_size is not None:
+    chunk_size = check.chunk_size(chunk_size)
   fast = (_step if q.shape[1] == 1 else
           _Bound(_chunked, chunk_size))
   run = dispatch.choose('delta_rule', implementation, {
       'pallas_tpu': _on_tpu(q, k, v, state, chunk_size, implementation),
       'xla': fast, 'reference': _recurrent,
   })
+  gates = (log_decay, erase, write)
   return _run(run, q, k, v, gates, state, n_valid, segment_ids, scale)
 
 
@@ -117,12 +118,13 @@ def delta_rule_step(
     D = diag(exp(log_decay)) S;  [p, o] = D^T [erase * k, q]
     r = write * v - p;  S' = D + k r^T;  y = scale * (o + (q . k) r)
   """
-  gates = (log_decay, erase, write)
-  check.matrix(q, v, state, check.tokens(q, k, v, *gates, n_valid, None))
+  dtype = check.tokens(q, k, v, log_decay, erase, write, n_valid, None)
+  check.matrix(q, v, state, dtype)
   if q.shape[1] != 1:
     raise ValueError(
         f'q: expected [B, T=1, HK, K], got {q.shape}; use delta_rule for T > 1.'
     )
+  gates = (log_decay, erase, write)
   return _run(_step, q, k, v, gates, state, n_valid, None, scale)
 
 

@@ -1,4 +1,4 @@
-"""RMS and L2 normalisation, in float32 whatever the input."""
+"""RMS, layer and L2 normalisation, in float32 whatever the input."""
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,24 @@ def rms_norm(x, weight, *, eps, offset=0.0):
   if weight is not None:
     y = y * (offset + _row(weight, y))
   return y.astype(x.dtype)
+
+
+def layer_norm(x, weight, bias, *, eps):
+  """`(x - mean) / sqrt(variance + eps) * weight + bias` over the last axis.
+
+  Args:
+    x: [..., D], any float dtype.
+    weight: [D] float32.
+    bias: [D] float32.
+    eps: added to the variance.
+
+  Returns:
+    [..., D] in x.dtype.
+  """
+  y = _wide(x)
+  y = y - jnp.mean(y, axis=-1, keepdims=True)
+  y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+  return (y * _row(weight, y) + _row(bias, y)).astype(x.dtype)
 
 
 def gated_rms_norm(x, gate, weight, *, eps, activation):

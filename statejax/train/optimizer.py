@@ -4,7 +4,8 @@ import jax
 import optax
 
 # Logical axes that make a parameter a matrix: it maps features to features.
-_FEATURES = {'embed', 'hidden', 'heads', 'kv_heads', 'key_heads', 'rank'}
+_FEATURES = {'embed', 'hidden', 'heads', 'kv_heads', 'key_heads', 'rank',
+             'latent'}
 
 
 def schedule(config):

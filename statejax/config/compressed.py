@@ -1,0 +1,89 @@
+"""Configuration of attention over a window and compressed entries."""
+
+import dataclasses
+import typing
+
+from statejax.config import checks
+from statejax.config.attention import RopeConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class IndexConfig:
+  """Lightning indexer over compressed entries.
+
+  Attributes:
+    k: entries that a query may see.
+    heads: heads HI.
+    width: width dI of its queries and entries.
+  """
+
+  k: int = 512
+  heads: int = 4
+  width: int = 32
+
+  def __post_init__(self):
+    checks.positive(self, 'k', 'heads', 'width')
+
+
+@dataclasses.dataclass(frozen=True)
+class CompressedConfig:
+  """DeepSeek-V4's attention: one array is key and value of all heads.
+
+  Attributes:
+    heads: query heads H.
+    width: width K of queries and of the shared key and value.
+    q_rank: width of the queries' latent.
+    window: visible tokens including the query; below `ratio` - 1 some tokens
+      of the open block are not seen yet, and no longer.
+    ratio: tokens per compressed entry; None keeps the window alone.
+    overlap: an entry also sees the block before its own (CSA).
+    index: chooses among the entries; None sees all of them (HCA).
+    rope: of queries, keys and entries; outputs are turned back. DeepSeek-V4
+      turns the trailing channels, interleaved.
+    out_groups: groups of heads, each with its own first output projection,
+    out_rank: to so many channels.
+    eps: of all norms.
+  """
+
+  heads: int = 4
+  width: int = 64
+  q_rank: int = 64
+  window: int = 128
+  ratio: int | None = 4
+  overlap: bool = True
+  index: IndexConfig | None = IndexConfig()
+  rope: RopeConfig = RopeConfig(
+      fraction=0.5, layout='interleaved', side='trailing')
+  out_groups: int = 2
+  out_rank: int = 32
+  eps: float = 1e-6
+
+  def __post_init__(self):
+    checks.positive(self, 'heads', 'width', 'q_rank', 'window', 'out_groups',
+                    'out_rank')
+    checks.divides(self, 'heads', 'out_groups')
+    if self.ratio is None:
+      if self.overlap or self.index is not None:
+        raise ValueError('CompressedConfig: without a ratio there are no '
+                         'entries; set overlap=False and index=None.')
+      return
+    checks.positive(self, 'ratio')
+
+  @property
+  def reach(self):
+    """Visible tokens, the query included; None is all of them."""
+    return self.window if self.ratio is None else None
+
+  @classmethod
+  def sliding(cls, **fields):
+    """The window alone."""
+    preset: dict[str, typing.Any] = {
+        'ratio': None, 'overlap': False, 'index': None}
+    return cls(**(preset | fields))
+
+  @classmethod
+  def heavily(cls, **fields):
+    """Heavily compressed attention (HCA): every entry is seen."""
+    preset: dict[str, typing.Any] = {
+        'ratio': 128, 'overlap': False, 'index': None}
+    return cls(**(preset | fields))

@@ -1,0 +1,169 @@
+"""Sparse latent attention: a lightning indexer chooses what is seen."""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from statejax.config import DSAConfig
+from statejax.layers import common, mla, rotary, weights
+from statejax.layers.common import Proj
+from statejax.ops import index, norm, select, store
+from statejax.ops.merge import merge
+from statejax.state import Array, Spec, leaf
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class IndexedState(mla.LatentState):
+  """Latents, and the indexer's key of every token.
+
+  Attributes:
+    index_key: after norm and rope, [B, N, dI], store dtype; growing.
+  """
+
+  index_key: Array = leaf('batch capacity index', 'growing')
+
+
+class DSA(nn.Module):
+  """`MLA` over the k tokens of the highest index score.
+
+    I_tj = sum_h w_h(x_t) relu(q^I_h(c_t) . k^I(x_j) dI^-1/2), j <= t
+    chosen(t) = the k largest, ties to the lower position; all if fewer
+
+  One choice for all heads. The indexer reads its inputs without gradient and
+  learns from `statejax.ops.index.loss` alone, which gives none to the rest.
+  The columns of a choice are the slots of the store, then the step's tokens;
+  it is lent as `chosen`: ids [B, 1, k] for a step of one token, which gathers
+  what it attends to, else a mask [B, T, N + T].
+
+  Reference: DeepSeek-V3.2; arXiv 2603.12201 for `owner` (IndexShare).
+  """
+
+  config: DSAConfig
+
+  @staticmethod
+  def state(config, rows, capacity, dtype):
+    """Returns an `IndexedState`, or for a reader a `LatentState`, of `Spec`."""
+    latent = mla.MLA.state(config.mla, rows, capacity, dtype)
+    if config.owner is not None:
+      return latent
+    return IndexedState(
+        latent.latent, latent.key_rope,
+        index_key=Spec((rows, capacity, config.index_width), dtype))
+
+  @nn.compact
+  def __call__(self, x, state, context):
+    c = self.config
+    q, low = mla.queries(c.mla, x, context.positions)
+    latent, key = mla.latents(c.mla, x, context.positions)
+    maps = mla.up_maps(self, c.mla)
+    scale = mla.score_scale(c.mla, x.shape[-1])
+    latent = latent.astype(state.latent.data.dtype)
+    key = key.astype(state.key_rope.data.dtype)
+    past, new = mla.remember(state, latent, key, context)
+    seen = context.visible_chunk()
+    if past is not None:
+      seen = jnp.concatenate([past[2], seen], axis=-1)
+    scores = None
+    if c.owner is None:
+      scores, new_key = _scores(self, jax.lax.stop_gradient(x),
+                                jax.lax.stop_gradient(low), state, new, context)
+      new = IndexedState(new.latent, new.key_rope, new_key)
+      chosen = (select.top if x.shape[1] == 1 else select.top_mask)(
+          scores, seen, c.k)
+      common.lend(self, chosen=chosen)
+    else:
+      chosen = context.borrow(c.owner, 'chosen')
+    if c.stage == 'warmup':
+      chosen = seen
+    y = _attend(q, latent, key, maps, past, chosen, seen, scale)
+    if scores is not None and c.index_loss:
+      allowed = chosen if chosen.dtype == bool else seen & select.to_mask(
+          chosen, seen.shape[-1])
+      heads = _head_scores(q, latent, key, maps, past, scale)
+      common.add_loss(self, 'index', c.index_loss * index.loss(
+          scores, heads, allowed & seen, context.valid))
+    return mla.output(c.mla, x, y), new
+
+
+def _scores(module, x, low, state, new, context):
+  """Returns index scores [B, T, N + T] float32 and the new index keys."""
+  c = module.config
+  turn = rotary.rotation(c.index_rope, c.index_width)
+  q = Proj((c.index_heads, c.index_width), ('rank', 'heads', 'index'),
+           name='index_q')(low)
+  k = Proj((c.index_width,), ('embed', 'index'), name='index_k')(x)
+  weight, bias = (
+      weights.weight(module, f'index_{name}', ('index',), (c.index_width,),
+                     init)
+      for name, init in (('norm', weights.ones), ('bias', weights.zeros)))
+  k = norm.layer_norm(k, weight, bias, eps=c.index_eps)
+  q = turn(q, context.positions)
+  k = turn(k[:, :, None], context.positions)[:, :, 0]
+  w = Proj((c.index_heads,), ('embed', 'heads'), name='index_w')(
+      x.astype(jnp.promote_types(x.dtype, jnp.float32)))
+  k = k.astype(state.index_key.data.dtype)
+  kept = store.append(state.index_key, k, context.base, context.start,
+                      context.n_valid)
+  keys = k
+  if state.index_key.data.shape[2]:
+    past = kept if context.document is None else state.index_key
+    keys = [past.read(), k]
+  score = functools.partial(index.scores, q, w, relu=c.index_relu)
+  if keys is k:
+    return score(k), kept
+  return jnp.concatenate([score(one) for one in keys], axis=-1), kept
+
+
+def _attend(q, latent, key, maps, past, chosen, seen, scale):
+  """Attention to the chosen columns, [B, T, H, V]."""
+  k_b, v_b = maps
+  slots = 0 if past is None else past[0].shape[1]
+  if chosen.dtype == bool:
+    mask = chosen & seen
+    y = mla.expanded(q, latent, key, k_b, v_b, mask[..., slots:], scale=scale,
+                     causal=True)
+    if past is None:
+      return y[0]
+    old, old_key, _ = past
+    return merge([y, mla.absorbed(q, old, old_key, k_b, v_b,
+                                  mask[..., :slots], scale=scale)])[0]
+  # One token: rows of the store are gathered, and itself is the last column.
+  ids = chosen[:, 0]
+  itself = jnp.any(ids == slots, axis=-1)[:, None, None] & seen[..., slots:]
+  own = mla.expanded(q, latent, key, k_b, v_b, itself, scale=scale)
+  if past is None:
+    return own[0]
+  found = (ids >= 0) & (ids < slots)
+  old, old_key = (
+      jnp.take_along_axis(a, jnp.where(found, ids, 0)[..., None], axis=1)
+      for a in past[:2])
+  return merge([own, mla.absorbed(q, old, old_key, k_b, v_b, found[:, None],
+                                  scale=scale)])[0]
+
+
+def _head_scores(q, latent, key, maps, past, scale):
+  """Returns a function from a slice of queries to the scores of every head,
+  [B, T', H, N + T] float32, in the absorbed form."""
+  k_b, _ = maps
+  q = (mla.per_head('bthk,rhk->bthr', q[0], k_b), q[1])
+  columns = [(latent, key)] if past is None else [past[:2], (latent, key)]
+
+  def score(begin, size):
+    part = [jax.lax.dynamic_slice_in_dim(a, begin, size, axis=1) for a in q]
+    return scale * jnp.concatenate([
+        sum(_dots(a, b) for a, b in zip(part, pair)) for pair in columns],
+                                   axis=-1)
+
+  return score
+
+
+def _dots(q, k):
+  """[B, T, H, X] with [B, N, X] to [B, T, H, N] float32."""
+  wide = (jnp.float64 if q.dtype == jnp.float64 else jnp.float32)
+  return jnp.einsum(
+      'bthx,bnx->bthn', q, k.astype(q.dtype), preferred_element_type=wide,
+      precision=jax.lax.Precision.HIGHEST if q.dtype == wide else None)

@@ -1,0 +1,182 @@
+"""Window, CSA and HCA layers: golden vectors, visibility, laws.
+
+    pytest tests/layers/test_compressed.py            a few laws
+    pytest tests/layers/test_compressed.py -m slow    all, models, bfloat16
+"""
+
+import dataclasses
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_laws import HALF_LAYER, HALF_MODEL, model
+
+from statejax import config as c
+from statejax import laws, sharding
+from statejax import model as lm
+from statejax import state as st
+from statejax.layers import common
+from statejax.layers.compressed import Compressed
+
+GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
+FAR = c.RopeConfig(
+    theta=160_000.0, fraction=0.5, layout='interleaved', side='trailing',
+    scaling=c.YarnConfig(factor=16.0, original=64, attention_factor=1.0))
+SIZES = dict(heads=4, width=16, q_rank=12, window=6, out_groups=2, out_rank=6,
+             eps=1e-3)
+LAYERS = {
+    'dsv4_swa': c.CompressedConfig.sliding(**SIZES),
+    'dsv4_csa': c.CompressedConfig(
+        **SIZES, ratio=4, index=c.IndexConfig(k=3, heads=5, width=12),
+        rope=FAR),
+    'dsv4_hca': c.CompressedConfig.heavily(**(SIZES | {'ratio': 8}), rope=FAR),
+}
+WINDOW = SIZES | {'window': 5}
+MIXERS = {
+    'window': c.CompressedConfig.sliding(**WINDOW),
+    'csa': dataclasses.replace(LAYERS['dsv4_csa'], window=5, ratio=3),
+    'hca': dataclasses.replace(LAYERS['dsv4_hca'], window=5, ratio=5),
+    'overlap_all': dataclasses.replace(LAYERS['dsv4_csa'], window=3, ratio=4,
+                                       index=None),
+}
+QUICK = ('schema', 'split', 'decode', 'packed')
+
+
+def published(golden, config):
+  """The parameters of a layer from the names of the published code."""
+  p = {n[2:]: golden[n] for n in golden.files if n.startswith('p/')}
+  kernel = lambda name, *shape: {'kernel': p[name].T.reshape(
+      p[name].shape[1], *(shape or (-1,)))}
+  heads, width = config.heads, config.width
+  out = {
+      'q_a': kernel('q_a_proj.weight'),
+      'norm_q': {'weight': p['q_a_norm.weight']},
+      'q_b': kernel('q_b_proj.weight', heads, width),
+      'kv': kernel('kv_proj.weight'),
+      'norm_kv': {'weight': p['kv_norm.weight']},
+      'sink': p['sinks'],
+      'out_a': p['o_a_proj.weight'].reshape(
+          config.out_groups, config.out_rank, -1).swapaxes(1, 2),
+      'out_b': {'kernel': p['o_b_proj.weight'].T.reshape(
+          config.out_groups, config.out_rank, -1)}}
+  def compressor(prefix, ours):
+    return {
+        f'{ours}values': kernel(f'{prefix}.kv_proj.weight'),
+        f'{ours}gates': kernel(f'{prefix}.gate_proj.weight'),
+        f'{ours}bias': p[f'{prefix}.position_bias'],
+        f'{ours}norm': {'weight': p[f'{prefix}.kv_norm.weight']}}
+  if config.ratio is not None:
+    out |= compressor('compressor', '')
+  if config.index is not None:
+    prefix = 'compressor.indexer'
+    out |= compressor(prefix, 'index_') | {
+        'index_q': kernel(f'{prefix}.q_b_proj.weight', config.index.heads,
+                          config.index.width),
+        'index_w': kernel(f'{prefix}.scorer.weights_proj.weight')}
+  return jax.tree.map(jnp.asarray, out)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def step(module, params, x, state, length):
+  n_valid = jnp.full(length.shape, x.shape[1], jnp.int32)
+  context = common.context(length, n_valid, None, x.shape[1])
+  views = dataclasses.replace(state, **{
+      f.name: st.Store(getattr(state, f.name), jnp.int32(0))
+      for f in dataclasses.fields(state) if f.metadata['kind'] == 'growing'})
+  y, views = module.apply({'params': params}, x, views, context)
+  return y, dataclasses.replace(views, **{
+      f.name: getattr(views, f.name).data
+      for f in dataclasses.fields(state) if f.metadata['kind'] == 'growing'})
+
+
+def empty(config, rows, capacity):
+  specs = Compressed.state(config, rows, capacity, 'float32')
+  return dataclasses.replace(specs, **{
+      f.name: jnp.zeros((*([1] if f.metadata['kind'] == 'growing' else []),
+                         *getattr(specs, f.name).shape))
+      for f in dataclasses.fields(specs)})
+
+
+@pytest.mark.parametrize('name,cuts', [
+    *((name, ()) for name in LAYERS), ('dsv4_csa', (21, 22, 30)),
+    pytest.param('dsv4_hca', (21, 22, 30), marks=pytest.mark.slow)])
+def test_golden(name, cuts):
+  golden, config = np.load(GOLDEN / f'{name}.npz'), LAYERS[name]
+  params, x = published(golden, config), golden['x']
+  state, outputs, done = empty(config, x.shape[0], x.shape[1]), [], 0
+  for piece in np.split(x, cuts, axis=1):
+    y, state = step(Compressed(config), params, piece, state,
+                    jnp.full((x.shape[0],), done, jnp.int32))
+    outputs.append(y)
+    done += piece.shape[1]
+  want = golden['attn_out']
+  error = np.abs(np.concatenate(outputs, axis=1) - want).max()
+  assert error <= 1e-5 * np.abs(want).max()
+  if config.ratio is not None:
+    want = golden['compressed_kv'][:, 0]
+    got = state.entries[0, :, :want.shape[1]]
+    assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
+
+
+# The other two are parts of this one.
+@pytest.mark.parametrize('name', [
+    n if n == 'csa' else pytest.param(n, marks=pytest.mark.slow)
+    for n in MIXERS])
+def test_mixer_quick(name):
+  laws.check(MIXERS[name], laws=QUICK)
+
+
+@pytest.mark.slow
+@pytest.mark.optimized
+@pytest.mark.parametrize('name', MIXERS)
+def test_mixer(name):
+  report = laws.check(MIXERS[name])
+  assert tuple(report.worst) == tuple(laws.LAWS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', MIXERS)
+def test_mixer_bfloat16(name):
+  layer = c.LayerConfig('mixer', MIXERS[name], c.SwiGLUConfig(32))
+  laws.check(laws.MixerSubject(layer, dtype='bfloat16'), tolerance=HALF_LAYER)
+
+
+@pytest.mark.slow
+@pytest.mark.optimized
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_model(dtype):
+  config = dataclasses.replace(model('tiny_compressed'), dtype=dtype)
+  laws.check(config, **({} if dtype == 'float32' else
+                        {'tolerance': HALF_MODEL}))
+
+
+def test_every_axis_has_a_rule():
+  subject = lm.LanguageModel(model('tiny_compressed'))
+  names = jax.tree.leaves(subject.axes())
+  for _, _, axes, _ in st.leaves(subject.state_schema(1, 8)):
+    names += axes
+  assert set(names) <= set(sharding.RULES)
+
+
+def test_bytes_per_token():
+  """CSA 320 and HCA 8 bytes a token and layer at the widths of V4-Flash."""
+  sizes = dict(heads=64, width=512, q_rank=1024, window=128, out_groups=8,
+               out_rank=1024)
+  for config, each, fixed in (
+      (c.CompressedConfig(**sizes, index=c.IndexConfig(512, 64, 128)), 320,
+       128 * 1024 + 4 * 6 * (512 + 128)),
+      (c.CompressedConfig.heavily(**sizes), 8, 128 * 1024 + 4 * 3 * 512),
+      (c.CompressedConfig.sliding(**sizes), 0, 128 * 1024)):
+    whole = lm.LanguageModel(c.ModelConfig(
+        1, 64, (c.LayerConfig('m', config),), (c.GroupConfig(('m',)),),
+        dtype='bfloat16'))
+    found = st.nbytes(whole.state_schema(1, 2 ** 17).layers)
+    assert found == {'growing': each * 2 ** 17, 'fixed': fixed}
+
+
+def test_entries_need_a_ratio():
+  with pytest.raises(ValueError, match='without a ratio there are no entries'):
+    c.CompressedConfig(ratio=None)

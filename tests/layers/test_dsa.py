@@ -1,0 +1,324 @@
+"""Sparse latent attention: golden vectors, its indexer's loss, its laws.
+
+    pytest tests/layers/test_dsa.py            a few laws
+    pytest tests/layers/test_dsa.py -m slow    all, models, bfloat16
+"""
+
+import dataclasses
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from test_laws import HALF_LAYER, HALF_MODEL, model
+
+from statejax import config as c
+from statejax import laws, sharding
+from statejax import model as lm
+from statejax import state as st
+from statejax.layers import common, rotary
+from statejax.layers.dsa import DSA
+from statejax.layers.mla import MLA
+from statejax.ops import index
+
+GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
+SMALL = c.MLAConfig(heads=2, nope=6, rope_width=4, value=5, rank=8, q_rank=7)
+DSA_SMALL = c.DSAConfig(mla=SMALL, k=4, index_heads=8, index_width=8)
+MIXERS = {
+    'dsa': DSA_SMALL,
+    'no_relu': dataclasses.replace(
+        DSA_SMALL, index_relu=False,
+        index_rope=c.RopeConfig(fraction=0.5, layout='interleaved')),
+    'everything': dataclasses.replace(DSA_SMALL, k=100),
+}
+QUICK = ('schema', 'split', 'decode', 'packed')
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def step(module, params, x, state, length, n_valid):
+  context = common.context(length, n_valid, None, x.shape[1])
+  views = jax.tree.map(lambda a: st.Store(a, jnp.int32(0)), state)
+  (y, views), said = module.apply({'params': params}, x, views, context,
+                                  mutable=('lent', 'losses'))
+  is_store = lambda s: isinstance(s, st.Store)
+  return y, jax.tree.map(lambda s: s.data, views, is_leaf=is_store), said
+
+
+def empty(config, rows, capacity):
+  return jax.tree.map(
+      lambda s: jnp.zeros((1, *s.shape)),
+      DSA.state(config, rows, capacity, 'float32'),
+      is_leaf=lambda s: isinstance(s, st.Spec))
+
+
+def apply(config, params, x, capacity=0, n_valid=None):
+  rows, length = x.shape[:2]
+  if n_valid is None:
+    n_valid = jnp.full((rows,), length, jnp.int32)
+  return step(DSA(config), params, x, empty(config, rows, capacity),
+              jnp.zeros((rows,), jnp.int32), n_valid)
+
+
+def draw(config, width, seed=0):
+  """Parameters, and inputs [2, 24, width]."""
+  whole = lm.LanguageModel(c.ModelConfig(
+      1, width, (c.LayerConfig('m', config),), (c.GroupConfig(('m',)),)))
+  params = whole.init(jax.random.key(seed))['group_0']['layer_0']['mixer']
+  return (jax.tree.map(lambda p: p[0], params),
+          jax.random.normal(jax.random.key(seed + 1), (2, 24, width)))
+
+
+# Published layers.
+
+
+def published(golden, heads, index_heads):
+  p = {n[2:]: golden[n] for n in golden.files if n.startswith('p/')}
+  kernel = lambda name, *shape: {'kernel': p[name].T.reshape(
+      p[name].shape[1], *(shape or (-1,)))}
+  rank = p['kv_a_layernorm.weight'].shape[0]
+  both = p['kv_b_proj.weight'].T.reshape(rank, heads, -1)
+  return jax.tree.map(jnp.asarray, {
+      'q_a': kernel('q_a_proj.weight'),
+      'norm_q': {'weight': p['q_a_layernorm.weight']},
+      'q_b': kernel('q_b_proj.weight', heads, 18),
+      'kv_a': kernel('kv_a_proj_with_mqa.weight'),
+      'norm_kv': {'weight': p['kv_a_layernorm.weight']},
+      'k_b': both[..., :10], 'v_b': both[..., 10:],
+      'out': {'kernel': p['o_proj.weight'].T.reshape(heads, 12, -1)},
+      'index_q': kernel('indexer.wq_b.weight', index_heads, -1),
+      'index_k': kernel('indexer.wk.weight'),
+      'index_norm': p['indexer.k_norm.weight'],
+      'index_bias': p['indexer.k_norm.bias'],
+      'index_w': kernel('indexer.weights_proj.weight')})
+
+
+@pytest.mark.parametrize('capacity', [0, 50])
+@pytest.mark.parametrize('name,layout', [
+    ('deepseek_v32', 'half'), ('glm_moe_dsa', 'interleaved')])
+def test_golden(name, layout, capacity):
+  golden = np.load(GOLDEN / f'dsa_{name}.npz')
+  config = c.DSAConfig(
+      mla=c.MLAConfig(heads=3, nope=10, rope_width=8, value=12, rank=16,
+                      q_rank=20),
+      k=10, index_heads=12, index_width=20,
+      index_rope=c.RopeConfig(fraction=0.4, layout=layout))
+  params, x = published(golden, 3, 12), golden['x']
+  rows, length = x.shape[:2]
+  state, outputs, chosen, done = empty(config, rows, capacity), [], [], 0
+  # A step of one token gathers what others mask.
+  for piece in np.split(x, (21, 22, 30) if capacity else (), axis=1):
+    y, state, said = step(
+        DSA(config), params, piece, state, jnp.full((rows,), done, jnp.int32),
+        jnp.full((rows,), piece.shape[1], jnp.int32))
+    outputs.append(y)
+    mask = np.zeros((rows, piece.shape[1], length), bool)
+    found = np.asarray(said['lent']['chosen'])
+    for b, t, at in np.ndindex(*found.shape):
+      column = found[b, t, at] if found.dtype != bool else at
+      if found[b, t, at] and column >= 0:
+        # Columns: the store, then the step's own tokens.
+        mask[b, t, column if column < capacity else
+             done + column - capacity] = True
+      elif found.dtype != bool and column == 0:
+        mask[b, t, 0] = True
+    chosen.append(mask)
+    done += piece.shape[1]
+  np.testing.assert_array_equal(np.concatenate(chosen, axis=1),
+                                golden['selected'])
+  want = golden['attn_out']
+  error = np.abs(np.concatenate(outputs, axis=1) - want).max()
+  assert error <= 1e-5 * np.abs(want).max()
+
+
+def test_all_visible_is_dense():
+  config = MIXERS['everything']
+  params, x = draw(config, 12)
+  y, _, _ = apply(config, params, x)
+  context = common.context(*jnp.array([[0, 0], [24, 24]], jnp.int32), None, 24)
+  views = jax.tree.map(lambda a: st.Store(a, jnp.int32(0)), jax.tree.map(
+      lambda s: jnp.zeros((1, *s.shape)), MLA.state(SMALL, 2, 0, 'float32'),
+      is_leaf=lambda s: isinstance(s, st.Spec)))
+  mine = {n: p for n, p in params.items() if not n.startswith('index')}
+  dense, _ = MLA(SMALL).apply({'params': mine}, x, views, context)
+  np.testing.assert_allclose(y, dense, rtol=1e-5, atol=1e-6)
+
+
+# The indexer's loss.
+
+
+def test_gradients_are_isolated():
+  params, x = draw(DSA_SMALL, 12)
+  def loss(params, x):
+    _, _, said = apply(DSA_SMALL, params, x)
+    return said['losses']['index']
+  grads, d_x = jax.grad(loss, argnums=(0, 1))(params, x)
+  assert not np.any(d_x)
+  for name, grad in grads.items():
+    some = any(np.any(g) for g in jax.tree.leaves(grad))
+    assert some == name.startswith('index'), name
+  grads = jax.grad(lambda p: jnp.sum(apply(DSA_SMALL, p, x)[0] ** 2))(params)
+  for name, grad in grads.items():
+    some = any(np.any(g) for g in jax.tree.leaves(grad))
+    assert some != name.startswith('index'), name
+
+
+def test_loss_by_hand():
+  """Against the sum in numpy; 0 for a perfect indexer; blocks and padding."""
+  rng = np.random.default_rng(0)
+  length, heads = 300, 3  # three blocks, the last of which reaches back
+  s = rng.normal(size=(1, length, heads, length)).astype(np.float32)
+  scores = rng.normal(size=(1, length, length)).astype(np.float32)
+  allowed = np.tril(rng.random((1, length, length)) < 0.5)
+  allowed[:, 7] = False
+  valid = np.arange(length)[None] < 290
+  def probabilities(x, mask):
+    weight = np.where(mask, np.exp(x.astype(np.float64)), 0.0)
+    return weight / np.maximum(weight.sum(-1, keepdims=True), 1e-300)
+  target = probabilities(s, allowed[:, :, None]).mean(axis=2)
+  own = probabilities(scores, allowed)
+  each = np.where(target > 0, target * np.log(
+      np.maximum(target, 1e-300) / np.maximum(own, 1e-300)), 0.0).sum(-1)
+  take = lambda begin, size: jax.lax.dynamic_slice_in_dim(
+      jnp.asarray(s), begin, size, axis=1)
+  found = jax.jit(index.loss, static_argnums=1)(scores, take, allowed, valid)
+  np.testing.assert_allclose(found, each[valid].sum(), rtol=1e-4)
+  perfect = np.log(np.maximum(target, 1e-30)).astype(np.float32)
+  found = jax.jit(index.loss, static_argnums=1)(perfect, take, allowed, valid)
+  assert abs(found) < 1e-3
+  grad = jax.jit(jax.grad(index.loss), static_argnums=1)(
+      scores, take, allowed, valid)
+  want = np.where(valid[..., None] & allowed.any(-1, keepdims=True),
+                  own - target, 0.0)
+  np.testing.assert_allclose(grad, want, atol=1e-6)
+
+
+def test_padding_and_remat_do_not_change_the_loss():
+  params, x = draw(DSA_SMALL, 12)
+  n_valid = jnp.array([24, 9], jnp.int32)
+  _, _, said = apply(DSA_SMALL, params, x, n_valid=n_valid)
+  _, _, more = apply(DSA_SMALL, params, jnp.pad(
+      x, ((0, 0), (0, 3), (0, 0)), constant_values=5.0), n_valid=n_valid)
+  np.testing.assert_allclose(said['losses']['index'], more['losses']['index'],
+                             rtol=1e-6)
+
+
+def test_warmup_raises_recall():
+  """The loss alone teaches the indexer what attention itself looks at."""
+  config = dataclasses.replace(
+      DSA_SMALL, mla=dataclasses.replace(SMALL, heads=1, rope=None),
+      stage='warmup', index_heads=16, index_width=32, index_rope=None)
+  params, x = draw(config, 12)
+  # Sharp attention, so that there is something to be missed.
+  params = params | {'q_b': jax.tree.map(lambda p: 4 * p, params['q_b'])}
+  mine = {n: p for n, p in params.items() if n.startswith('index')}
+  steps = 2000
+  chain = optax.adam(optax.cosine_decay_schedule(1e-2, steps))
+
+  @jax.jit
+  def train(mine, optimizer):
+    grad = jax.grad(lambda p: apply(config, params | p, x)[2]['losses'][
+        'index'] / x[..., 0].size)(mine)
+    updates, optimizer = chain.update(grad, optimizer)
+    return optax.apply_updates(mine, updates), optimizer
+
+  def recall(mine):
+    """Share of attention's own four best that the indexer chooses."""
+    _, _, said = apply(dataclasses.replace(config, stage='sparse'),
+                       params | mine, x)
+    best = attention_best(params | mine, x, config)
+    late = np.arange(x.shape[1]) >= 8  # else everything is chosen
+    hit = np.asarray(said['lent']['chosen']) & best
+    return hit[:, late].sum() / best[:, late].sum()
+
+  before, optimizer = recall(mine), chain.init(mine)
+  for _ in range(steps):
+    mine, optimizer = train(mine, optimizer)
+  after = recall(mine)
+  assert before < 0.8 and after > 0.99, (before, after)
+
+
+def attention_best(params, x, config):
+  """The k columns of the largest summed probability, [B, T, T] bool."""
+  m, x = config.mla, np.asarray(x)
+  params = jax.tree.map(np.asarray, params)
+  low = x @ params['q_a']['kernel']
+  rms = lambda y, w: y / np.sqrt(np.mean(y * y, -1, keepdims=True)
+                                 + m.eps) * w['weight']
+  q = np.einsum('btr,rhk->bthk', rms(low, params['norm_q']),
+                params['q_b']['kernel'])
+  both = x @ params['kv_a']['kernel']
+  latent = rms(both[..., :m.rank], params['norm_kv'])
+  turn = rotary.rotation(m.rope, m.rope_width)
+  at = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+  k = np.einsum('btr,rhk->bthk', latent, params['k_b'])
+  turned = (np.asarray(turn(jnp.asarray(a), at)) for a in (
+      q[..., m.nope:], both[:, :, None, m.rank:]))
+  s = np.einsum('bthk,bnhk->bthn', q[..., :m.nope], k) + np.einsum(
+      'bthk,bnjk->bthn', *turned)
+  s = np.where(np.tril(np.ones(s.shape[1::2], bool))[None, :, None],
+               s * (m.nope + m.rope_width) ** -0.5, -np.inf)
+  p = np.exp(s - s.max(-1, keepdims=True))
+  p = (p / p.sum(-1, keepdims=True)).sum(axis=2)
+  order = np.argsort(-p, axis=-1, kind='stable')[..., :config.k]
+  mask = np.zeros(p.shape, bool)
+  np.put_along_axis(mask, order, True, axis=-1)
+  return mask & (p > 0)
+
+
+# Laws.
+
+
+def test_mixer_quick():
+  laws.check(MIXERS['dsa'], laws=QUICK)
+
+
+@pytest.mark.slow
+@pytest.mark.optimized
+@pytest.mark.parametrize('name', MIXERS)
+def test_mixer(name):
+  report = laws.check(MIXERS[name])
+  assert tuple(report.worst) == tuple(laws.LAWS)
+
+
+@pytest.mark.slow
+def test_mixer_bfloat16():
+  layer = c.LayerConfig('mixer', MIXERS['everything'], c.SwiGLUConfig(32))
+  laws.check(laws.MixerSubject(layer, dtype='bfloat16'), tolerance=HALF_LAYER)
+
+
+@pytest.mark.slow
+@pytest.mark.optimized
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_model(dtype):
+  """With a reader; in bfloat16 all is chosen, as ranks may differ there."""
+  config = model('tiny_dsa')
+  if dtype == 'float32':
+    laws.check(config)
+    return
+  layers = tuple(dataclasses.replace(x, mixer=dataclasses.replace(
+      x.mixer, k=100)) for x in config.layers)
+  laws.check(dataclasses.replace(config, layers=layers, dtype=dtype),
+             tolerance=HALF_MODEL)
+
+
+def test_every_axis_has_a_rule():
+  subject = lm.LanguageModel(model('tiny_dsa'))
+  names = jax.tree.leaves(subject.axes())
+  for _, _, axes, _ in st.leaves(subject.state_schema(1, 8)):
+    names += axes
+  assert set(names) <= set(sharding.RULES)
+
+
+def test_reader_keeps_no_index_keys():
+  mla = c.MLAConfig(heads=1, nope=128, rope_width=64, value=128, rank=512,
+                    q_rank=1536)
+  owner = c.DSAConfig(mla=mla, index_heads=64, index_width=128)
+  reader = c.DSAConfig(mla=mla, owner='dsa')
+  for config, each in ((owner, 1152 + 256), (reader, 1152)):
+    specs = DSA.state(config, 1, 10, 'bfloat16')
+    size = sum(2 * np.prod(s.shape) for s in jax.tree.leaves(
+        specs, is_leaf=lambda s: isinstance(s, st.Spec)))
+    assert size == 10 * each
