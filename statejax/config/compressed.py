@@ -74,6 +74,11 @@ class CompressedConfig:
     """Visible tokens, the query included; None is all of them."""
     return self.window if self.ratio is None else None
 
+  @property
+  def chooses(self):
+    """Whether what is seen depends on values, see `statejax.laws`."""
+    return self.index is not None
+
   @classmethod
   def sliding(cls, **fields):
     """The window alone."""

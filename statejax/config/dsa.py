@@ -39,6 +39,9 @@ class DSAConfig:
   index_eps: float = 1e-6
   stage: str = 'sparse'
 
+  # What is seen depends on values, see `statejax.laws`.
+  chooses = True
+
   def __post_init__(self):
     checks.positive(self, 'k', 'index_heads', 'index_width')
     checks.no_less(self, 0, 'index_loss')

@@ -11,6 +11,7 @@ with `step` pure and traceable, and inputs either floats or token ids. It may
 say more about itself:
 
   reach: tokens that an output can see, itself included; None for all.
+  chooses: whether outputs see a part of their reach that depends on values.
   phases: chunk lengths worth trying, such as a window and its neighbours.
   grid: chunk length such that splits at its multiples are exact; None for none.
   tolerance: largest relative error where a law is not exact.
@@ -64,6 +65,10 @@ class ModelSubject:
     known = [r for r in reaches if r is not None]
     return (1 + sum(r - 1 for r in known) if len(known) == len(reaches)
             else None)
+
+  @property
+  def chooses(self):
+    return any(_chooses(layer.mixer) for layer in self.model.config.layers)
 
   @property
   def phases(self):
@@ -126,6 +131,10 @@ class MixerSubject:
   @property
   def reach(self):
     return _reach(self.layer.mixer)
+
+  @property
+  def chooses(self):
+    return _chooses(self.layer.mixer)
 
   @property
   def phases(self):
@@ -219,8 +228,12 @@ def _reach(mixer):
   return getattr(mixer, 'reach', getattr(mixer, 'window', None))
 
 
+def _chooses(mixer):
+  return getattr(mixer, 'chooses', False)
+
+
 def _phases(mixers):
   """Lengths at which something in one of the mixers begins anew."""
   found = {getattr(mixer, name, None) or 0
-           for mixer in mixers for name in ('window', 'conv', 'chunk')}
+           for mixer in mixers for name in ('window', 'conv', 'chunk', 'ratio')}
   return tuple(sorted(found - {0}))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from statejax.config import CompressedConfig
-from statejax.layers import rotary, weights
+from statejax.layers import common, rotary, weights
 from statejax.layers.common import Proj, RMSNorm
 from statejax.ops import attend, blocks, compress, index, norm, select, store
 from statejax.ops import window as ring
@@ -188,7 +188,8 @@ class Compressed(nn.Module):
     past = kept if context.document is None else growing
     # The maximum of an empty pool is never read; -1e30 would only drown the
     # rest of the leaf where states are compared.
-    pools = [p._replace(m=jnp.where(p.l > 0, p.m, 0.0)) for p in pools]
+    kept_m = lambda p: (p.l > 0) | (context.n_valid == 0)[:, None]
+    pools = [p._replace(m=jnp.where(kept_m(p), p.m, 0.0)) for p in pools]
     return past.read(), made, {
         names[0]: kept,
         names[1]: jnp.stack([a for p in pools for a in p], axis=1)}
@@ -200,13 +201,13 @@ class Compressed(nn.Module):
     first = weights.weight(
         self, 'out_a', ('heads', 'value', 'rank'), (groups, each, c.out_rank),
         weights.truncated_normal(each ** -0.5))
-    wide = (jnp.float64 if y.dtype == jnp.float64 else jnp.float32)
-    y = jnp.einsum(
-        'btgi,gir->btgr', y.reshape(batch, length, groups, each),
-        first.astype(y.dtype), preferred_element_type=wide,
-        precision=jax.lax.Precision.HIGHEST if y.dtype == wide else None)
+    y = y.reshape(batch, length, groups, each)
+    # One product for each group: a batched one would round otherwise in a
+    # batch of another size.
+    y = jnp.stack([common.project(y[:, :, g], first[g])
+                   for g in range(groups)], axis=2)
     return Proj(x.shape[-1:], ('heads', 'rank', 'embed'), contract=2,
-                name='out_b')(y.astype(x.dtype))
+                name='out_b')(y)
 
 
 def _both(x, visible, causal=False):
