@@ -28,7 +28,7 @@ from absl import app, flags, logging
 
 from experiments import report
 from pallas_kernels import aot
-from pallas_kernels.workloads import WORKLOADS
+from pallas_kernels.workloads import GOALS, WORKLOADS
 
 OUT = flags.DEFINE_string('out', 'experiments/results', 'where to write')
 SMOKE = flags.DEFINE_bool('smoke', False, 'the decode step on one chip alone')
@@ -36,9 +36,6 @@ SMOKE = flags.DEFINE_bool('smoke', False, 'the decode step on one chip alone')
 PROGRAMS = {'step': ('qwen3.6_decode', 'kimi_linear_decode'),
             'forward': ('qwen3.6', 'kimi_linear'),
             'backward': ('qwen3.6', 'kimi_linear')}
-# Bundles by head and 64 tokens of a published-size prototype of the same plan.
-GOALS = {('forward', 'v5e'): 1058, ('forward', 'v6e'): 800,
-         ('backward', 'v5e'): 1735, ('backward', 'v6e'): 1565}
 RATIO = 1.5
 _CHUNK = 64
 

@@ -8,7 +8,6 @@ options from the environment when it is loaded. Programs are therefore named
 ('module:function') and compiled in another process: see `compile_all`.
 """
 
-import contextlib
 import dataclasses
 import importlib
 import importlib.metadata
@@ -107,15 +106,21 @@ def compile_for(chip: str, program: Program, inside=False):
 
 
 def _as_if_on(device):
-  """Newer versions of JAX ask for the kind of device while they trace."""
+  """JAX asks for the kind of device while it traces."""
   import jax
-  if not hasattr(jax.sharding, 'AbstractDevice'):
-    return contextlib.nullcontext()
   mesh = jax.sharding.AbstractMesh(
       (1,), ('chip',), axis_types=(jax.sharding.AxisType.Auto,),
-      abstract_device=jax.sharding.AbstractDevice(
-          device_kind=device.device_kind, num_cores=1, platform='tpu'))
+      abstract_device=abstract_device(device.device_kind))
   return jax.sharding.use_abstract_mesh(mesh)
+
+
+def abstract_device(kind: str):
+  """Returns a `jax.sharding.AbstractDevice`, a TPU of this kind."""
+  import jax
+  of = jax.sharding.AbstractDevice
+  fields: dict[str, Any] = dict(device_kind=kind, num_cores=1, platform='tpu')
+  known = [f.name for f in dataclasses.fields(of)]  # no platform in JAX 0.7
+  return of(**{n: x for n, x in fields.items() if n in known})
 
 
 def compile_all(jobs: Sequence[Job], kernels=None, timeout=1800):

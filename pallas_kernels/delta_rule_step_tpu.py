@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import plain
+from pallas_kernels import MOST_VMEM, manual, plain
 
 NAME = 'delta_rule_step'
 # Two of these come and two go while one is worked on.
@@ -42,6 +42,24 @@ def _matrix_bytes(width, values):
   return 4 * (-(-width // 8) * 8) * (-(-values // 128) * 128)
 
 
+def _vmem(size, width, values) -> int | None:
+  """Bytes to ask for, None for what every compiler grants unasked."""
+  block = size * _matrix_bytes(width, values)
+  return None if block <= _BLOCK_BYTES else 2 ** 23 + 4 * block
+
+
+def declines(q, v) -> str | None:
+  """Returns why the kernel cannot take arrays of these shapes, or None."""
+  batch, _, heads, values = v.shape
+  key_heads, width = q.shape[2:]
+  size = head_block(batch, heads, key_heads, width, values)
+  need = _vmem(size, width, values) or 0
+  if need <= MOST_VMEM:
+    return None
+  return (f'{size} of {heads} heads, K={width} and V={values} need '
+          f'{-(-need >> 20)} MiB of VMEM; there may be {MOST_VMEM >> 20}')
+
+
 def delta_rule_step(q, k, v, log_decay, erase, write, state, n_valid=None, *,
                     scale, interpret=False):
   """One token of every row.
@@ -62,10 +80,16 @@ def delta_rule_step(q, k, v, log_decay, erase, write, state, n_valid=None, *,
     y [B, 1, HV, V] in v.dtype and the state [B, HV, K, V]. Differentiable: the
     backward pass is plain JAX.
 
+  Raises:
+    ValueError: see `declines`.
+
   Reference: arXiv 2412.06464, 2510.26692.
   """
+  reason = declines(q, v)
+  if reason:
+    raise ValueError(f'{reason}: take another implementation.')
   inputs = q, k, v, log_decay, erase, write
-  return _run(scale, interpret, inputs, state, n_valid)
+  return _run(scale, interpret, *manual.alike(inputs, state, n_valid))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -75,8 +99,7 @@ def _run(scale, interpret, inputs, state, n_valid):
   key_heads = q.shape[2]
   size = head_block(batch, heads, key_heads, width, values)
   rows = _visits(n_valid, batch)
-  block = size * _matrix_bytes(width, values)
-  limit = None if block <= _BLOCK_BYTES else 2 ** 23 + 4 * block
+  limit = _vmem(size, width, values)
 
   def by_row(b, rows):
     return rows[1, b]
@@ -113,8 +136,8 @@ def _run(scale, interpret, inputs, state, n_valid):
           out_specs=[
               pl.BlockSpec((1, 1, size, values), lambda g, b, _: (b, 0, g, 0)),
               matrices]),
-      out_shape=[jax.ShapeDtypeStruct(v.shape, jnp.float32),
-                 jax.ShapeDtypeStruct(state.shape, state.dtype)],
+      out_shape=[manual.struct(v.shape, jnp.float32, state),
+                 manual.struct(state.shape, state.dtype, state)],
       input_output_aliases={len(vectors) + 1: 1},
       compiler_params=pltpu.CompilerParams(
           dimension_semantics=('parallel', 'arbitrary'),
@@ -181,9 +204,8 @@ def _kernel(rows, *refs, scale, groups, names):
 def _work(inputs, before, y, after, first, scale, groups):
   """One row: each head's matrix goes through the registers once."""
   size, _, values = before.shape[1:]
-  key_heads = pl.ds(first // groups, max(1, size // groups))
-  q = scale * inputs['q'][0, 0, key_heads]
-  k = inputs['k'][0, 0, key_heads]
+  q = scale * _key_rows(inputs['q'], first, size, groups)
+  k = _key_rows(inputs['k'], first, size, groups)
   attention = jnp.sum(q * k, axis=1, keepdims=True)
 
   def by_channel(name):
@@ -217,3 +239,16 @@ def _work(inputs, before, y, after, first, scale, groups):
     read = jnp.sum(column(q[index]) * decayed, axis=0, keepdims=True)
     y[0, 0, head:head + 1] = read + attention[index] * residual
     after[0, head] = decayed + keys * residual
+
+
+def _key_rows(ref, first, size, groups):
+  """The rows [HK of the step, K] that belong to `size` heads from `first`."""
+  key_heads, width = ref.shape[2:]
+  if size == key_heads * groups:
+    return ref[0, 0]
+  first, count = first // groups, max(1, size // groups)
+  if width <= 128:
+    return ref[0, 0, pl.ds(first, count)]
+  # Rows of several tiles can only be taken from anywhere one by one.
+  rows = [ref[0, 0, pl.ds(first + i, 1)] for i in range(count)]
+  return jnp.concatenate(rows)

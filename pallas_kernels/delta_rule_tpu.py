@@ -1,14 +1,13 @@
 """The delta rule on a TPU: from the public layout to that of the kernels."""
 
-import math
-
 import jax.numpy as jnp
 
 from pallas_kernels import delta_rule_tpu_forward as primal
+from pallas_kernels import delta_rule_tpu_plan as planning
 from pallas_kernels import delta_rule_tpu_vjp as vjp
+from pallas_kernels import manual
 
 _LANES = 128
-_VMEM = 12 << 20  # bytes, of the 16 MiB a kernel may have on every TPU
 
 
 def delta_rule(
@@ -38,36 +37,18 @@ def delta_rule(
   Returns:
     y [B, T, HV, V] in v.dtype, and the state after n_valid tokens.
   """
-  length, heads, values = v.shape[1:]
-  width, groups = q.shape[-1], heads // q.shape[2]
-  kind = lambda x: None if x is None else 'head' if x.ndim == 3 else 'channel'
+  length, values, width = v.shape[1], v.shape[-1], q.shape[-1]
   if log_decay is None:
     log_decay = jnp.zeros(v.shape[:3], jnp.float32)
-
-  exact = any(x.dtype == jnp.float32 for x in (q, k, v))
-
-  def plan(limit, most, passes):
-    # Every block stands twice in VMEM: states, per token q, k, v, y and a gate.
-    padded = [x + -x % _LANES for x in (width, values)]
-    token = (8 if exact else 4) * sum(padded) + 4 * padded[0]
-    head = 28 * math.prod(padded) + 2 * passes * chunk_size * token
-    fits = _VMEM // head
-    step = _heads_per_step(heads, groups, limit or max(1, min(most, fits)))
-    return primal.Plan(
-        size=chunk_size, heads=step,
-        packed=math.gcd(step, max(_LANES // chunk_size, 1)), groups=groups,
-        decay='head' if log_decay.ndim == 3 else 'channel',
-        erase=kind(erase), write=kind(write),
-        scale=float(scale), interpret=interpret, exact=exact,
-    )
-
-  forward_plan = plan(heads_per_step, 16, 1)
-  operands, padded = _operands(
+  forward_plan, backward_plan = planning.plans(
+      q, k, v, log_decay, erase, write, scale=scale, chunk_size=chunk_size,
+      heads_per_step=heads_per_step,
+      backward_heads_per_step=backward_heads_per_step, interpret=interpret,
+  )
+  operands, padded = manual.alike(*_operands(
       q, k, v, log_decay, erase, write, state, n_valid, resets, forward_plan
-  )
-  y, final = vjp.run(
-      forward_plan, plan(backward_heads_per_step, 8, 2), operands, padded
-  )
+  ))
+  y, final = vjp.run(forward_plan, backward_plan, operands, padded)
   y = jnp.moveaxis(y, 1, 2)[:, :length, :, :values]
   final = final[:, :, :width, :values]
   if n_valid is not None:  # S * 1 + 0 would lose the sign of a zero
@@ -75,12 +56,6 @@ def delta_rule(
     y = jnp.where(valid[:, :, None, None], y, jnp.zeros((), y.dtype))
     final = jnp.where(n_valid[:, None, None, None] > 0, final, state)
   return y, final
-
-
-def _heads_per_step(heads, groups, limit):
-  """The most heads up to `limit` that divide evenly and share whole groups."""
-  fits = lambda n: heads % n == 0 and (n % groups == 0 or groups % n == 0)
-  return max(n for n in range(1, limit + 1) if fits(n))
 
 
 def _operands(

@@ -7,6 +7,7 @@ channels lie along the lanes. The pair matrices and the inverse never leave the
 chip.
 """
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import delta_rule_tpu_chunk as chunk
 from pallas_kernels import delta_rule_tpu_inverse as inversion
+from pallas_kernels import manual
 
 FORGET = -200.0  # exp is 0 in float32, and sums of it stay finite
 
@@ -33,6 +35,7 @@ class Plan(NamedTuple):
     scale: factor on q.
     exact: whether products have float32 operands.
     interpret: passed to `pallas_call`.
+    vmem: bytes of VMEM the compiler may use; None for its default.
   """
 
   size: int
@@ -45,6 +48,7 @@ class Plan(NamedTuple):
   scale: float
   exact: bool
   interpret: object
+  vmem: int | None = None
 
   @property
   def pack(self):
@@ -358,15 +362,16 @@ def forward(operands, state, plan, *, keep):
   inputs = specs(operands, plan, same)
   of_state = state_spec(plan, width, values)
   leaves, tree = jax.tree.flatten(operands)
+  shape = functools.partial(manual.struct, like=operands.v)
   out_shape = [
-      jax.ShapeDtypeStruct(operands.v.shape, operands.v.dtype),
-      jax.ShapeDtypeStruct(state.shape, state.dtype),
+      shape(operands.v.shape, operands.v.dtype),
+      shape(state.shape, state.dtype),
   ]
   out_specs = [inputs.v, of_state]
   if keep:
-    out_shape.append(jax.ShapeDtypeStruct(
-        (batch, heads, count, values, width), jnp.float32
-    ))
+    out_shape.append(
+        shape((batch, heads, count, values, width), jnp.float32)
+    )
     out_specs.append(starts_spec(plan, width, values, same))
 
   def kernel(*refs):
@@ -386,6 +391,7 @@ def forward(operands, state, plan, *, keep):
       scratch_shapes=[pltpu.VMEM((plan.heads, values, width), jnp.float32)],
       compiler_params=pltpu.CompilerParams(
           dimension_semantics=('parallel', 'parallel', 'arbitrary'),
+          vmem_limit_bytes=plan.vmem,
       ),
       interpret=plan.interpret,
       name='delta_rule_forward',

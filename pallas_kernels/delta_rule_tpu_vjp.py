@@ -14,6 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import delta_rule_tpu_adjoint as adjoint
 from pallas_kernels import delta_rule_tpu_chunk as chunk
 from pallas_kernels import delta_rule_tpu_forward as primal
+from pallas_kernels import manual
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -275,13 +276,10 @@ def backward(operands, starts, dy, d_final, plan):
   state_spec = primal.state_spec(plan, width, values)
   starts_spec = primal.starts_spec(plan, width, values, reverse)
   grad_specs = primal.specs(operands, plan, reverse)
-  shapes = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), operands
-  )
+  shape = functools.partial(manual.struct, like=operands.v)
+  shapes = jax.tree.map(lambda x: shape(x.shape, x.dtype), operands)
   if plan.heads < plan.groups:
-    partial = jax.ShapeDtypeStruct(
-        (batch, heads // plan.heads, length, width), jnp.float32
-    )
+    partial = shape((batch, heads // plan.heads, length, width), jnp.float32)
     spec = pl.BlockSpec(
         (1, 1, plan.size, width), lambda b, h, n: (b, h, reverse(n), 0)
     )
@@ -304,12 +302,12 @@ def backward(operands, starts, dy, d_final, plan):
       in_specs=[*jax.tree.leaves(inputs), starts_spec, inputs.v, state_spec],
       out_specs=[*jax.tree.leaves(grad_specs), state_spec],
       out_shape=[
-          *jax.tree.leaves(shapes),
-          jax.ShapeDtypeStruct(d_final.shape, d_final.dtype),
+          *jax.tree.leaves(shapes), shape(d_final.shape, d_final.dtype)
       ],
       scratch_shapes=[pltpu.VMEM((plan.heads, values, width), jnp.float32)],
       compiler_params=pltpu.CompilerParams(
           dimension_semantics=('parallel', 'parallel', 'arbitrary'),
+          vmem_limit_bytes=plan.vmem,
       ),
       interpret=plan.interpret,
       name='delta_rule_backward',

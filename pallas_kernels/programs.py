@@ -8,9 +8,6 @@ import jax
 from pallas_kernels import aot
 from pallas_kernels.workloads import WORKLOADS
 
-_CHUNK = 64
-# Heads per grid step, below, are those that the kernels choose at these widths.
-
 
 def step(workload) -> aot.Program:
   """The decode step: some rows have a token, the state is donated."""
@@ -30,25 +27,29 @@ def step(workload) -> aot.Program:
                      kernel=kernel.NAME, work=heads)
 
 
-def forward(workload, heads=16, length=None) -> aot.Program:
-  """All tokens, chunk by chunk."""
+def forward(workload, heads=None, length=None, chunk_size=64) -> aot.Program:
+  """All tokens, chunk by chunk; heads per grid step, None for the plan's."""
   specs = _shapes(workload, length).specs()
+  options = dict(chunk_size=chunk_size, heads_per_step=heads)
   return aot.Program(
-      functools.partial(_run, heads, heads), (specs,),
-      kernel='delta_rule_forward', work=_CHUNK * heads)
+      functools.partial(_run, options), (specs,), kernel='delta_rule_forward',
+      work=chunk_size * _plans(options, specs)[0].heads)
 
 
-def backward(workload, heads=8, length=None) -> aot.Program:
+def backward(workload, heads=None, length=None, chunk_size=64) -> aot.Program:
   """The gradient of every input; runs the forward kernel first."""
   specs = _shapes(workload, length).specs()
+  options = dict(chunk_size=chunk_size, heads_per_step=heads,
+                 backward_heads_per_step=heads)
 
   def function(inputs, d_y, d_state):
-    _, gradient = jax.vjp(functools.partial(_run, 2 * heads, heads), inputs)
+    _, gradient = jax.vjp(functools.partial(_run, options), inputs)
     return gradient((d_y, d_state))
 
   return aot.Program(
       function, (specs, specs['v'], specs['state']),
-      kernel='delta_rule_backward', work=_CHUNK * heads)
+      kernel='delta_rule_backward',
+      work=chunk_size * _plans(options, specs)[1].heads)
 
 
 def _shapes(workload, length):
@@ -56,8 +57,13 @@ def _shapes(workload, length):
   return dataclasses.replace(shapes, length=length or shapes.length)
 
 
-def _run(heads, backward_heads, inputs):
+def _run(options, inputs):
   from pallas_kernels import delta_rule_tpu
   return delta_rule_tpu.delta_rule(
-      **inputs, scale=inputs['q'].shape[-1] ** -0.5, chunk_size=_CHUNK,
-      heads_per_step=heads, backward_heads_per_step=backward_heads)
+      **inputs, scale=inputs['q'].shape[-1] ** -0.5, **options)
+
+
+def _plans(options, specs):
+  from pallas_kernels import delta_rule_tpu_plan
+  tokens = {name: x for name, x in specs.items() if name != 'state'}
+  return delta_rule_tpu_plan.plans(**tokens, scale=1, **options)

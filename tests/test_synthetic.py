@@ -110,6 +110,7 @@ def test_trains_as_the_loop_does(monkeypatch):
                         decay=2, eval_batches=2, seed=5)
   monkeypatch.setattr(synthetic, 'model', lambda name: (built, 0))
   monkeypatch.setitem(synthetic.TASK, 'mqar', task)
+  monkeypatch.setitem(synthetic.LENGTH, 'mqar', train.length)
   initial, update = synthetic.make_jitted()
   final = []
   def watched(*arguments):

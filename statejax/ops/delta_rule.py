@@ -87,15 +87,16 @@ def delta_rule(
   """
   dtype = check.tokens(q, k, v, log_decay, erase, write, n_valid, segment_ids)
   check.matrix(q, v, state, dtype)
+  gates = (log_decay, erase, write)
   if chunk_size is not None:
     chunk_size = check.chunk_size(chunk_size)
   fast = (_step if q.shape[1] == 1 else
           _Bound(_chunked, chunk_size))
   run = dispatch.choose('delta_rule', implementation, {
-      'pallas_tpu': _on_tpu(q, k, v, state, chunk_size, implementation),
+      'pallas_tpu': _on_tpu(q, k, v, gates, state, chunk_size,
+                            implementation),
       'xla': fast, 'reference': _recurrent,
   })
-  gates = (log_decay, erase, write)
   return _run(run, q, k, v, gates, state, n_valid, segment_ids, scale)
 
 
@@ -282,23 +283,20 @@ def _chunked(inputs, state, n_valid, resets, scale, chunk_size):
   )
 
 
-def _on_tpu(q, k, v, state, chunk_size, implementation):
+def _on_tpu(q, k, v, gates, state, chunk_size, implementation):
   """The TPU kernel, or the reason why it declines."""
-  declines = None
-  names = {x.dtype.name for x in (q, k, v)} - {'float32', 'bfloat16'}
-  if names or state.dtype != jnp.float32:
-    declines = (
-        'it takes float32 and bfloat16 and a float32 state, got '
-        f'{", ".join(sorted({*names, state.dtype.name}))}'
-    )
-  elif chunk_size not in (None, 16, 32, 64, 128):
-    declines = f'its chunks have 16, 32, 64 or 128 tokens, not {chunk_size}'
-  elif implementation is None and jax.device_count() > 1:
-    declines = (
-        'XLA cannot partition it over several devices by itself; inside '
-        'jax.shard_map ask for it by name'
-    )
-  run = dispatch.kernel('delta_rule', 'pallas_tpu', declines)
+  run = dispatch.kernel('delta_rule', 'pallas_tpu')
   if isinstance(run, str):
     return run
-  return _Bound(run, chunk_size)
+  names = {x.dtype.name for x in (q, k, v)} - {'float32', 'bfloat16'}
+  if names or state.dtype != jnp.float32:
+    return ('it takes float32 and bfloat16 and a float32 state, got '
+            f'{", ".join(sorted({*names, state.dtype.name}))}')
+  if chunk_size not in (None, 16, 32, 64, 128):
+    return f'its chunks have 16, 32, 64 or 128 tokens, not {chunk_size}'
+  if implementation is None and jax.device_count() > 1:
+    return ('XLA cannot partition it over several devices by itself; inside '
+            'jax.shard_map ask for it by name')
+  why = dispatch.declines('delta_rule', 'pallas_tpu', q, k, v, *gates,
+                          chunk_size=chunk_size)
+  return why or _Bound(run, chunk_size)

@@ -58,19 +58,20 @@ def _report(op, name, why, chosen):
                 stacklevel=4)
 
 
-def kernel(op: str, implementation: str, declines: str | None = None):
-  """Returns a kernel, or why it cannot run.
-
-  Args:
-    op: name of the op.
-    implementation: 'pallas_tpu' or 'pallas_gpu'.
-    declines: why the arguments do not suit it, or None.
-  """
+def kernel(op: str, implementation: str):
+  """Returns a kernel, or why it cannot run on this backend."""
   backend = jax.default_backend()
   if not implementation.endswith(backend):
     needed = implementation.removeprefix('pallas_').upper()
     return f'it needs a {needed}, the backend is {backend}'
-  return declines or _kernels(op).get(implementation, 'there is no kernel')
+  return _kernels(op).get(implementation, 'there is no kernel')
+
+
+def declines(op: str, implementation: str, *args, **kwargs) -> str | None:
+  """Returns why a kernel does not suit arguments of these shapes, or None."""
+  from pallas_kernels import DECLINES
+  reason = DECLINES.get(op, {}).get(implementation)
+  return reason(*args, **kwargs) if reason else None
 
 
 def _kernels(op):

@@ -97,6 +97,7 @@ def test_gates(decay, erase, write):
     dict(heads=6, key_heads=3),  # one block, not whole tiles
     dict(width=24, values=130),
     dict(width=130, values=8),
+    dict(heads=16, key_heads=8, width=130),  # rows taken one by one
 ], ids=str)
 def test_shapes(shape):
   check(*make('channel', 'head', 'head', **shape))

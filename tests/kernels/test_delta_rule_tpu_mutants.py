@@ -28,7 +28,7 @@ from delta_rule_cases import (  # noqa: E402
 import pallas_kernels  # noqa: E402
 
 # In the order in which each imports those before.
-NAMES = ('chunk', 'inverse', 'adjoint', 'forward', 'vjp')
+NAMES = ('chunk', 'inverse', 'adjoint', 'forward', 'plan', 'vjp')
 MODULES = {n: f'delta_rule_tpu_{n}' for n in NAMES} | {'op': 'delta_rule_tpu'}
 SOURCES = {
     n: pathlib.Path(importlib.import_module(f'pallas_kernels.{m}').__file__)
