@@ -298,7 +298,9 @@ def test_model(dtype):
   """With a reader; in bfloat16 all is chosen, as ranks may differ there."""
   config = model('tiny_dsa')
   if dtype == 'float32':
-    laws.check(config)
+    # Index keys are of inputs without gradient, so those of a second layer
+    # hide from it what a finite difference sees of the first one's state.
+    laws.check(config, laws=[n for n in laws.LAWS if n != 'initial_gradient'])
     return
   layers = tuple(dataclasses.replace(x, mixer=dataclasses.replace(
       x.mixer, k=100)) for x in config.layers)
