@@ -2,7 +2,7 @@ r"""DeepSeek-V4 in miniature: window, compressed sparse, heavily compressed.
 
     python -m statejax.main train --config=configs/tiny_compressed.py \
         --workdir=/tmp/tiny_compressed
-    pytest -m slow tests/layers/test_compressed.py -k model
+    pytest -m slow tests/test_laws_attention.py -k tiny_compressed
 
 Expected: twenty updates on mqar without NaN; every law of `statejax.laws`
 within 1e-5 in float32, by the second command.

@@ -2,7 +2,7 @@ r"""Sparse latent attention: an indexer and a layer that reads its choice.
 
     python -m statejax.main train --config=configs/tiny_dsa.py \
         --workdir=/tmp/tiny_dsa
-    pytest -m slow tests/layers/test_dsa.py -k model
+    pytest -m slow tests/test_laws_attention.py -k tiny_dsa
 
 Expected: twenty updates on mqar without NaN; every law of `statejax.laws`
 within 1e-5 in float32, by the second command.

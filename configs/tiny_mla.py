@@ -2,7 +2,7 @@ r"""Latent attention, one layer with rope and YaRN to one NoPE, for tests.
 
     python -m statejax.main train --config=configs/tiny_mla.py \
         --workdir=/tmp/tiny_mla
-    pytest -m slow tests/test_laws_mla.py -k model
+    pytest -m slow tests/test_laws_attention.py -k tiny_mla
 
 Expected: twenty updates on mqar without NaN; every law of `statejax.laws`
 within 1e-5 in float32, by the second command.

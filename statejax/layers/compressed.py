@@ -139,19 +139,16 @@ class Compressed(nn.Module):
     scores = jnp.concatenate(
         [index.scores(q, w, k) for k in (old_index, new_index)], axis=-1)
     seen, slots = jnp.concatenate(seen, axis=-1), past.shape[1]
-    if x.shape[1] == 1 and slots > c.index.k:
+    chosen = select.choose(scores, seen, c.index.k)
+    mask = (chosen if chosen.dtype == bool else
+            select.to_mask(chosen, seen.shape[-1]))
+    old, mine = mask[..., :slots], mask[..., slots:]
+    if chosen.dtype != bool:
       # Of a long store only what was chosen is read.
-      ids = select.top(scores, seen, c.index.k)[:, 0]
-      found = (ids >= 0) & (ids < slots)
-      past = jnp.take_along_axis(
-          past, jnp.where(found, ids, 0)[..., None], axis=1)
-      chosen = [found[:, None], select.to_mask(
-          jnp.where(ids >= slots, ids - slots, -1), new.shape[1])[:, None]]
-    else:
-      mask = select.top_mask(scores, seen, c.index.k)
-      chosen = [mask[..., :slots], mask[..., slots:]]
-    return ([_both(e[:, None], s) for e, s in zip((past, new), chosen)],
-            changes | more)
+      found, past = select.take(chosen[:, 0], past)
+      old = found[:, None]
+    return [_both(past[:, None], old), _both(new[:, None], mine)], (
+        changes | more)
 
   def _index_rope(self, width):
     """As many channels turn, of a narrower head."""

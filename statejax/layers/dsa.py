@@ -1,7 +1,6 @@
 """Sparse latent attention: a lightning indexer chooses what is seen."""
 
 import dataclasses
-import functools
 
 import flax.linen as nn
 import jax
@@ -12,6 +11,7 @@ from statejax.layers import common, mla, rotary, weights
 from statejax.layers.common import Proj
 from statejax.ops import index, norm, select, store
 from statejax.ops.merge import merge
+from statejax.ops.product import einsum
 from statejax.state import Array, Spec, leaf
 
 
@@ -36,8 +36,8 @@ class DSA(nn.Module):
   One choice for all heads. The indexer reads its inputs without gradient and
   learns from `statejax.ops.index.loss` alone, which gives none to the rest.
   The columns of a choice are the slots of the store, then the step's tokens;
-  it is lent as `chosen`: ids [B, 1, k] for a step of one token, which gathers
-  what it attends to, else a mask [B, T, N + T].
+  it is lent as `chosen`, see `statejax.ops.select.choose`: of a long store a
+  step of one token gathers what it attends to.
 
   Reference: DeepSeek-V3.2; arXiv 2603.12201 for `owner` (IndexShare).
   """
@@ -70,10 +70,9 @@ class DSA(nn.Module):
     scores = None
     if c.owner is None:
       scores, new_key = _scores(self, jax.lax.stop_gradient(x),
-                                jax.lax.stop_gradient(low), state, new, context)
+                                jax.lax.stop_gradient(low), state, context)
       new = IndexedState(new.latent, new.key_rope, new_key)
-      chosen = (select.top if x.shape[1] == 1 else select.top_mask)(
-          scores, seen, c.k)
+      chosen = select.choose(scores, seen, c.k)
       common.lend(self, chosen=chosen)
     else:
       chosen = context.borrow(c.owner, 'chosen')
@@ -89,11 +88,12 @@ class DSA(nn.Module):
     return mla.output(c.mla, x, y), new
 
 
-def _scores(module, x, low, state, new, context):
+def _scores(module, x, low, state, context):
   """Returns index scores [B, T, N + T] float32 and the new index keys."""
   c = module.config
   turn = rotary.rotation(c.index_rope, c.index_width)
-  q = Proj((c.index_heads, c.index_width), ('rank', 'heads', 'index'),
+  axis = 'embed' if c.mla.q_rank is None else 'rank'
+  q = Proj((c.index_heads, c.index_width), (axis, 'heads', 'index'),
            name='index_q')(low)
   k = Proj((c.index_width,), ('embed', 'index'), name='index_k')(x)
   weight, bias = (
@@ -108,14 +108,10 @@ def _scores(module, x, low, state, new, context):
   k = k.astype(state.index_key.data.dtype)
   kept = store.append(state.index_key, k, context.base, context.start,
                       context.n_valid)
-  keys = k
-  if state.index_key.data.shape[2]:
-    past = kept if context.document is None else state.index_key
-    keys = [past.read(), k]
-  score = functools.partial(index.scores, q, w, relu=c.index_relu)
-  if keys is k:
-    return score(k), kept
-  return jnp.concatenate([score(one) for one in keys], axis=-1), kept
+  # An empty store gives no columns.
+  past = kept if context.document is None else state.index_key
+  return jnp.concatenate([index.scores(q, w, keys, relu=c.index_relu)
+                          for keys in (past.read(), k)], axis=-1), kept
 
 
 def _attend(q, latent, key, maps, past, chosen, seen, scale):
@@ -135,12 +131,7 @@ def _attend(q, latent, key, maps, past, chosen, seen, scale):
   ids = chosen[:, 0]
   itself = jnp.any(ids == slots, axis=-1)[:, None, None] & seen[..., slots:]
   own = mla.expanded(q, latent, key, k_b, v_b, itself, scale=scale)
-  if past is None:
-    return own[0]
-  found = (ids >= 0) & (ids < slots)
-  old, old_key = (
-      jnp.take_along_axis(a, jnp.where(found, ids, 0)[..., None], axis=1)
-      for a in past[:2])
+  found, old, old_key = select.take(ids, *past[:2])
   return merge([own, mla.absorbed(q, old, old_key, k_b, v_b, found[:, None],
                                   scale=scale)])[0]
 
@@ -149,21 +140,13 @@ def _head_scores(q, latent, key, maps, past, scale):
   """Returns a function from a slice of queries to the scores of every head,
   [B, T', H, N + T] float32, in the absorbed form."""
   k_b, _ = maps
-  q = (mla.per_head('bthk,rhk->bthr', q[0], k_b), q[1])
+  q = (einsum('bthk,rhk->bthr', q[0], k_b).astype(q[0].dtype), q[1])
   columns = [(latent, key)] if past is None else [past[:2], (latent, key)]
 
   def score(begin, size):
     part = [jax.lax.dynamic_slice_in_dim(a, begin, size, axis=1) for a in q]
     return scale * jnp.concatenate([
-        sum(_dots(a, b) for a, b in zip(part, pair)) for pair in columns],
-                                   axis=-1)
+        sum(einsum('bthx,bnx->bthn', a, b) for a, b in zip(part, pair))
+        for pair in columns], axis=-1)
 
   return score
-
-
-def _dots(q, k):
-  """[B, T, H, X] with [B, N, X] to [B, T, H, N] float32."""
-  wide = (jnp.float64 if q.dtype == jnp.float64 else jnp.float32)
-  return jnp.einsum(
-      'bthx,bnx->bthn', q, k.astype(q.dtype), preferred_element_type=wide,
-      precision=jax.lax.Precision.HIGHEST if q.dtype == wide else None)

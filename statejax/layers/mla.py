@@ -11,6 +11,7 @@ from statejax.layers import common, rotary, weights
 from statejax.layers.common import Proj, RMSNorm
 from statejax.ops import attend, rope, store
 from statejax.ops.merge import merge
+from statejax.ops.product import einsum
 from statejax.state import Array, Spec, leaf
 
 
@@ -208,15 +209,6 @@ def absorbed(q, latent, key, k_b, v_b, visible, *, scale):
   q_n, q_r = q
   segment = attend.Segment((latent[:, None], key[:, None]), latent[:, None],
                            visible)
-  out, lse = attend.attend((per_head('bthk,rhk->bthr', q_n, k_b), q_r),
-                           [segment], scale=scale)
-  return per_head('bthr,rhv->bthv', out, v_b), lse
-
-
-def per_head(equation, x, kernel):
-  """An einsum of activations with a float32 kernel, in x.dtype."""
-  wide = (jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
-  return jnp.einsum(
-      equation, x, kernel.astype(x.dtype), preferred_element_type=wide,
-      precision=jax.lax.Precision.HIGHEST if x.dtype == wide else None
-  ).astype(x.dtype)
+  q_c = einsum('bthk,rhk->bthr', q_n, k_b).astype(q_n.dtype)
+  out, lse = attend.attend((q_c, q_r), [segment], scale=scale)
+  return einsum('bthr,rhv->bthv', out, v_b).astype(out.dtype), lse

@@ -1,13 +1,14 @@
 """Softmax attention of queries over several segments of keys at once."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 
+from statejax.ops.product import einsum
+
 # Below every score and above -inf: a masked row gives zeros, not NaN.
-_MASKED = -1e30
+MASKED = -1e30
 # Queries per block where later keys can be left out, and the most blocks.
 _BLOCK, _BLOCKS = 128, 8
 
@@ -91,16 +92,13 @@ def _attend(q, segments, scale, sink):
   batch, length, heads, _ = q[0].shape
   dtype = q[0].dtype
   wide = (jnp.float64 if dtype == jnp.float64 else jnp.float32)
-  einsum = functools.partial(
-      jnp.einsum, preferred_element_type=wide,
-      precision=jax.lax.Precision.HIGHEST if dtype == wide else None)
 
   def product(equation, a, b):
     """a [B, H, T, X] with b [B, G, ...]: heads of a group are rows of one
     matrix, [B, G, (H/G) T, X]."""
     groups = b.shape[1]
     rows = a.reshape(batch, groups, heads // groups * length, a.shape[-1])
-    y = einsum(equation, rows, b.astype(dtype))
+    y = einsum(equation, rows, b)
     return y.reshape(batch, heads, length, y.shape[-1])
 
   q = [(a * jnp.asarray(scale, dtype)).swapaxes(1, 2) for a in q]
@@ -111,16 +109,16 @@ def _attend(q, segments, scale, sink):
     # Adding the mask costs one pass less than selecting; -1e30 swallows any
     # finite score exactly.
     bias = jnp.where(segment.visible, jnp.zeros((), wide),
-                     jnp.asarray(_MASKED, wide))[:, None]
+                     jnp.asarray(MASKED, wide))[:, None]
     first, *more = (product('bgrk,bgnk->bgrn', a, k)
                     for a, k in zip(q, _parts(segment.k)))
     return sum(more, start=first) + bias
 
   scores = [score(segment) for segment in segments]
-  top = jnp.full((batch, heads, length), _MASKED, wide)
+  top = jnp.full((batch, heads, length), MASKED, wide)
   for s in scores:
     top = jnp.maximum(top, jnp.max(s, axis=-1))
-  sees = ~(top <= 0.5 * _MASKED)
+  sees = ~(top <= 0.5 * MASKED)
   logit = None
   if sink is not None:
     logit = sink.astype(wide).reshape(1, heads, 1)
@@ -137,5 +135,5 @@ def _attend(q, segments, scale, sink):
   out = jnp.where(sees[..., None], out / total[..., None],
                   jnp.zeros((), wide))
   some = sees if sink is None else jnp.ones_like(sees)
-  lse = jnp.where(some, top + jnp.log(total), jnp.asarray(_MASKED, wide))
+  lse = jnp.where(some, top + jnp.log(total), jnp.asarray(MASKED, wide))
   return out.swapaxes(1, 2).astype(dtype), lse.swapaxes(1, 2)

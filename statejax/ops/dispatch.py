@@ -1,6 +1,5 @@
 """Chooses the implementation of an op, in one place and never silently."""
 
-import functools
 import warnings
 from collections.abc import Callable, Mapping
 
@@ -36,7 +35,8 @@ def choose(
       for name, why in candidates.items():
         # Elsewhere that there is no kernel for this backend is no news.
         if isinstance(why, str) and name.endswith(jax.default_backend()):
-          _report(op, name, why, chosen)
+          warnings.warn(f'{op}: {name} declines: {why}; {chosen!r} runs.',
+                        stacklevel=3)
       return available[chosen]
     raise ExceptionGroup(
         f'{op}: no implementation accepts these arguments',
@@ -49,13 +49,6 @@ def choose(
         f'available: {", ".join(available)}. Choose one of these, or None.'
     )
   return chosen
-
-
-@functools.cache
-def _report(op, name, why, chosen):
-  """Says once why a kernel of this backend does not run."""
-  warnings.warn(f'{op}: {name} declines: {why}; {chosen!r} runs.',
-                stacklevel=4)
 
 
 def kernel(op: str, implementation: str):

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from statejax.ops.product import einsum
+
 # Queries whose attention is held at once for the loss.
 _BLOCK = 128
 
@@ -21,15 +23,11 @@ def scores(q, w, k, *, relu=True):
 
   Reference: DeepSeek-V3.2, equation 1.
   """
-  wide = (jnp.float64 if q.dtype == jnp.float64 else jnp.float32)
-  exact = jax.lax.Precision.HIGHEST
-  dots = jnp.einsum(
-      'bthd,bnd->bthn', q, k.astype(q.dtype), preferred_element_type=wide,
-      precision=exact if q.dtype == wide else None) * q.shape[-1] ** -0.5
+  dots = einsum('bthd,bnd->bthn', q, k) * q.shape[-1] ** -0.5
   if relu:
     dots = jax.nn.relu(dots)
-  return jnp.einsum('bth,bthn->btn', w.astype(wide) * q.shape[2] ** -0.5, dots,
-                    precision=exact)
+  return einsum('bth,bthn->btn', w.astype(dots.dtype) * q.shape[2] ** -0.5,
+                dots)
 
 
 def loss(scores, heads, allowed, valid):

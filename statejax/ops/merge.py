@@ -3,8 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-# What `attend` says of a part where it sees nothing.
-_MASKED = -1e30
+from statejax.ops.attend import MASKED
 
 
 def merge(parts):
@@ -38,8 +37,8 @@ def merge(parts):
   dtype = parts[0][0].dtype
   wide = jnp.float64 if parts[0][1].dtype == jnp.float64 else jnp.float32
   lses = [lse.astype(wide) for _, lse in parts]
-  sees = [lse > 0.5 * _MASKED for lse in lses]
-  top = jnp.full(lses[0].shape, _MASKED, wide)
+  sees = [lse > 0.5 * MASKED for lse in lses]
+  top = jnp.full(lses[0].shape, MASKED, wide)
   for lse in lses:
     top = jnp.maximum(top, lse)
   # The maximum only conditions the exponentials; no gradient runs through it.
@@ -53,7 +52,7 @@ def merge(parts):
     joined = joined + weight[..., None] * jnp.where(
         some[..., None], out.astype(wide), zero)
   # Not a number is no "nothing", so that it is passed on.
-  some = ~(top <= 0.5 * _MASKED)
+  some = ~(top <= 0.5 * MASKED)
   safe = jnp.where(some, total, jnp.ones((), wide))
   return ((joined / safe[..., None]).astype(dtype),
-          jnp.where(some, top + jnp.log(safe), jnp.asarray(_MASKED, wide)))
+          jnp.where(some, top + jnp.log(safe), jnp.asarray(MASKED, wide)))

@@ -132,6 +132,38 @@ def to_mask(ids, columns):
   return mask.reshape(*ids.shape[:-1], columns)
 
 
+def choose(scores, visible, k):
+  """`top` where it is worth gathering what is chosen, else `top_mask`.
+
+  Args:
+    scores: [B, T, N].
+    visible: [B, T, N] bool.
+    k: at most so many.
+
+  Returns:
+    ids [B, 1, k] int32 for one query of more than k columns; else a mask
+    [B, T, N] bool.
+  """
+  few = scores.shape[1] == 1 and scores.shape[2] > k
+  return (top if few else top_mask)(scores, visible, k)
+
+
+def take(ids, *arrays):
+  """Gathers chosen rows of a store.
+
+  Args:
+    ids: [B, k] int32; those below 0 or past the store are left out.
+    *arrays: [B, N, D] each, of one N.
+
+  Returns:
+    which ids are rows of the store, [B, k] bool, and the rows [B, k, D] of
+    each array; what is left out is row 0.
+  """
+  found = (ids >= 0) & (ids < arrays[0].shape[1])
+  at = jnp.where(found, ids, 0)[..., None]
+  return found, *(jnp.take_along_axis(a, at, axis=1) for a in arrays)
+
+
 def _key(scores, visible, k, forced):
   """Float32 that sorts as the rule says; -inf is never chosen."""
   shapes = {x.shape for x in (scores, visible, forced) if x is not None}

@@ -123,13 +123,15 @@ def update(model, config: TrainConfig, state: TrainState, batch):
 
   Returns:
     The next `TrainState` and a dict of float32 scalars: loss (nats per
-    predicted token), accuracy, grad_norm, rate.
+    predicted token), accuracy, layers (their own losses per real token),
+    grad_norm, rate.
   """
   grads, sums = _gradient(model, config, state.params, batch)
   chain = opt.make_optimizer(config, model.axes())
   updates, optimizer = chain.update(grads, state.optimizer, state.params)
   count = jnp.maximum(sums.count, 1.0)
   metrics = {'loss': sums.loss / count, 'accuracy': sums.correct / count,
+             'layers': sums.layers / jnp.maximum(sums.tokens, 1.0),
              'grad_norm': optax.tree.norm(grads),
              'rate': jnp.float32(opt.schedule(config)(state.step))}
   return TrainState(optax.apply_updates(state.params, updates), optimizer,

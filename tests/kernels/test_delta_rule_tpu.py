@@ -26,7 +26,6 @@ from pallas_kernels import KERNELS  # noqa: E402
 from pallas_kernels.delta_rule_tpu import delta_rule  # noqa: E402
 from pallas_kernels.workloads import DeltaRule  # noqa: E402
 from statejax.ops import delta_rule as op  # noqa: E402
-from statejax.ops import dispatch  # noqa: E402
 
 LENGTH = 70
 CASE = dict(length=LENGTH, batch=2, key_heads=2, heads=4, width=8, values=6)
@@ -212,7 +211,6 @@ def test_the_op_says_why_another_form_runs(monkeypatch):
   monkeypatch.setattr(jax, 'default_backend', lambda: 'tpu')
   monkeypatch.setattr(jax, 'device_count', lambda: 1)
   specs = DeltaRule(1, 1, 1024, 1024, 'channel').specs()
-  dispatch._report.cache_clear()
   with pytest.warns(UserWarning, match='MiB of VMEM going.*xla'):
     jax.eval_shape(lambda specs: op(**specs), specs)
   with pytest.raises(ValueError, match='MiB of VMEM going'):
@@ -234,7 +232,6 @@ def test_the_op_prefers_the_kernel_on_a_tpu(monkeypatch):
   monkeypatch.setattr(jax, 'default_backend', lambda: 'tpu')
   monkeypatch.setitem(KERNELS['delta_rule'], 'pallas_tpu', spy)
   # Where there are several, XLA has to partition what runs.
-  dispatch._report.cache_clear()
   with pytest.warns(UserWarning, match='partition it over several devices'):
     op(**args)
   assert not calls

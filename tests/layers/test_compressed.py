@@ -1,8 +1,4 @@
-"""Window, CSA and HCA layers: golden vectors, visibility, laws.
-
-    pytest tests/layers/test_compressed.py            a few laws
-    pytest tests/layers/test_compressed.py -m slow    all, models, bfloat16
-"""
+"""Window, CSA and HCA layers: golden vectors, bytes."""
 
 import dataclasses
 import functools
@@ -12,10 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_laws import HALF_LAYER, HALF_MODEL, model
 
 from statejax import config as c
-from statejax import laws, sharding
 from statejax import model as lm
 from statejax import state as st
 from statejax.layers import common
@@ -34,15 +28,6 @@ LAYERS = {
         rope=FAR),
     'dsv4_hca': c.CompressedConfig.heavily(**(SIZES | {'ratio': 8}), rope=FAR),
 }
-WINDOW = SIZES | {'window': 5}
-MIXERS = {
-    'window': c.CompressedConfig.sliding(**WINDOW),
-    'csa': dataclasses.replace(LAYERS['dsv4_csa'], window=5, ratio=3),
-    'hca': dataclasses.replace(LAYERS['dsv4_hca'], window=5, ratio=5),
-    'overlap_all': dataclasses.replace(LAYERS['dsv4_csa'], window=3, ratio=4,
-                                       index=None),
-}
-QUICK = ('schema', 'split', 'decode', 'packed')
 
 
 def published(golden, config):
@@ -119,46 +104,6 @@ def test_golden(name, cuts):
     want = golden['compressed_kv'][:, 0]
     got = state.entries[0, :, :want.shape[1]]
     assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
-
-
-# The other two are parts of this one.
-@pytest.mark.parametrize('name', [
-    n if n == 'csa' else pytest.param(n, marks=pytest.mark.slow)
-    for n in MIXERS])
-def test_mixer_quick(name):
-  laws.check(MIXERS[name], laws=QUICK)
-
-
-@pytest.mark.slow
-@pytest.mark.optimized
-@pytest.mark.parametrize('name', MIXERS)
-def test_mixer(name):
-  report = laws.check(MIXERS[name])
-  assert tuple(report.worst) == tuple(laws.LAWS)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('name', MIXERS)
-def test_mixer_bfloat16(name):
-  layer = c.LayerConfig('mixer', MIXERS[name], c.SwiGLUConfig(32))
-  laws.check(laws.MixerSubject(layer, dtype='bfloat16'), tolerance=HALF_LAYER)
-
-
-@pytest.mark.slow
-@pytest.mark.optimized
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_model(dtype):
-  config = dataclasses.replace(model('tiny_compressed'), dtype=dtype)
-  laws.check(config, **({} if dtype == 'float32' else
-                        {'tolerance': HALF_MODEL}))
-
-
-def test_every_axis_has_a_rule():
-  subject = lm.LanguageModel(model('tiny_compressed'))
-  names = jax.tree.leaves(subject.axes())
-  for _, _, axes, _ in st.leaves(subject.state_schema(1, 8)):
-    names += axes
-  assert set(names) <= set(sharding.RULES)
 
 
 def test_bytes_per_token():

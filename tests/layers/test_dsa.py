@@ -1,8 +1,4 @@
-"""Sparse latent attention: golden vectors, its indexer's loss, its laws.
-
-    pytest tests/layers/test_dsa.py            a few laws
-    pytest tests/layers/test_dsa.py -m slow    all, models, bfloat16
-"""
+"""Sparse latent attention: golden vectors, and its indexer's loss."""
 
 import dataclasses
 import functools
@@ -13,28 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_laws import HALF_LAYER, HALF_MODEL, model
 
+from configs import tiny_dsa
 from statejax import config as c
-from statejax import laws, sharding
 from statejax import model as lm
 from statejax import state as st
 from statejax.layers import common, rotary
 from statejax.layers.dsa import DSA
 from statejax.layers.mla import MLA
 from statejax.ops import index
+from statejax.train import step as step_of_training
 
 GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
 SMALL = c.MLAConfig(heads=2, nope=6, rope_width=4, value=5, rank=8, q_rank=7)
 DSA_SMALL = c.DSAConfig(mla=SMALL, k=4, index_heads=8, index_width=8)
-MIXERS = {
-    'dsa': DSA_SMALL,
-    'no_relu': dataclasses.replace(
-        DSA_SMALL, index_relu=False,
-        index_rope=c.RopeConfig(fraction=0.5, layout='interleaved')),
-    'everything': dataclasses.replace(DSA_SMALL, k=100),
-}
-QUICK = ('schema', 'split', 'decode', 'packed')
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -134,7 +122,7 @@ def test_golden(name, layout, capacity):
 
 
 def test_all_visible_is_dense():
-  config = MIXERS['everything']
+  config = dataclasses.replace(DSA_SMALL, k=100)
   params, x = draw(config, 12)
   y, _, _ = apply(config, params, x)
   context = common.context(*jnp.array([[0, 0], [24, 24]], jnp.int32), None, 24)
@@ -205,6 +193,54 @@ def test_padding_and_remat_do_not_change_the_loss():
                              rtol=1e-6)
 
 
+@functools.cache
+def tiny():
+  """The tiny model with an owner and a reader, its parameters, a batch."""
+  config = tiny_dsa.get_config()
+  whole, rng = lm.LanguageModel(config.model), np.random.default_rng(0)
+  batch = {n: rng.integers(0, 64, (4, 12)) for n in ('tokens', 'targets')}
+  batch['targets'][:, ::2] = -1
+  batch['segments'] = np.where(np.arange(12) < [[12], [9], [5], [1]], 0, -1)
+  return config, whole, whole.init(jax.random.key(0)), batch
+
+
+@pytest.mark.parametrize('pieces', [1, 2])
+def test_the_trainer_adds_it(pieces):
+  """Per real token, however the batch is cut: nothing else moves an indexer."""
+  config, whole, params, batch = tiny()
+  def alone(params):
+    state = whole.init_state(4, 0)
+    *_, losses = lm.forward(whole, params, state, batch['tokens'],
+                            segment_ids=batch['segments'])
+    return losses['dsa']['index'] / 27
+  want, wanted = jax.jit(jax.value_and_grad(alone))(params)
+  train = dataclasses.replace(config.train, accumulate=pieces)
+  grads, sums = jax.jit(step_of_training._gradient, static_argnums=(0, 1))(
+      whole, train, params, batch)
+  assert int(sums.tokens) == 27
+  np.testing.assert_allclose(sums.layers / 27, want, rtol=1e-5)
+  pick = lambda tree: {n: g for n, g in tree['group_0']['layer_0'][
+      'mixer'].items() if n.startswith('index')}
+  assert len(pick(grads)) == 5
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(
+      a, b, rtol=1e-4, atol=1e-6), pick(grads), pick(wanted))
+  assert all(np.any(g) for g in jax.tree.leaves(pick(grads)))
+
+
+@pytest.mark.optimized
+@pytest.mark.parametrize('length', [1, 4])
+def test_serving_does_not_compute_it(length):
+  config, whole, params, _ = tiny()
+  free = lm.LanguageModel(dataclasses.replace(config.model, layers=tuple(
+      dataclasses.replace(x, mixer=dataclasses.replace(
+          x.mixer, index_loss=0.0)) for x in config.model.layers)))
+  work = lambda run, model: jax.jit(run, static_argnums=0).lower(
+      model, params, model.init_state(2, 16), np.ones((2, length), int)
+  ).compile().cost_analysis()['flops']
+  assert work(lm.apply, whole) == work(lm.apply, free)
+  assert work(lm.forward, whole) > work(lm.forward, free)
+
+
 def test_warmup_raises_recall():
   """The loss alone teaches the indexer what attention itself looks at."""
   config = dataclasses.replace(
@@ -266,54 +302,6 @@ def attention_best(params, x, config):
   mask = np.zeros(p.shape, bool)
   np.put_along_axis(mask, order, True, axis=-1)
   return mask & (p > 0)
-
-
-# Laws.
-
-
-def test_mixer_quick():
-  laws.check(MIXERS['dsa'], laws=QUICK)
-
-
-@pytest.mark.slow
-@pytest.mark.optimized
-@pytest.mark.parametrize('name', MIXERS)
-def test_mixer(name):
-  report = laws.check(MIXERS[name])
-  assert tuple(report.worst) == tuple(laws.LAWS)
-
-
-@pytest.mark.slow
-def test_mixer_bfloat16():
-  layer = c.LayerConfig('mixer', MIXERS['everything'], c.SwiGLUConfig(32))
-  # The step's tokens and the store's are rounded in different places.
-  laws.check(laws.MixerSubject(layer, dtype='bfloat16'),
-             tolerance=4 * HALF_LAYER)
-
-
-@pytest.mark.slow
-@pytest.mark.optimized
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_model(dtype):
-  """With a reader; in bfloat16 all is chosen, as ranks may differ there."""
-  config = model('tiny_dsa')
-  if dtype == 'float32':
-    # Index keys are of inputs without gradient, so those of a second layer
-    # hide from it what a finite difference sees of the first one's state.
-    laws.check(config, laws=[n for n in laws.LAWS if n != 'initial_gradient'])
-    return
-  layers = tuple(dataclasses.replace(x, mixer=dataclasses.replace(
-      x.mixer, k=100)) for x in config.layers)
-  laws.check(dataclasses.replace(config, layers=layers, dtype=dtype),
-             tolerance=HALF_MODEL)
-
-
-def test_every_axis_has_a_rule():
-  subject = lm.LanguageModel(model('tiny_dsa'))
-  names = jax.tree.leaves(subject.axes())
-  for _, _, axes, _ in st.leaves(subject.state_schema(1, 8)):
-    names += axes
-  assert set(names) <= set(sharding.RULES)
 
 
 def test_reader_keeps_no_index_keys():

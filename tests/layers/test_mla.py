@@ -1,6 +1,6 @@
 """Latent attention: a naive float64 oracle, its two forms, what there is of it.
 
-Its laws are in `../test_laws_mla.py`, layers of published models in
+Its laws are in `../test_laws_attention.py`, layers of published models in
 `test_mla_published.py`.
 """
 
@@ -12,13 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_laws_mla import MIXERS, SMALL
+import test_laws_attention
 
 from statejax import config as c
 from statejax import model as lm
 from statejax import state as st
 from statejax.layers import common, mla
 from statejax.train import optimizer
+
+MIXERS = {name: mixer for name, mixer in test_laws_attention.MIXERS.items()
+          if name.startswith('mla')}
+SMALL = dataclasses.replace(MIXERS['mla'], q_rank=None)
 
 
 def close(got, want, tolerance=1e-5):
@@ -206,7 +210,7 @@ class Absorbed(nn.Module):
 
 def test_merged_is_either_form():
   """A step that continues gives what each form gives over all tokens."""
-  config, x = MIXERS['yarn_gate'], inputs()
+  config, x = MIXERS['mla_yarn_gate'], inputs()
   params, module = draw(config, 12), mla.MLA(config)
   expanded, _ = run(module, config, params, x, 0)
   merged, state = run(module, config, params, x, 11, (3, 6))
@@ -224,7 +228,7 @@ def test_merged_is_either_form():
 
 def test_parameters():
   subject = lm.LanguageModel(c.ModelConfig(
-      1, 12, (c.LayerConfig('m', MIXERS['yarn_gate']),),
+      1, 12, (c.LayerConfig('m', MIXERS['mla_yarn_gate']),),
       (c.GroupConfig(('m',)),)))
   axes = subject.axes()['group_0']['layer_0']['mixer']
   shapes = jax.tree.map(
