@@ -9,7 +9,7 @@ import numpy as np
 
 from statejax import state as st
 from statejax.config import ModelConfig
-from statejax.layers import block, common, groups, weights
+from statejax.layers import block, common, groups, hyper, weights
 from statejax.ops import norm, witness
 
 
@@ -40,7 +40,15 @@ class LanguageModel:
           f'config: expected a ModelConfig, got {type(self.config).__name__}; '
           'a file in configs/ holds it as get_config().model.')
     for name in self.config.names:
-      block.lookup(block.MIXERS, self.config.layer(name).mixer, name)
+      mixer = self.config.layer(name).mixer
+      block.lookup(block.MIXERS, mixer, name)
+      own = getattr(mixer, 'summary', None)
+      if own != self.config.summary:
+        raise ValueError(
+            f'layer {name!r}: expected a mixer with summary='
+            f'{self.config.summary}, as the model has, got a '
+            f'{type(mixer).__name__} with {own}; with summary tokens every '
+            'mixer is a KSAConfig, without none is.')
 
   # Parameters.
 
@@ -76,6 +84,11 @@ class LanguageModel:
     if not c.tied:
       params['head'] = weights.declare(
           key, ('embed', 'vocab'), (c.width, c.vocab), table)
+    if c.summary is not None:
+      params['summary'] = weights.declare(
+          key, ('entries', 'embed'), (c.summary.count, c.width), table)
+    if c.streams is not None:
+      params['streams'] = hyper.declare(key, c.streams, c.width)
     return params | groups.declare(c, key, lambda layer: layer_state(
         self._layer_specs(layer, 1, 1)))
 
@@ -344,7 +357,9 @@ def forward(model, params, state, tokens, n_valid=None, segment_ids=None, *,
     # A row that has outgrown its stores must not answer from a part of them.
     lost |= (state.length > st.capacity(state)) & (n_valid > 0)
   x = jnp.where(lost[:, None, None], jnp.asarray(jnp.nan, x.dtype), x)
+  x, context = groups.enter(c, params, x, context)
   x, layers, losses = groups.run(c, params, x, state.layers, context)
+  x = groups.leave(c, params, x, context)
   x = norm.rms_norm(x, params['norm'], eps=c.norm.eps, offset=c.norm.offset)
   x = jnp.where(context.valid[..., None], x, jnp.zeros((), x.dtype))
   # Of the two, XLA computes what is used.

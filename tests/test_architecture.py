@@ -27,6 +27,7 @@ ALLOWED = {
     'ops/dispatch': 'jax numpy state pallas_kernels',
     'layers': f'{LOW} ops sharding flax',
     'model': f'{LOW} ops layers sharding flax',
+    'account': f'{MODEL}',
     'laws': f'{MODEL}',
     'artifact': f'{LOW} orbax',
     'artifact/commit': '',

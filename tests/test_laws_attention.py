@@ -27,6 +27,10 @@ FAR = c.RopeConfig(
 CSA = c.CompressedConfig(
     heads=4, width=16, q_rank=12, window=5, out_groups=2, out_rank=6, ratio=3,
     index=c.IndexConfig(k=3, heads=5, width=12), rope=FAR)
+NSA = c.NSAConfig(
+    heads=4, kv_heads=2, key=6, value=5, compress_block=6, stride=2,
+    compress_hidden=7, select_block=4, select_count=3, initial=1, local=1,
+    window=3)
 MIXERS = {
     'mla': MLA,
     'mla_yarn_gate': dataclasses.replace(MLA, rope=YARN, output_gate=True),
@@ -37,14 +41,23 @@ MIXERS = {
         DSA, mla=dataclasses.replace(MLA, q_rank=None), index_relu=False,
         index_rope=c.RopeConfig(fraction=0.5, layout='interleaved')),
     'dsa_everything': dataclasses.replace(DSA, k=100),
+    # The law of causality asks for the first token, at position 13 at most.
+    'loza': c.LoZAConfig(MLA, block=7, sink_blocks=2, recent_blocks=2),
+    'loza_short_ring': c.LoZAConfig(
+        dataclasses.replace(MLA, rope=YARN), block=2, sink_blocks=7,
+        recent_blocks=3),
+    'nsa': NSA,
+    'nsa_everything': dataclasses.replace(
+        NSA, compress_block=3, stride=3, select_block=3, select_count=100,
+        initial=0, window=7, rope=None),
     'window': dataclasses.replace(CSA, ratio=None, overlap=False, index=None),
     'csa': CSA,
     'csa_everything': dataclasses.replace(CSA, window=3, ratio=4, index=None),
     'hca': dataclasses.replace(CSA, ratio=5, overlap=False, index=None),
 }
-MODELS = ('tiny_mla', 'tiny_dsa', 'tiny_compressed')
+MODELS = ('tiny_mla', 'tiny_dsa', 'tiny_compressed', 'tiny_hyper', 'tiny_ksa')
 QUICK = ('schema', 'split', 'packed')
-KINDS = ('mla', 'dsa', 'csa')
+KINDS = ('mla', 'dsa', 'csa', 'loza')
 # Of ranks near a tie no digits are left in bfloat16.
 COARSE = tuple(n for n in MIXERS if n not in ('dsa', 'dsa_no_relu'))
 

@@ -13,6 +13,13 @@ from statejax.config.attention import (
   RopeConfig,
   YarnConfig,
 )
+from statejax.config.block_sparse import (
+  BlockMaxConfig,
+  HySparseConfig,
+  MoBAConfig,
+  PooledDSAConfig,
+  QSAConfig,
+)
 from statejax.config.compressed import CompressedConfig, IndexConfig
 from statejax.config.delta import (
   DeltaNetConfig,
@@ -22,30 +29,36 @@ from statejax.config.delta import (
   KDAConfig,
 )
 from statejax.config.dsa import DSAConfig
+from statejax.config.ksa import KSAConfig, SummaryConfig
 from statejax.config.linear import (
   GLAConfig,
   LightningConfig,
   Mamba2Config,
   RetNetConfig,
 )
+from statejax.config.loza import LoZAConfig
 from statejax.config.mla import MLAConfig
 from statejax.config.model import (
   GroupConfig,
+  HyperConfig,
   LayerConfig,
   ModelConfig,
   NormConfig,
   SwiGLUConfig,
 )
+from statejax.config.nsa import NSAConfig
 from statejax.config.override import override
 from statejax.config.train import Config, TaskConfig, TrainConfig
 from statejax.config.tree import from_dict, to_dict
 
 __all__ = [
-  'AttentionConfig', 'CompressedConfig', 'Config', 'DSAConfig',
-  'DeltaNetConfig', 'DeltaProductConfig', 'GLAConfig', 'GatedDeltaNet2Config',
-  'GatedDeltaNetConfig', 'GroupConfig', 'IndexConfig', 'KDAConfig',
-  'LayerConfig', 'LightningConfig', 'Llama3RopeConfig', 'LongRopeConfig',
-  'MLAConfig', 'Mamba2Config', 'ModelConfig', 'NormConfig', 'RetNetConfig',
-  'RopeConfig', 'SwiGLUConfig', 'TaskConfig', 'TrainConfig', 'YarnConfig',
-  'from_dict', 'override', 'to_dict',
+  'AttentionConfig', 'BlockMaxConfig', 'CompressedConfig', 'Config',
+  'DSAConfig', 'DeltaNetConfig', 'DeltaProductConfig', 'GLAConfig',
+  'GatedDeltaNet2Config', 'GatedDeltaNetConfig', 'GroupConfig',
+  'HySparseConfig', 'HyperConfig', 'IndexConfig', 'KDAConfig', 'KSAConfig',
+  'LayerConfig', 'LightningConfig', 'Llama3RopeConfig', 'LoZAConfig',
+  'LongRopeConfig', 'MLAConfig', 'Mamba2Config', 'MoBAConfig', 'ModelConfig',
+  'NSAConfig', 'NormConfig', 'PooledDSAConfig', 'QSAConfig', 'RetNetConfig',
+  'RopeConfig', 'SummaryConfig', 'SwiGLUConfig', 'TaskConfig', 'TrainConfig',
+  'YarnConfig', 'from_dict', 'override', 'to_dict',
 ]

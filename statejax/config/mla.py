@@ -14,7 +14,8 @@ class MLAConfig:
     heads: heads H.
     nope: width of the part of queries and keys that never rotates; keys have it
       per head, from the latent.
-    rope_width: width of the other part; its key is one for all heads.
+    rope_width: width of the other part; its key is one for all heads. 0 leaves
+      the part out.
     value: width V of values.
     rank: width R of the latent.
     q_rank: width of the queries' latent; None projects them outright.
@@ -37,7 +38,8 @@ class MLAConfig:
   output_gate: bool = False
 
   def __post_init__(self):
-    checks.positive(self, 'heads', 'nope', 'rope_width', 'value', 'rank')
+    checks.positive(self, 'heads', 'nope', 'value', 'rank')
+    checks.no_less(self, 0, 'rope_width')
     if self.q_rank is not None:
       checks.positive(self, 'q_rank')
     elif self.lora_scale:

@@ -4,6 +4,7 @@ import dataclasses
 import typing
 
 from statejax.config import checks
+from statejax.config.ksa import SummaryConfig
 
 # Of models; the ops take float64 too.
 DTYPES = ('float32', 'bfloat16', 'float16')
@@ -61,6 +62,25 @@ class GroupConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class HyperConfig:
+  """Several residual streams (mHC), see `statejax.layers.hyper`.
+
+  Attributes:
+    count: streams S.
+    eps: of the mappings.
+    iterations: of the normalisation of rows and columns.
+  """
+
+  count: int = 4
+  eps: float = 1e-6
+  iterations: int = 20
+
+  def __post_init__(self):
+    checks.no_less(self, 2, 'count')
+    checks.positive(self, 'iterations')
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
   """A decoder: embedding, groups of layers, norm, head.
 
@@ -75,6 +95,9 @@ class ModelConfig:
     store_dtype: of growing stores, rings and convolution tails; recurrent
       matrices are float32 whatever this says. None means `dtype`.
     remat: recompute each layer in the backward pass.
+    streams: several residual streams; None is the plain residual.
+    summary: summary tokens behind every chunk of text, for mixers that bear the
+      same `summary`; None has none.
   """
 
   vocab: int
@@ -86,6 +109,8 @@ class ModelConfig:
   dtype: str = 'float32'
   store_dtype: str | None = None
   remat: bool = False
+  streams: HyperConfig | None = None
+  summary: SummaryConfig | None = None
 
   def __post_init__(self):
     checks.positive(self, 'vocab', 'width')

@@ -5,16 +5,21 @@ import typing
 
 from statejax.config import (
   attention,
+  block_sparse,
   compressed,
   delta,
   dsa,
+  ksa,
   linear,
+  loza,
   mla,
   model,
+  nsa,
   train,
 )
 
-_MODULES = (attention, compressed, delta, dsa, linear, mla, model, train)
+_MODULES = (attention, block_sparse, compressed, delta, dsa, ksa, linear, loza,
+            mla, model, nsa, train)
 _KNOWN = {name: value for module in _MODULES
           for name, value in vars(module).items()
           if dataclasses.is_dataclass(value)}

@@ -32,6 +32,9 @@ from statejax.layers import block, common, groups
 # parameter depends on them, and what is never reached is never checked.
 _SHORT = {'chunk': 8, 'window': 5}
 _LONGEST = 12
+# Fields and properties of a mixer's config that say where something begins.
+_LENGTHS = ('window', 'conv', 'chunk', 'ratio', 'block', 'stride',
+            'compress_block', 'select_block')
 
 # Per layer and for a whole tiny model, float32; see `statejax.laws`.
 LAYER, MODEL = 2e-6, 1e-5
@@ -235,5 +238,5 @@ def _chooses(mixer):
 def _phases(mixers):
   """Lengths at which something in one of the mixers begins anew."""
   found = {getattr(mixer, name, None) or 0
-           for mixer in mixers for name in ('window', 'conv', 'chunk', 'ratio')}
+           for mixer in mixers for name in _LENGTHS}
   return tuple(sorted(found - {0}))

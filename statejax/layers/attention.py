@@ -62,49 +62,21 @@ class Attention(nn.Module):
   @nn.compact
   def __call__(self, x, state, context):
     c = self.config
-    q = Proj((c.heads, c.key), ('embed', 'heads', 'key'), name='q')(x)
-    k = Proj((c.kv_heads, c.key), ('embed', 'kv_heads', 'key'), name='k')(x)
-    v = Proj((c.kv_heads, c.value), ('embed', 'kv_heads', 'value'),
-             name='v')(x)
-    if c.qk_norm:
-      q = RMSNorm(c.eps, axis='key', name='norm_q')(q)
-      k = RMSNorm(c.eps, axis='key', name='norm_k')(k)
-    turn = rotary.rotation(c.rope, c.key)
-    q, k = turn(q, context.positions), turn(k, context.positions)
-    sink = None
-    if c.sink:
-      sink = weights.weight(self, 'sink', ('heads',), (c.heads,),
-                            weights.zeros)
-
+    q, k, v = project(c, x, context.positions)
     # Keys enter this step as they enter the store, so that a token is the same
     # key whether a query meets it now or later.
     stored = (state.k.data if c.window is None else state.k).dtype
-    k, v = (a.swapaxes(1, 2).astype(stored) for a in (k, v))
-    past, state = (self._store if c.window is None else self._ring)(
-        state, k, v, context)
+    k, v = k.astype(stored), v.astype(stored)
+    if c.window is None:
+      (old_k, old_v, seen), state = remember(state, k, v, context)
+      past = attend.Segment(old_k, old_v, seen)
+    else:
+      past, state = self._ring(state, k, v, context)
     chunk = attend.Segment(k, v, context.visible_chunk(c.window),
                            causal=True)
-    y, _ = attend.attend(q, [past, chunk], scale=c.key ** -0.5, sink=sink)
-    if c.output_gate:
-      gate = Proj((c.heads, c.value), ('embed', 'heads', 'value'),
-                  name='gate')(x)
-      y = y * jax.nn.sigmoid(gate)
-    y = Proj(x.shape[-1:], ('heads', 'value', 'embed'), contract=2,
-             name='out')(y)
-    return y, state
-
-  def _store(self, state, k, v, context):
-    where = (context.base, context.start, context.n_valid)
-    new = StoreState(k=store.append(state.k, k, *where),
-                     v=store.append(state.v, v, *where))
-    # Without a document border no visible slot is written, and reading after
-    # the write lets XLA update the store in place instead of copying it.
-    past = new if context.document is None else state
-    old_k, old_v = past.k.read(), past.v.read()
-    slots = jnp.arange(old_k.shape[2], dtype=jnp.int32)[None]
-    seen = context.visible_past(
-        jnp.broadcast_to(slots, (old_k.shape[0], old_k.shape[2])))
-    return attend.Segment(old_k, old_v, seen), new
+    y, _ = attend.attend(q, [past, chunk], scale=c.key ** -0.5,
+                         sink=sink(self, c))
+    return output(c, x, y), state
 
   def _ring(self, state, k, v, context):
     held = window.positions(context.length, self.config.window)
@@ -113,3 +85,71 @@ class Attention(nn.Module):
     new = RingState(k=window.write(state.k, k, *where),
                     v=window.write(state.v, v, *where))
     return attend.Segment(state.k, state.v, seen), new
+
+
+# Parts of mixers. Called from a compact method, they declare the parameters in
+# the module that calls.
+
+
+def project(config, x, positions):
+  """Returns q [B, T, H, K], k [B, G, T, K] and v [B, G, T, V] after norm and
+  rope, in x.dtype."""
+  c = config
+  q = queries(c, x, positions)
+  k = Proj((c.kv_heads, c.key), ('embed', 'kv_heads', 'key'), name='k')(x)
+  v = Proj((c.kv_heads, c.value), ('embed', 'kv_heads', 'value'), name='v')(x)
+  if c.qk_norm:
+    k = RMSNorm(c.eps, axis='key', name='norm_k')(k)
+  k = rotary.rotation(c.rope, c.key)(k, positions)
+  return q, k.swapaxes(1, 2), v.swapaxes(1, 2)
+
+
+def queries(config, x, positions):
+  """Returns q [B, T, H, K] after norm and rope."""
+  c = config
+  q = Proj((c.heads, c.key), ('embed', 'heads', 'key'), name='q')(x)
+  if c.qk_norm:
+    q = RMSNorm(c.eps, axis='key', name='norm_q')(q)
+  return rotary.rotation(c.rope, c.key)(q, positions)
+
+
+def sink(module, config, name='sink'):
+  """Returns the learned logits [H], or None."""
+  if not config.sink:
+    return None
+  return weights.weight(module, name, ('heads',), (config.heads,),
+                        weights.zeros)
+
+
+def output(config, x, y):
+  """Gate and output projection of [B, T, H, V], back to x's width."""
+  c = config
+  if c.output_gate:
+    gate = Proj((c.heads, c.value), ('embed', 'heads', 'value'),
+                name='gate')(x)
+    y = y * jax.nn.sigmoid(gate)
+  return Proj(x.shape[-1:], ('heads', 'value', 'embed'), contract=2,
+              name='out')(y)
+
+
+# Functions of arrays.
+
+
+def remember(state, k, v, context):
+  """Appends a step's keys and values to the stores.
+
+  Returns:
+    what was in them, as (k [B, G, N, K], v [B, G, N, V], visible [B, T, N]),
+    and the new `StoreState`.
+  """
+  where = (context.base, context.start, context.n_valid)
+  new = StoreState(k=store.append(state.k, k, *where),
+                   v=store.append(state.v, v, *where))
+  # Without a document border no visible slot is written, and reading after
+  # the write lets XLA update the store in place instead of copying it.
+  past = new if context.document is None else state
+  old_k, old_v = past.k.read(), past.v.read()
+  slots = jnp.arange(old_k.shape[2], dtype=jnp.int32)[None]
+  seen = context.visible_past(
+      jnp.broadcast_to(slots, (old_k.shape[0], old_k.shape[2])))
+  return (old_k, old_v, seen), new

@@ -4,7 +4,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from statejax import config as cfg
+from statejax.layers import hyper
 from statejax.layers.attention import Attention
+from statejax.layers.block_max import BlockMax
 from statejax.layers.common import RMSNorm
 from statejax.layers.compressed import Compressed
 from statejax.layers.delta_net import DeltaNet
@@ -13,11 +15,18 @@ from statejax.layers.dsa import DSA
 from statejax.layers.gated_delta_net import GatedDeltaNet
 from statejax.layers.gated_delta_net2 import GatedDeltaNet2
 from statejax.layers.gla import GLA
+from statejax.layers.hysparse import HySparse
 from statejax.layers.kda import KDA
+from statejax.layers.ksa import KSA
 from statejax.layers.lightning import Lightning
+from statejax.layers.loza import LoZA
 from statejax.layers.mamba2 import Mamba2
 from statejax.layers.mla import MLA
 from statejax.layers.mlp import SwiGLU
+from statejax.layers.moba import MoBA
+from statejax.layers.nsa import NSA
+from statejax.layers.pooled_dsa import PooledDSA
+from statejax.layers.qsa import QSA
 from statejax.layers.retnet import RetNet
 
 # A new mixer is one file and one line here. It is a Linen module with a
@@ -29,6 +38,7 @@ from statejax.layers.retnet import RetNet
 # `statejax.train.optimizer`: what is no matrix gets no weight decay.
 MIXERS = {
     cfg.AttentionConfig: Attention,
+    cfg.BlockMaxConfig: BlockMax,
     cfg.CompressedConfig: Compressed,
     cfg.DSAConfig: DSA,
     cfg.DeltaNetConfig: DeltaNet,
@@ -36,10 +46,17 @@ MIXERS = {
     cfg.GLAConfig: GLA,
     cfg.GatedDeltaNetConfig: GatedDeltaNet,
     cfg.GatedDeltaNet2Config: GatedDeltaNet2,
+    cfg.HySparseConfig: HySparse,
     cfg.KDAConfig: KDA,
+    cfg.KSAConfig: KSA,
     cfg.LightningConfig: Lightning,
+    cfg.LoZAConfig: LoZA,
     cfg.MLAConfig: MLA,
     cfg.Mamba2Config: Mamba2,
+    cfg.MoBAConfig: MoBA,
+    cfg.PooledDSAConfig: PooledDSA,
+    cfg.QSAConfig: QSA,
+    cfg.NSAConfig: NSA,
     cfg.RetNetConfig: RetNet,
 }
 MLPS = {cfg.SwiGLUConfig: SwiGLU}
@@ -55,15 +72,20 @@ def lookup(table, config, what):
 
 
 class Block(nn.Module):
-  """`x += mixer(norm x); x += mlp(norm x)`, or with the norms behind."""
+  """`x += mixer(norm x); x += mlp(norm x)`, or with the norms behind.
+
+  With `streams` the sums are those of `statejax.layers.hyper`.
+  """
 
   layer: cfg.LayerConfig
   norm: cfg.NormConfig
+  streams: cfg.HyperConfig | None = None
 
   @nn.compact
   def __call__(self, x, state, context):
     # Padding may hold anything; from here on it is finite.
-    x = jnp.where(context.valid[..., None], x, jnp.zeros((), x.dtype))
+    real = jnp.expand_dims(context.real, tuple(range(2, x.ndim)))
+    x = jnp.where(real, x, jnp.zeros((), x.dtype))
     mixer = lookup(MIXERS, self.layer.mixer, 'mixer')(
         self.layer.mixer, name='mixer')
     mlp = lookup(MLPS, self.layer.mlp, 'mlp')(self.layer.mlp, name='mlp')
@@ -71,12 +93,32 @@ class Block(nn.Module):
         RMSNorm(self.norm.eps, self.norm.offset, name=name)
         for name in ('norm_mixer', 'norm_mlp'))
     if self.layer.norm == 'pre':
-      y, state = mixer(norm_mixer(x), state, context)
-      x = x + y
-      return x + mlp(norm_mlp(x)), state
+      x, state = self._residual(
+          'mixer', x, lambda x: mixer(norm_mixer(x), state, context))
+      x, _ = self._residual('mlp', x, lambda x: (mlp(norm_mlp(x)), None))
+      return x, state
     if self.layer.norm == 'post':
-      y, state = mixer(x, state, context)
-      x = x + norm_mixer(y)
-      return x + norm_mlp(mlp(x)), state
+      def mix(x):
+        y, new = mixer(x, state, context)
+        return norm_mixer(y), new
+      x, state = self._residual('mixer', x, mix)
+      x, _ = self._residual('mlp', x, lambda x: (norm_mlp(mlp(x)), None))
+      return x, state
     raise ValueError(f"layer {self.layer.name!r}: norm is {self.layer.norm!r}, "
                      "expected 'pre' or 'post'.")
+
+  def _residual(self, name, x, f):
+    """Returns `x + y` where `y, more = f(x)`, or the same of streams; and more.
+
+    Args:
+      name: of the part, for its parameters.
+      x: [B, T, D], or with streams [B, T, S, D].
+      f: function of [B, T, D].
+    """
+    if self.streams is None:
+      y, more = f(x)
+      return x + y, more
+    pre, post, comb = hyper.Mappings(
+        self.streams, self.norm.eps, name=f'streams_{name}')(x)
+    y, more = f(hyper.collapse(x, pre))
+    return hyper.mix(x, y, post, comb), more

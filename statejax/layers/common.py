@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import typing
 
 import flax.linen as nn
 import jax
@@ -29,6 +30,8 @@ class Context:
     All are int32.
     lent: what earlier layers of this step lend, {layer: {name: array}}; see
       `lend` and `borrow`.
+    summary: `statejax.layers.ksa.Summaries`, the summary tokens that run with
+      the text; None where there are none. All other fields are about the text.
   """
 
   length: jax.Array
@@ -38,6 +41,7 @@ class Context:
   start: jax.Array
   base: jax.Array
   lent: dict = dataclasses.field(default_factory=dict)
+  summary: typing.Any = None
 
   def borrow(self, layer, name):
     """Returns what the nearest earlier layer called `layer` lends.
@@ -59,6 +63,14 @@ class Context:
     """[B, T] bool."""
     steps = jnp.arange(self.positions.shape[1], dtype=jnp.int32)
     return steps[None] < self.n_valid[:, None]
+
+  @property
+  def real(self):
+    """What is real of all that runs through the layers: the text, and behind it
+    the summary tokens, [B, T + W m] bool."""
+    if self.summary is None:
+      return self.valid
+    return jnp.concatenate([self.valid, self.summary.exists], axis=1)
 
   @property
   def new_length(self):

@@ -141,11 +141,11 @@ class Compressed(nn.Module):
     seen, slots = jnp.concatenate(seen, axis=-1), past.shape[1]
     chosen = select.choose(scores, seen, c.index.k)
     mask = (chosen if chosen.dtype == bool else
-            select.to_mask(chosen, seen.shape[-1]))
+            select.to_mask(chosen, seen.shape[-1])[:, None])
     old, mine = mask[..., :slots], mask[..., slots:]
     if chosen.dtype != bool:
       # Of a long store only what was chosen is read.
-      found, past = select.take(chosen[:, 0], past)
+      found, past = select.take(chosen, past)
       old = found[:, None]
     return [_both(past[:, None], old), _both(new[:, None], mine)], (
         changes | more)
@@ -183,13 +183,10 @@ class Compressed(nn.Module):
     made = made.astype(growing.data.dtype)
     kept = store.append(growing, made, plan.slot, plan.first, plan.count)
     past = kept if context.document is None else growing
-    # The maximum of an empty pool is never read; -1e30 would only drown the
-    # rest of the leaf where states are compared.
-    kept_m = lambda p: (p.l > 0) | (context.n_valid == 0)[:, None]
-    pools = [p._replace(m=jnp.where(kept_m(p), p.m, 0.0)) for p in pools]
     return past.read(), made, {
         names[0]: kept,
-        names[1]: jnp.stack([a for p in pools for a in p], axis=1)}
+        names[1]: jnp.concatenate(
+            [compress.stored(p, context.n_valid) for p in pools], axis=1)}
 
   def _output(self, x, y):
     c = self.config

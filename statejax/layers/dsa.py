@@ -78,11 +78,11 @@ class DSA(nn.Module):
       chosen = context.borrow(c.owner, 'chosen')
     if c.stage == 'warmup':
       chosen = seen
-    y = _attend(q, latent, key, maps, past, chosen, seen, scale)
+    y = attend(q, latent, key, maps, past, chosen, seen, scale)
     if scores is not None and c.index_loss:
-      allowed = chosen if chosen.dtype == bool else seen & select.to_mask(
-          chosen, seen.shape[-1])
-      heads = _head_scores(q, latent, key, maps, past, scale)
+      allowed = chosen if chosen.dtype == bool else select.to_mask(
+          chosen, seen.shape[-1])[:, None]
+      heads = head_scores(q, latent, key, maps, past, scale)
       common.add_loss(self, 'index', c.index_loss * index.loss(
           scores, heads, allowed & seen, context.valid))
     return mla.output(c.mla, x, y), new
@@ -114,7 +114,7 @@ def _scores(module, x, low, state, context):
                           for keys in (past.read(), k)], axis=-1), kept
 
 
-def _attend(q, latent, key, maps, past, chosen, seen, scale):
+def attend(q, latent, key, maps, past, chosen, seen, scale):
   """Attention to the chosen columns, [B, T, H, V]."""
   k_b, v_b = maps
   slots = 0 if past is None else past[0].shape[1]
@@ -128,15 +128,14 @@ def _attend(q, latent, key, maps, past, chosen, seen, scale):
     return merge([y, mla.absorbed(q, old, old_key, k_b, v_b,
                                   mask[..., :slots], scale=scale)])[0]
   # One token: rows of the store are gathered, and itself is the last column.
-  ids = chosen[:, 0]
-  itself = jnp.any(ids == slots, axis=-1)[:, None, None] & seen[..., slots:]
+  itself = jnp.any(chosen == slots, axis=-1)[:, None, None] & seen[..., slots:]
   own = mla.expanded(q, latent, key, k_b, v_b, itself, scale=scale)
-  found, old, old_key = select.take(ids, *past[:2])
+  found, old, old_key = select.take(chosen, *past[:2])
   return merge([own, mla.absorbed(q, old, old_key, k_b, v_b, found[:, None],
                                   scale=scale)])[0]
 
 
-def _head_scores(q, latent, key, maps, past, scale):
+def head_scores(q, latent, key, maps, past, scale):
   """Returns a function from a slice of queries to the scores of every head,
   [B, T', H, N + T] float32, in the absorbed form."""
   k_b, _ = maps

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from statejax import state as st
-from statejax.layers import block, common
+from statejax.layers import block, common, hyper, ksa
 
 
 def named(config):
@@ -24,7 +24,10 @@ def declare(config, key, layer_state):
   """
   x = jnp.zeros((1, 1, config.width), config.dtype)
   one, out = jnp.ones((1,), jnp.int32), {}
-  context = common.context(0 * one, one, None, 1)
+  summary = (None if config.summary is None else
+             jnp.zeros((config.summary.count, config.width)))
+  x, context = enter(config, {'summary': summary}, x,
+                     common.context(0 * one, one, None, 1))
   for name, group in named(config).items():
     inner, out[name] = context, {}
     for j, layer in enumerate(group.pattern):
@@ -35,13 +38,48 @@ def declare(config, key, layer_state):
   return out
 
 
+def enter(config, params, x, context):
+  """Returns what runs through the layers, and the context that says so.
+
+  Summary tokens stand behind the tokens, and each of all these has its streams.
+
+  Args:
+    config: `ModelConfig`.
+    params: with the embedding `summary`, where the config has summaries.
+    x: embedded tokens, [B, T, D].
+    context: of the step.
+  """
+  if config.summary is not None:
+    x, context = ksa.append(config.summary, params['summary'], x, context)
+  if config.streams is not None:
+    x = hyper.repeat(x, config.streams.count)
+  return x, context
+
+
+def leave(config, params, x, context):
+  """Returns what the head reads of the tokens, [B, T, D]; undoes `enter`.
+
+  Args:
+    config: `ModelConfig`.
+    params: with `streams`, where the config has them.
+    x: of `run`.
+    context: of the step.
+  """
+  if config.summary is not None:
+    x = x[:, :context.positions.shape[1]]
+  if config.streams is not None:
+    x = hyper.read(params['streams'], x, norm_eps=config.norm.eps,
+                   eps=config.streams.eps)
+  return x
+
+
 def run(config, params, x, layers, context):
   """Runs all groups.
 
   Args:
     config: `ModelConfig`.
     params: with a subtree for each group, stacked or unstacked.
-    x: [B, T, D].
+    x: [B, T, D], or what `enter` has made of it.
     layers: states by layer name, stacked.
     context: `statejax.layers.common.Context`.
 
@@ -60,7 +98,7 @@ def run(config, params, x, layers, context):
 
 
 def _block(config, name):
-  return block.Block(config.layer(name), config.norm)
+  return block.Block(config.layer(name), config.norm, config.streams)
 
 
 def _block_fn(config, name):

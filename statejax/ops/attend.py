@@ -21,7 +21,8 @@ class Segment:
   Attributes:
     k: [B, G, N, K]; or a tuple of such arrays, one for each part of the query.
     v: [B, G, N, V]. G may differ from part to part, and from that of v.
-    visible: [B, T, N] bool.
+    visible: [B, T, N] bool; or [B, S, T, N], where every H / S neighbouring
+      heads see something of their own.
     causal: promises that query t sees no key after key t, so that `attend`
       may leave those out of its products.
   """
@@ -80,12 +81,20 @@ def _parts(x):
 
 def _seen(segment, first, size):
   """What the queries from `first` on may see of a segment."""
-  visible = segment.visible[:, first:first + size]
+  visible = segment.visible[..., first:first + size, :]
   if not segment.causal:
     return dataclasses.replace(segment, visible=visible)
   end = first + size
   return Segment(tuple(k[:, :, :end] for k in _parts(segment.k)),
-                 segment.v[:, :, :end], visible[:, :, :end])
+                 segment.v[:, :, :end], visible[..., :end])
+
+
+def _per_head(visible, heads):
+  """Returns it as [B, H or 1, T, N]."""
+  if visible.ndim == 3:
+    return visible[:, None]
+  each = heads // visible.shape[1]
+  return visible if each == heads else jnp.repeat(visible, each, axis=1)
 
 
 def _attend(q, segments, scale, sink):
@@ -108,8 +117,8 @@ def _attend(q, segments, scale, sink):
   def score(segment):
     # Adding the mask costs one pass less than selecting; -1e30 swallows any
     # finite score exactly.
-    bias = jnp.where(segment.visible, jnp.zeros((), wide),
-                     jnp.asarray(MASKED, wide))[:, None]
+    bias = jnp.where(_per_head(segment.visible, heads), jnp.zeros((), wide),
+                     jnp.asarray(MASKED, wide))
     first, *more = (product('bgrk,bgnk->bgrn', a, k)
                     for a, k in zip(q, _parts(segment.k)))
     return sum(more, start=first) + bias

@@ -191,6 +191,21 @@ def extremes(values, residual, blocks):
   return whole, _frozen(blocks, residual, opened)
 
 
+def stored(pool, n_valid):
+  """A pool as a leaf of a state, [B, 3, D].
+
+  The maximum of an empty pool is never read, and -1e30 would drown the rest of
+  the leaf where states are compared: it becomes 0, except in rows that took no
+  step and keep their bits.
+
+  Args:
+    pool: `Pool` of [B, D].
+    n_valid: [B] int32.
+  """
+  kept = (pool.l > 0) | (n_valid == 0)[:, None]
+  return jnp.stack([jnp.where(kept, pool.m, 0.0), pool.l, pool.acc], axis=1)
+
+
 def _pools(tokens, residual, blocks, reduce, join, empty):
   """Reduces the completed blocks, [B, W, D], and the open one, [B, D], each
   with the part that the residual has of it."""

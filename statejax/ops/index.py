@@ -14,23 +14,26 @@ def scores(q, w, k, *, relu=True):
 
   Args:
     q: index queries, [B, T, HI, dI].
-    w: weights of the heads, [B, T, HI].
+    w: weights of the heads, [B, T, HI]; None sums the heads as they are,
+      without HI^-1/2.
     k: index keys, one for all heads, [B, N, dI].
     relu: whether a head's score below 0 counts as 0.
 
   Returns:
     [B, T, N] float32 (float64 of float64 queries).
 
-  Reference: DeepSeek-V3.2, equation 1.
+  Reference: DeepSeek-V3.2, equation 1; Qwen's QSA has no weights.
   """
   dots = einsum('bthd,bnd->bthn', q, k) * q.shape[-1] ** -0.5
   if relu:
     dots = jax.nn.relu(dots)
+  if w is None:
+    return jnp.sum(dots, axis=2)
   return einsum('bth,bthn->btn', w.astype(dots.dtype) * q.shape[2] ** -0.5,
                 dots)
 
 
-def loss(scores, heads, allowed, valid):
+def loss(scores, heads, allowed, valid, reduce=None):
   """`sum_t KL(p_t || softmax I_t)` over the allowed columns A.
 
     p_t = sum_h softmax_A(s_th) / H
@@ -39,43 +42,62 @@ def loss(scores, heads, allowed, valid):
   moves the indexer alone.
 
   Args:
-    scores: I, [B, T, N] float32.
+    scores: I, [B, T, J] float32.
     heads: function of (begin, size) to attention scores s of the queries from
       `begin` on, [B, size, H, N] float32.
-    allowed: A, [B, T, N] bool.
+    allowed: A, tokens of the columns that count, [B, T, N] bool.
     valid: queries that count, [B, T] bool.
+    reduce: where columns are no tokens but sets of them: from an array
+      [B, T, N] over tokens, zero where not allowed, to the sums [B, T, J] of
+      the columns.
 
   Returns:
     float32 scalar; queries that see nothing add 0.
 
   Reference: DeepSeek-V3.2, equations 3 and 4.
   """
-  length = scores.shape[1]
+  target = mass(heads, allowed)
+  if reduce is not None:
+    # A column counts with its first token, however little that weighs.
+    target, allowed = reduce(target), reduce(allowed.astype(target.dtype)) > 0
+  return jnp.sum(jnp.where(valid, divergence(scores, target, allowed), 0.0))
+
+
+def mass(heads, allowed):
+  """p of `loss`, [B, T, N] float32, without gradient; a block of queries at a
+  time, for those of all heads are not held together."""
+  length = allowed.shape[1]
   size = min(_BLOCK, length)
-  # The last block reaches back; what it repeats does not count again.
-  begins = [min(i, length - size) for i in range(0, length, size)]
+  # The last block reaches back over what is already there.
+  begins = sorted({min(i, length - size) for i in range(0, length, size)})
 
-  @jax.checkpoint
-  def block(begin, new):
-    cut = lambda x: jax.lax.dynamic_slice_in_dim(x, begin, size, axis=1)
-    mask = cut(allowed)
-    target = jax.lax.stop_gradient(jnp.sum(
-        _softmax(heads(begin, size), mask[:, :, None]), axis=2))
-    total = jnp.sum(target, axis=-1, keepdims=True)
-    target = target / jnp.maximum(total, 1e-10)
-    own = jnp.where(mask, cut(scores), -jnp.inf)
-    # Rows without a column are taken out before the logarithm.
-    some = jnp.any(mask, axis=-1, keepdims=True)
-    own = jax.nn.log_softmax(jnp.where(some, own, 0.0), axis=-1)
-    gap = jnp.log(jnp.maximum(target, 1e-30)) - jnp.where(mask, own, 0.0)
-    each = jnp.sum(jnp.where(target > 0, target * gap, 0.0), axis=-1)
-    counts = cut(valid) & (jnp.arange(size) >= new)[None]
-    return jnp.sum(jnp.where(counts, each, 0.0))
+  def block(begin):
+    mask = jax.lax.dynamic_slice_in_dim(allowed, begin, size, axis=1)
+    total = jnp.sum(_softmax(heads(begin, size), mask[:, :, None]), axis=2)
+    whole = jnp.sum(total, axis=-1, keepdims=True)
+    return total / jnp.maximum(whole, 1e-10)
 
-  ends = [0] + [b + size for b in begins[:-1]]
-  starts = jnp.asarray(begins, jnp.int32)
-  fresh = jnp.asarray([e - b for b, e in zip(begins, ends)], jnp.int32)
-  return jnp.sum(jax.lax.map(lambda x: block(*x), (starts, fresh)))
+  parts = jax.lax.map(block, jnp.asarray(begins, jnp.int32))
+  skip = len(begins) * size - length
+  parts = [p if i + 1 < len(begins) else p[:, skip:]
+           for i, p in enumerate(parts)]
+  return jax.lax.stop_gradient(jnp.concatenate(parts, axis=1))
+
+
+def divergence(scores, target, allowed):
+  """KL(target || softmax of the scores) over the allowed columns, [B, T].
+
+  Args:
+    scores: [B, T, J] float32.
+    target: [B, T, J], summing to 1 over the allowed columns.
+    allowed: [B, T, J] bool; 0 where there are none.
+  """
+  own = jnp.where(allowed, scores, -jnp.inf)
+  # Rows without a column are taken out before the logarithm.
+  some = jnp.any(allowed, axis=-1, keepdims=True)
+  own = jax.nn.log_softmax(jnp.where(some, own, 0.0), axis=-1)
+  gap = jnp.log(jnp.maximum(target, 1e-30)) - jnp.where(allowed, own, 0.0)
+  return jnp.sum(jnp.where(target > 0, target * gap, 0.0), axis=-1)
 
 
 def _softmax(x, mask):

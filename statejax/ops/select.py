@@ -132,20 +132,22 @@ def to_mask(ids, columns):
   return mask.reshape(*ids.shape[:-1], columns)
 
 
-def choose(scores, visible, k):
+def choose(scores, visible, k, forced=None):
   """`top` where it is worth gathering what is chosen, else `top_mask`.
 
   Args:
-    scores: [B, T, N].
-    visible: [B, T, N] bool.
+    scores: [B, ..., T, N].
+    visible: [B, ..., T, N] bool.
     k: at most so many.
+    forced: [B, ..., T, N] bool or None.
 
   Returns:
-    ids [B, 1, k] int32 for one query of more than k columns; else a mask
-    [B, T, N] bool.
+    ids [B, ..., k] int32 for one query of more than k columns; else a mask
+    [B, ..., T, N] bool.
   """
-  few = scores.shape[1] == 1 and scores.shape[2] > k
-  return (top if few else top_mask)(scores, visible, k)
+  if scores.shape[-2] > 1 or scores.shape[-1] <= k:
+    return top_mask(scores, visible, k, forced)
+  return top(scores, visible, k, forced)[..., 0, :]
 
 
 def take(ids, *arrays):

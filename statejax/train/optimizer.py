@@ -5,7 +5,7 @@ import optax
 
 # Logical axes that make a parameter a matrix: it maps features to features.
 _FEATURES = {'embed', 'hidden', 'heads', 'kv_heads', 'key_heads', 'rank',
-             'latent'}
+             'latent', 'block', 'entry'}
 
 
 def schedule(config):

@@ -104,6 +104,7 @@ def test_golden(name, layout, capacity):
     outputs.append(y)
     mask = np.zeros((rows, piece.shape[1], length), bool)
     found = np.asarray(said['lent']['chosen'])
+    found = found if found.dtype == bool else found[:, None]
     for b, t, at in np.ndindex(*found.shape):
       column = found[b, t, at] if found.dtype != bool else at
       if found[b, t, at] and column >= 0:

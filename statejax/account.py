@@ -1,0 +1,77 @@
+"""What the state of a model costs, layer kind by layer kind."""
+
+import dataclasses
+import fractions
+import math
+
+import numpy as np
+
+from statejax import state as st
+from statejax.config import ModelConfig
+from statejax.model import LanguageModel
+
+
+@dataclasses.dataclass(frozen=True)
+class Account:
+  """Bytes of one row's state.
+
+  Attributes:
+    layers: layers of this kind.
+    per_token: bytes that a token adds to growing leaves; exact, not rounded to
+      whole entries.
+    fixed: bytes that do not depend on the context.
+    total: bytes of all leaves with room for `tokens`, as they are allocated.
+    tokens: of the context.
+  """
+
+  layers: int
+  per_token: fractions.Fraction
+  fixed: int
+  total: int
+  tokens: int
+
+  def __add__(self, other):
+    return Account(
+        self.layers + other.layers, self.per_token + other.per_token,
+        self.fixed + other.fixed, self.total + other.total, self.tokens)
+
+
+def account(config: ModelConfig, tokens: int) -> dict[str, Account]:
+  """Returns the `Account` of each layer kind by its name; nothing is allocated.
+
+  Their sum is all of the state but a few bytes per row (length, pending token,
+  sampler key, witness).
+
+  Args:
+    config: of the model.
+    tokens: of the context, >= 1.
+
+  >>> from configs import tiny_kda
+  >>> found = account(tiny_kda.get_config().model, 1000)
+  >>> [(name, int(a.per_token)) for name, a in found.items()]
+  [('full', 384), ('kda', 0)]
+  """
+  if tokens < 1:
+    raise ValueError(f'account: expected tokens >= 1, got {tokens}.')
+  layers = LanguageModel(config).state_schema(1, tokens).layers
+  return {name: _account(layers[name], config.names.count(name), tokens)
+          for name in layers}
+
+
+def total(accounts: dict[str, Account]) -> Account:
+  """The sum over all layer kinds."""
+  first, *rest = accounts.values()
+  return sum(rest, start=first)
+
+
+def _account(schema, layers, tokens):
+  per_token, fixed, whole = fractions.Fraction(0), 0, 0
+  for _, leaf, _, kind in st.leaves(schema):
+    size = math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+    whole += size
+    if kind == 'fixed':
+      fixed += size
+    else:
+      slots = leaf.shape[leaf.axes.index('capacity')]
+      per_token += fractions.Fraction(size // slots, leaf.stride)
+  return Account(layers, per_token, fixed, whole, tokens)

@@ -1,0 +1,367 @@
+"""Attention to chosen blocks: published layers, and naive references."""
+
+import dataclasses
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import published_sparse
+import pytest
+import single
+
+from statejax import config as c
+from statejax import model as lm
+from statejax.layers import attention
+
+GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
+HALF = c.RopeConfig(fraction=0.5)
+A = c.AttentionConfig(heads=4, kv_heads=2, key=12, value=12, rope=HALF,
+                      qk_norm=True)
+LAYERS = {
+    'minimax_m3': c.BlockMaxConfig(
+        A, block=4, k=3, index_width=8, index_rope=c.RopeConfig(fraction=0.75)),
+    'qsa': c.QSAConfig(
+        dataclasses.replace(A, output_gate=True), block=4, k=2, index_heads=8,
+        index_width=12),
+    'kpool': c.PooledDSAConfig(
+        c.MLAConfig(heads=3, nope=10, rope_width=0, value=12, rank=16,
+                    q_rank=20, rope=None, eps=1e-5),
+        block=4, k=2, index_heads=8, index_width=12),
+}
+MOBA = c.MoBAConfig(dataclasses.replace(A, sink=True), block=4, k=3)
+# A single token past a full choice gathers; two and more mask.
+CUTS = (3, 4, 17, 18, 19, 20, 21)
+
+
+def ours(name, p):
+  """Published weights as ours."""
+  def kernel(w, *shape):
+    return {'kernel': w.T.reshape(w.shape[1], *shape)}
+  norm = lambda w: {'weight': 1 + w}
+  if name == 'kpool':
+    both = p['kv_b_proj.weight'].T.reshape(16, 3, 22)
+    return {
+        'q_a': kernel(p['q_a_proj.weight'], -1),
+        'norm_q': {'weight': p['q_a_layernorm.weight']},
+        'q_b': kernel(p['q_b_proj.weight'], 3, 10),
+        'kv_a': kernel(p['kv_a_proj_with_mqa.weight'], -1),
+        'norm_kv': {'weight': p['kv_a_layernorm.weight']},
+        'k_b': both[..., :10], 'v_b': both[..., 10:],
+        'out': {'kernel': p['o_proj.weight'].T.reshape(3, 12, -1)},
+        'index_q': kernel(p['indexer.wq_b.weight'], 8, 12),
+        'index_k': kernel(p['indexer.wk.weight'], -1),
+        'index_norm': p['indexer.k_norm.weight'],
+        'index_shift': p['indexer.k_norm.bias'],
+        'index_gates': kernel(p['indexer.index_kpool_compress_gate'], -1),
+        'index_bias': p['indexer.index_kpool_compress_ape'],
+        'index_w': kernel(p['indexer.weights_proj.weight'], -1)}
+  q = p['q_proj.weight']
+  out = {
+      'k': kernel(p['k_proj.weight'], 2, 12),
+      'v': kernel(p['v_proj.weight'], 2, 12),
+      'norm_q': norm(p['q_norm.weight']), 'norm_k': norm(p['k_norm.weight']),
+      'out': {'kernel': p['o_proj.weight'].T.reshape(4, 12, -1)}}
+  if name == 'qsa':
+    q, gate = np.split(q.reshape(4, 24, -1), 2, axis=1)
+    index = np.split(p['indexer.index_qk_proj.weight'], [96])
+    return out | {
+        'q': kernel(q.reshape(48, -1), 4, 12),
+        'gate': kernel(gate.reshape(48, -1), 4, 12),
+        'index_q': kernel(index[0], 8, 12), 'index_k': kernel(index[1], -1),
+        'norm_index_q': norm(p['indexer.q_layernorm.weight']),
+        'norm_index_k': norm(p['indexer.k_layernorm.weight'])}
+  return out | {
+      'q': kernel(q, 4, 12),
+      'index_q': kernel(p['indexer.q_proj.weight'], 2, 8),
+      'index_k': kernel(p['indexer.k_proj.weight'], -1),
+      'norm_index_q': norm(p['indexer.q_norm.weight']),
+      'norm_index_k': norm(p['indexer.k_norm.weight'])}
+
+
+@pytest.mark.parametrize('cuts', [(), CUTS])
+@pytest.mark.parametrize('name', LAYERS)
+def test_golden(name, cuts):
+  g = np.load(GOLDEN / f'{name}.npz')
+  params = ours(name, {k[2:]: g[k] for k in g.files if k.startswith('p/')})
+  y, _ = single.run(LAYERS[name], params, g['x'], cuts)
+  assert np.abs(y - g['y']).max() <= 1e-5 * np.abs(g['y']).max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', LAYERS)
+def test_golden_is_what_transformers_gives(name):
+  pytest.importorskip('transformers')
+  stored, fresh = np.load(GOLDEN / f'{name}.npz'), published_sparse.make(name)
+  assert set(stored.files) == set(fresh)
+  for key, x in fresh.items():
+    np.testing.assert_allclose(stored[key], x, rtol=1e-5, atol=1e-6)
+
+
+# MoBA, token by token.
+
+
+def naive_moba(params, x):
+  """Float64, one query and head at a time."""
+  n, a = MOBA.block, MOBA.attention
+  class Projections(attention.nn.Module):
+    @attention.nn.compact
+    def __call__(self, x):
+      return attention.project(a, x, jnp.arange(30)[None])
+  part = {k: params[k] for k in ('q', 'k', 'v', 'norm_q', 'norm_k')}
+  q, k, v = (np.asarray(y, np.float64) for y in Projections().apply(
+      {'params': part}, x))
+  sink = np.asarray(params['sink'], np.float64)
+  out = np.zeros((*q.shape[:3], a.value))
+  for b, t, h in np.ndindex(q.shape[:3]):
+    keys, values, own = k[b, h // 2], v[b, h // 2], t // n
+    best = sorted(range(own), key=lambda w: (
+        -q[b, t, h] @ keys[w * n:w * n + n].mean(0), w))[:MOBA.k - 1]
+    seen = [j for w in (*best, own) for j in range(w * n, min(w * n + n, t + 1))]
+    p = np.exp(keys[seen] @ q[b, t, h] * a.key ** -0.5)
+    out[b, t, h] = p @ values[seen] / (p.sum() + np.exp(sink[h]))
+  return np.einsum('bthv,hvd->btd', out, params['out']['kernel'])
+
+
+@pytest.mark.parametrize('cuts', [(), CUTS])
+def test_moba(cuts):
+  params, x = single.draw(MOBA, 24)
+  params['sink'] = jnp.array([0.3, -1.0, 2.0, 0.0])
+  y, state = single.run(MOBA, params, x, cuts)
+  want = naive_moba(params, x)
+  assert np.abs(y - want).max() <= 1e-5 * np.abs(want).max()
+  k = np.asarray(state.k)[0, :, :, :28].reshape(2, 2, 7, 4, 12).mean(3)
+  np.testing.assert_allclose(
+      state.mean[0, :, :7].reshape(2, 7, 2, 12).swapaxes(1, 2), k, atol=1e-6)
+
+
+# Laws of choice.
+
+
+def everything(config):
+  return dataclasses.replace(config, k=100)
+
+
+@pytest.mark.parametrize('name', ['moba', 'minimax_m3', 'qsa'])
+def test_enough_blocks_are_dense_attention(name):
+  config = everything(MOBA if name == 'moba' else LAYERS[name])
+  params, x = single.draw(config, 24)
+  mine = {k: p for k, p in params.items() if 'index' not in k}
+  y, _ = single.run(config, params, x, (13,))
+  want, _ = single.run(config.attention, mine, x, (13,))
+  np.testing.assert_allclose(y, want, atol=2e-6)
+
+
+def test_enough_pools_are_dense_latent_attention():
+  config = everything(LAYERS['kpool'])
+  params, x = single.draw(config, 24)
+  mine = {k: p for k, p in params.items() if 'index' not in k}
+  y, _ = single.run(config, params, x, (13,))
+  want, _ = single.run(config.mla, mine, x, (13,))
+  np.testing.assert_allclose(y, want, atol=2e-6)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def influence(config, params, x):
+  """Which inputs output t of row 0 depends on, [T, T], without the indexer's:
+  it reads its inputs without gradient."""
+  def one(x):
+    state = single.empty(config, 1, 0)
+    return single.step(config, params, x, state, jnp.zeros((1,), jnp.int32))[0]
+  return jnp.any(jax.jacrev(lambda x: jnp.sum(one(x), axis=-1)[0])(
+      x[:1])[:, 0] != 0, axis=-1)
+
+
+BUDGET = {'moba': 'inside', 'minimax_m3': 'inside', 'qsa': 'beside',
+          'kpool': 'beside'}
+
+
+@pytest.mark.parametrize('name', BUDGET)
+def test_budget(name):
+  """How many tokens a query sees, over all its heads' choices: of one head."""
+  config = MOBA if name == 'moba' else LAYERS[name]
+  if name != 'kpool':
+    config = dataclasses.replace(config, attention=dataclasses.replace(
+        config.attention, heads=1, kv_heads=1))
+  params, x = single.draw(config, 24, seed=3)
+  seen = np.asarray(influence(config, params, x))
+  for t in range(30):
+    n, own = config.block, t % config.block + 1
+    # The query itself is seen as a query, whatever is seen as keys.
+    count = int(seen[t, :t].sum())
+    if BUDGET[name] == 'inside':
+      want = min(config.k - 1, t // n) * n + own - 1
+    else:
+      want = min(config.k, (t + 1) // n) * n + own % n
+      want -= bool(own < n or seen[t, t - 1])
+    assert count == want and not seen[t, t + 1:].any(), t
+
+
+def test_all_equal_scores_take_the_first_blocks():
+  config = LAYERS['qsa']
+  config = dataclasses.replace(config, attention=dataclasses.replace(
+      config.attention, output_gate=False))
+  params, x = single.draw(config, 24)
+  params['index_q'] = jax.tree.map(jnp.zeros_like, params['index_q'])
+  seen = np.asarray(influence(config, params, x))
+  for t in range(8, 30):
+    tail = np.arange(30) > t - (t + 1) % 4
+    np.testing.assert_array_equal(
+        seen[t], (np.arange(30) < 8) | (tail & (np.arange(30) < t))
+        | (np.arange(30) == t))
+
+
+# The indexers learn, and nothing else learns from them.
+
+
+@pytest.mark.parametrize('stage', ['sparse', 'warmup'])
+@pytest.mark.parametrize('name', LAYERS)
+def test_gradients_are_isolated(name, stage):
+  config = dataclasses.replace(LAYERS[name], stage=stage)
+  params, x = single.draw(config, 24)
+  def run(params, x):
+    return single.step(config, params, x, single.empty(config, 2, 0),
+                       jnp.zeros((2,), jnp.int32))
+  def loss(params, x):
+    return run(params, x)[2]['losses']['index']
+  value, (grads, d_x) = jax.value_and_grad(loss, argnums=(0, 1))(params, x)
+  assert value > 0 and not np.any(d_x)
+  plain = jax.grad(lambda p: jnp.sum(run(p, x)[0] ** 2))(params)
+  for key in params:
+    some = [any(np.any(g) for g in jax.tree.leaves(tree[key]))
+            for tree in (grads, plain)]
+    assert some == ['index' in key, 'index' not in key], key
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads[key]))
+
+
+def test_indexer_learns_what_attention_looks_at():
+  """Its loss falls to what is left of the entropy between heads."""
+  import optax
+  config = dataclasses.replace(LAYERS['qsa'], stage='warmup')
+  params, x = single.draw(config, 24)
+  names = [k for k in params if 'index' in k]
+  rest = {k: p for k, p in params.items() if k not in names}
+  zero = jnp.zeros((2,), jnp.int32)
+  @jax.jit
+  def loss(mine):
+    return single.step(config, rest | mine, x, single.empty(config, 2, 0),
+                       zero)[2]['losses']['index']
+  optimizer = optax.adam(1e-2)
+  mine = {k: params[k] for k in names}
+  state, first = optimizer.init(mine), loss(mine)
+  update = jax.jit(lambda m, s: optimizer.update(jax.grad(loss)(m), s, m))
+  for _ in range(60):
+    change, state = update(mine, state)
+    mine = optax.apply_updates(mine, change)
+  assert loss(mine) < 0.5 * first
+
+
+# A full layer and its readers.
+
+OWNER = c.HySparseConfig(dataclasses.replace(A, sink=True), block=4, k=2)
+READER = dataclasses.replace(OWNER, owner='full', window=3)
+
+
+def projected(params, x):
+  class Projections(attention.nn.Module):
+    @attention.nn.compact
+    def __call__(self, x):
+      return attention.project(A, x, jnp.arange(30)[None])
+  part = {k: params[k] for k in ('q', 'k', 'v', 'norm_q', 'norm_k')}
+  return (np.asarray(y, np.float64) for y in Projections().apply(
+      {'params': part}, x))
+
+
+def softmax(s, sink):
+  top = max(s.max(), sink)
+  p = np.exp(s - top)
+  return p / (p.sum() + np.exp(sink - top))
+
+
+def naive_choice(params, x):
+  """The blocks of the largest probability, [B, T, G] lists."""
+  q, k, _ = projected(params, x)
+  chosen = np.zeros((2, 30, 2), object)
+  for b, t, g in np.ndindex(chosen.shape):
+    best = np.zeros(t // 4 + 1)
+    for h in (2 * g, 2 * g + 1):
+      p = softmax(k[b, g, :t + 1] @ q[b, t, h] * 12 ** -0.5,
+                  params['sink'][h])
+      best = np.maximum(best, [p[w * 4:w * 4 + 4].max()
+                               for w in range(len(best))])
+    chosen[b, t, g] = sorted(range(len(best)), key=lambda w: (-best[w], w))[:2]
+  return chosen
+
+
+def naive_reader(owner, params, x, chosen):
+  q, near_k, near_v = projected(params, x)
+  _, k, v = projected(owner, x)
+  gates = 1 / (1 + np.exp(-np.einsum(
+      'btd,dxh->btxh', x, params['gates']['kernel'])))
+  out = np.zeros((2, 30, 4, 12))
+  for b, t, h in np.ndindex(2, 30, 4):
+    seen = [j for w in chosen[b, t, h // 2]
+            for j in range(w * 4, min(w * 4 + 4, t + 1))]
+    window = range(max(0, t - 2), t + 1)
+    for i, (keys, values, at, sink) in enumerate((
+        (k, v, seen, 'sink'), (near_k, near_v, window, 'sink_window'))):
+      at = list(at)
+      p = softmax(keys[b, h // 2, at] @ q[b, t, h] * 12 ** -0.5,
+                  params[sink][h])
+      out[b, t, h] += gates[b, t, i, h] * (p @ values[b, h // 2, at])
+  return np.einsum('bthv,hvd->btd', out, params['out']['kernel'])
+
+
+@pytest.mark.parametrize('cuts', [(), CUTS])
+def test_hysparse(cuts):
+  """An owner and a reader of the same inputs."""
+  whole = lm.LanguageModel(c.ModelConfig(1, 24, (
+      c.LayerConfig('full', OWNER), c.LayerConfig('reader', READER)),
+      (c.GroupConfig(('full', 'reader')),)))
+  params = jax.tree.map(lambda p: p[0], whole.init(jax.random.key(0)))
+  owner, reader = (dict(params['group_0'][f'layer_{i}']['mixer'])
+                   for i in (0, 1))
+  owner['sink'] = jnp.array([0.3, -1.0, 2.0, 0.0])
+  reader['sink_window'] = owner['sink'][::-1]
+  x = jax.random.normal(jax.random.key(1), (2, 30, 24))
+  states = [single.empty(config, 2, 30) for config in (OWNER, READER)]
+  outputs, done = [], 0
+  for piece in np.split(x, cuts, axis=1):
+    length = jnp.full((2,), done, jnp.int32)
+    _, states[0], said = single.step(OWNER, owner, piece, states[0], length)
+    y, states[1], _ = single.step(READER, reader, piece, states[1], length,
+                                  lent={'full': said['lent']})
+    outputs.append(y)
+    done += piece.shape[1]
+  chosen = naive_choice(owner, x)
+  want = naive_reader(owner, reader, x, chosen)
+  y = np.concatenate(outputs, axis=1)
+  assert np.abs(y - want).max() <= 1e-5 * np.abs(want).max()
+
+
+def test_a_reader_keeps_a_window_only():
+  kept = {f.name: f.metadata['kind'] for f in dataclasses.fields(
+      single.empty(READER, 1, 50))}
+  assert kept == {'k': 'fixed', 'v': 'fixed'}
+  assert single.empty(READER, 1, 50).k.shape == (1, 2, 3, 12)
+
+
+def test_a_reader_agrees_with_its_owner():
+  narrow = dataclasses.replace(READER, attention=dataclasses.replace(
+      READER.attention, value=8))
+  whole = lm.LanguageModel(c.ModelConfig(9, 24, (
+      c.LayerConfig('full', OWNER), c.LayerConfig('reader', narrow)),
+      (c.GroupConfig(('full', 'reader')),)))
+  with pytest.raises(ValueError, match='heads and widths of its owner'):
+    whole.init(jax.random.key(0))
+
+
+def test_a_window_wants_an_owner():
+  with pytest.raises(ValueError, match='owner and window together'):
+    c.HySparseConfig(window=4)
+
+
+def test_mixers_want_no_window():
+  with pytest.raises(ValueError, match='MoBAConfig.attention.*window=None'):
+    c.MoBAConfig(dataclasses.replace(A, window=8))

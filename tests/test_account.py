@@ -1,0 +1,48 @@
+"""Bytes by layer kind are those of the leaves, and of published models."""
+
+import fractions
+import importlib
+
+import pytest
+
+from experiments import published_bytes
+from statejax import account as ac
+from statejax import state as st
+from statejax.model import LanguageModel
+
+
+@pytest.mark.parametrize('name', [
+    'tiny_kda', 'tiny_dsa', 'tiny_compressed', 'tiny_sharing', 'tiny_hyper'])
+def test_equals_the_leaves(name):
+  """Allocated ones, at a length that no block divides."""
+  config = importlib.import_module(f'configs.{name}').get_config().model
+  found = ac.account(config, 101)
+  state = LanguageModel(config).init_state(1, 101)
+  assert set(found) == set(state.layers)
+  for key, a in found.items():
+    real = st.nbytes(state.layers[key])
+    assert a.total == sum(real.values()) and a.fixed == real['fixed']
+    assert a.layers == config.names.count(key)
+    # A block that 101 tokens do not fill has a slot all the same.
+    assert 0 <= a.fixed + 101 * a.per_token <= a.total
+  whole = ac.total(found)
+  rest = 4 + 4 + 16 + 8
+  assert whole.total + rest == sum(st.nbytes(state).values())
+  assert whole.layers == len(config.names)
+
+
+def test_bytes_per_token_are_exact():
+  hca = ac.account(published_bytes.deepseek_v4_flash(), 1000)['hca']
+  assert hca.per_token == 20 * fractions.Fraction(1024, 128)
+  assert hca.total == hca.fixed + 20 * 8 * 1024
+
+
+def test_published():
+  """Nothing is allocated: a million tokens of every model."""
+  for row in published_bytes.rows(published_bytes.measure()):
+    assert row.ok, row
+
+
+def test_no_tokens():
+  with pytest.raises(ValueError, match='tokens >= 1, got 0'):
+    ac.account(published_bytes.qwen35(), 0)
