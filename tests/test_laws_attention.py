@@ -57,9 +57,9 @@ MIXERS = {
 }
 MODELS = ('tiny_mla', 'tiny_dsa', 'tiny_compressed', 'tiny_hyper', 'tiny_ksa')
 QUICK = ('schema', 'split', 'packed')
-KINDS = ('mla', 'dsa', 'csa', 'loza')
+KINDS = ('mla', 'dsa', 'csa')
 # Of ranks near a tie no digits are left in bfloat16.
-COARSE = tuple(n for n in MIXERS if n not in ('dsa', 'dsa_no_relu'))
+COARSE = tuple(n for n in MIXERS if n not in ('dsa', 'dsa_no_relu', 'nsa'))
 
 
 @pytest.mark.parametrize('name', MODELS)
@@ -102,7 +102,7 @@ def test_bfloat16_mixer(name):
   layer = c.LayerConfig(name, MIXERS[name], c.SwiGLUConfig(32))
   # The two forms of latent attention round in different places, each several
   # times: single steps and one pass were up to 1.6e-2 apart.
-  latent = 4 if name.startswith(('mla', 'dsa')) else 1
+  latent = 4 if name.startswith(('mla', 'dsa', 'loza')) else 1
   laws.check(laws.MixerSubject(layer, dtype='bfloat16'),
              tolerance=latent * HALF_LAYER)
 

@@ -147,7 +147,7 @@ def _unrolled(config, group, params, x, layers, used, context):
   end: writing them one by one makes XLA copy all layers for each.
   """
   first, old, losses = dict(used), layers, {}
-  new = {name: [] for name in set(group.pattern)}
+  new = {name: [] for name in dict.fromkeys(group.pattern)}
   layers, inner = dict(layers), context
   for r in range(group.repeats):
     inner = context
@@ -182,7 +182,7 @@ def _put(whole, low, part):
 
 def _scanned(config, group, params, x, layers, used, context):
   """One scan over the repeats: stores in the carry, fixed leaves in and out."""
-  counts = {name: group.pattern.count(name) for name in set(group.pattern)}
+  counts = {name: group.pattern.count(name) for name in dict.fromkeys(group.pattern)}
   mine = {name: layers[name] for name in counts}
   stores = {n: _only(s, 'growing') for n, s in mine.items()}
   fixed = {}

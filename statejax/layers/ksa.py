@@ -94,7 +94,8 @@ class KSA(nn.Module):
   text of `chunks` chunks before it, and the summaries of all chunks before
   those: every earlier token as text or in a summary, never in both. A full
   layer (`chunks=None`) has the text of all chunks instead. A summary token sees
-  the text of its chunk, the chunk's summaries before it, and itself.
+  the text of its chunk, the chunk's summaries before it, and itself; what it
+  gathers there, text sees in the layers that follow.
 
   Queries, keys and values of summaries are `mix` times those of projections of
   their own, the rest from those of text.

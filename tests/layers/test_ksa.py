@@ -284,15 +284,16 @@ def test_streams_of_summaries():
   np.testing.assert_allclose(np.concatenate(outputs, 1), want, atol=1e-5)
 
 
+# Of several layers: what a summary has gathered in one, text sees in the next.
 VARIANTS = {
     'two_summaries': model(NEAR, FULL),
     'own_chunk_only': model(
         *(dataclasses.replace(NEAR, chunks=0, rope=None, mix=0.0, qk_norm=False,
                               summary=c.SummaryConfig(4, 3)),) * 2,
         summary=c.SummaryConfig(4, 3)),
-    'chunks_of_one': model(dataclasses.replace(
-        NEAR, chunks=3, summary=c.SummaryConfig(1, 1)),
-                           summary=c.SummaryConfig(1, 1)),
+    'chunks_of_one': model(
+        *(dataclasses.replace(NEAR, chunks=3, summary=c.SummaryConfig(1, 1)),
+          ) * 2, summary=c.SummaryConfig(1, 1)),
     'all_full': model(FULL, FULL),
 }
 

@@ -146,15 +146,14 @@ def test_gradient(slots, steps, middle):
   assert written > 0
 
 
+@pytest.mark.parametrize('slots, steps', [(50, 3), (40, 20)])
 @pytest.mark.parametrize('middle', [(), (2,)])
-def test_both_ways_of_writing_agree(middle):
+def test_all_ways_of_writing_agree(slots, steps, middle):
   rng = np.random.default_rng(4)
-  paths = [jax.jit(f) for f in (store._write_rows, store._scatter_rows)]
+  paths = [jax.jit(f) for f in (store._row_by_row, store._at_once,
+                                store._tile_by_tile)]
   for _ in range(10):
-    data, layer, merged, slot, *_ = make(rng, 8, 3, middle)
-    where = np.stack([np.full((ROWS,), layer), slot % 6], 1).astype(np.int32)
-    rows, scatter = (f(data, where, merged) for f in paths)
-    np.testing.assert_array_equal(rows, scatter)
-    zero, count = np.zeros((ROWS,), int), np.full((ROWS,), 3)
-    np.testing.assert_array_equal(
-        rows, oracle(data, layer, merged, slot % 6, zero, count))
+    args = make(rng, slots, steps, middle)
+    want = oracle(*args)
+    for write in paths:
+      np.testing.assert_array_equal(write(*args), want)
