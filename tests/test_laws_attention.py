@@ -31,6 +31,7 @@ NSA = c.NSAConfig(
     heads=4, kv_heads=2, key=6, value=5, compress_block=6, stride=2,
     compress_hidden=7, select_block=4, select_count=3, initial=1, local=1,
     window=3)
+HEADS = c.AttentionConfig(heads=4, kv_heads=2, key=8, value=6, qk_norm=True)
 MIXERS = {
     'mla': MLA,
     'mla_yarn_gate': dataclasses.replace(MLA, rope=YARN, output_gate=True),
@@ -50,16 +51,31 @@ MIXERS = {
     'nsa_everything': dataclasses.replace(
         NSA, compress_block=3, stride=3, select_block=3, select_count=100,
         initial=0, window=7, rope=None),
+    'moba': c.MoBAConfig(HEADS, block=4, k=2),
+    'block_max': c.BlockMaxConfig(HEADS, block=4, k=2, index_width=8),
+    'block_max_local': c.BlockMaxConfig(
+        dataclasses.replace(HEADS, sink=True), block=3, k=3, local=2,
+        index_width=8),
+    'qsa': c.QSAConfig(HEADS, block=4, k=2, index_heads=8, index_width=8),
+    'kpool': c.PooledDSAConfig(MLA, block=3, k=2, index_heads=8,
+                               index_width=8),
+    'kpool_nope': c.PooledDSAConfig(
+        dataclasses.replace(MLA, rope_width=0, rope=None), block=4, k=100,
+        index_heads=8, index_width=8),
+    'hysparse_owner': c.HySparseConfig(HEADS, block=4, k=2),
     'window': dataclasses.replace(CSA, ratio=None, overlap=False, index=None),
     'csa': CSA,
     'csa_everything': dataclasses.replace(CSA, window=3, ratio=4, index=None),
     'hca': dataclasses.replace(CSA, ratio=5, overlap=False, index=None),
 }
-MODELS = ('tiny_mla', 'tiny_dsa', 'tiny_compressed', 'tiny_hyper', 'tiny_ksa')
+MODELS = ('tiny_mla', 'tiny_dsa', 'tiny_compressed', 'tiny_sharing',
+          'tiny_hyper', 'tiny_ksa')
 QUICK = ('schema', 'split', 'packed')
-KINDS = ('mla', 'dsa', 'csa')
+KINDS = ('mla', 'dsa', 'csa', 'moba')
 # Of ranks near a tie no digits are left in bfloat16.
-COARSE = tuple(n for n in MIXERS if n not in ('dsa', 'dsa_no_relu', 'nsa'))
+COARSE = tuple(n for n in MIXERS if n not in (
+    'dsa', 'dsa_no_relu', 'nsa', 'moba', 'block_max', 'block_max_local', 'qsa',
+    'kpool'))
 
 
 @pytest.mark.parametrize('name', MODELS)

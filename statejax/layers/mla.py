@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from statejax.config import MLAConfig, YarnConfig
 from statejax.layers import common, rotary, weights
 from statejax.layers.common import Proj, RMSNorm
-from statejax.ops import attend, rope, store
+from statejax.ops import attend, rope, store, stream
 from statejax.ops.merge import merge
 from statejax.ops.product import einsum
 from statejax.state import Array, Spec, leaf
@@ -210,5 +210,5 @@ def absorbed(q, latent, key, k_b, v_b, visible, *, scale):
   segment = attend.Segment((latent[:, None], key[:, None]), latent[:, None],
                            visible)
   q_c = einsum('bthk,rhk->bthr', q_n, k_b).astype(q_n.dtype)
-  out, lse = attend.attend((q_c, q_r), [segment], scale=scale)
+  out, lse = stream.attend((q_c, q_r), segment, scale=scale)
   return einsum('bthr,rhv->bthv', out, v_b).astype(out.dtype), lse

@@ -24,7 +24,13 @@ def scores(q, w, k, *, relu=True):
 
   Reference: DeepSeek-V3.2, equation 1; Qwen's QSA has no weights.
   """
-  dots = einsum('bthd,bnd->bthn', q, k) * q.shape[-1] ** -0.5
+  if q.shape[1] == 1:
+    # With the few queries first XLA transposes all keys before the product.
+    dots = jnp.moveaxis(
+        einsum('bnd,bthd->bnth', k.astype(q.dtype), q), 1, -1)
+  else:
+    dots = einsum('bthd,bnd->bthn', q, k)
+  dots = dots * q.shape[-1] ** -0.5
   if relu:
     dots = jax.nn.relu(dots)
   if w is None:
