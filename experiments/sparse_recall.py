@@ -50,7 +50,9 @@ def mla(rank, rope_width=8):
                      rank=rank)
 
 
-V4 = dict(heads=4, q_rank=32, window=8, out_groups=2, out_rank=32)
+V4 = dict(heads=4, q_rank=32, window=8, out_groups=2, out_rank=32,
+          rope=c.RopeConfig(fraction=0.25, layout='interleaved',
+                            side='trailing'))
 MIXERS = {
     'attention': gqa(),
     'window': gqa(32, 32, 2, window=16),

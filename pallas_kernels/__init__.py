@@ -39,9 +39,61 @@ def _delta_rule_tpu_declines(
       q, k, v, log_decay, erase, write, chunk_size=chunk_size or 64)
 
 
+def _gather_attend_tpu(
+    q, k, v, ids, last, sink=None, *, block, scale, interpret=False
+):
+  if _by_row(k, v, ids, block):
+    from pallas_kernels.gather_rows_tpu import gather_rows
+    return gather_rows(
+        q, k[0][:, 0], k[1][:, 0], ids[:, :, 0], last, sink, scale=scale,
+        interpret=interpret)
+  from pallas_kernels.gather_attend_tpu import gather_attend
+  return gather_attend(q, k, v, ids, last, sink, block=block, scale=scale,
+                       interpret=interpret)
+
+
+def _gather_attend_tpu_declines(q, k, v, ids, *, block):
+  """Asks for shapes and dtypes alone."""
+  if _by_row(k, v, ids, block):
+    import jax
+
+    from pallas_kernels.gather_rows_tpu import declines
+    latent, key = (jax.ShapeDtypeStruct(
+        (x.shape[0], *x.shape[2:]), x.dtype) for x in k)
+    only = jax.ShapeDtypeStruct((*ids.shape[:2], ids.shape[3]), ids.dtype)
+    return declines(q, latent, key, only)
+  from pallas_kernels.gather_attend_tpu import declines
+  return declines(q, k, v, ids, block=block)
+
+
+def _by_row(k, v, ids, block):
+  """Whether ids are rows of latents and of keys that all heads share."""
+  return block == 1 and v is None and len(k) == 2 and ids.shape[2] == 1
+
+
+def _index_scores_tpu(q, w, k, count=None, *, relu=True, interpret=False):
+  import jax.numpy as jnp
+
+  from pallas_kernels.index_scores_tpu import index_scores
+  if w is None:  # what the kernel divides by
+    w = jnp.full(q.shape[:3], q.shape[2] ** 0.5, jnp.float32)
+  return index_scores(q, w, k, count, relu=relu, interpret=interpret)
+
+
+def _index_scores_tpu_declines(q, k):
+  from pallas_kernels.index_scores_tpu import declines
+  return declines(q, k)
+
+
 _NONE = 'this version ships no kernel; the XLA form runs on every device'
 
 KERNELS = {
     'delta_rule': {'pallas_tpu': _delta_rule_tpu, 'pallas_gpu': _NONE},
+    'gather_attend': {'pallas_tpu': _gather_attend_tpu, 'pallas_gpu': _NONE},
+    'index_topk': {'pallas_tpu': _index_scores_tpu, 'pallas_gpu': _NONE},
 }
-DECLINES = {'delta_rule': {'pallas_tpu': _delta_rule_tpu_declines}}
+DECLINES = {
+    'delta_rule': {'pallas_tpu': _delta_rule_tpu_declines},
+    'gather_attend': {'pallas_tpu': _gather_attend_tpu_declines},
+    'index_topk': {'pallas_tpu': _index_scores_tpu_declines},
+}

@@ -41,6 +41,8 @@ class Program:
     donate: positions of the arguments whose memory the results reuse.
     kernel: the name given to the `pallas_call` whose schedule is wanted.
     work: heads times tokens of one grid step of that kernel.
+    printed: whether the compiled program is read for its traffic and kernel.
+      libtpu 0.0.52 cannot print some programs for a TPU 7x.
   """
 
   function: Callable
@@ -48,6 +50,7 @@ class Program:
   donate: tuple[int, ...] = ()
   kernel: str = ''
   work: int = 0
+  printed: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,9 +139,10 @@ def compile_all(jobs: Sequence[Job], kernels=None, timeout=1800):
 
   Returns:
     A dict per job: `argument`, `output`, `alias`, `temp` (bytes), `accessed`
-    (bytes, as `cost_analysis` counts), `traffic` (see `_traffic`), `flops`
-    (those of kernels are not in it), `kernel` (its name in the program), and
-    `work`; with `kernels`, also what `_schedule` returns.
+    (bytes, as `cost_analysis` counts), `traffic` (see `_traffic`; of programs
+    that are `printed`), `flops` (those of kernels are not in it), `kernel` (its
+    name in the program), and `work`; with `kernels`, also what `_schedule`
+    returns.
 
   Raises:
     RuntimeError: a job failed; names it, with the compiler's last words.
@@ -188,8 +192,9 @@ def _figures(compiled, program) -> dict[str, Any]:
       'flops': cost.get('flops'),
       'work': program.work,
   }
-  text = compiled.as_text()
-  named['traffic'] = _traffic(text)
+  text = compiled.as_text() if program.printed else ''
+  if program.printed:
+    named['traffic'] = _traffic(text)
   if program.kernel:
     calls = re.findall(r'%(\S+) = .*custom_call_target="tpu_custom_call"', text)
     named['kernel'], = [name for name in calls if program.kernel in name]

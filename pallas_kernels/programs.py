@@ -6,7 +6,7 @@ import functools
 import jax
 
 from pallas_kernels import aot
-from pallas_kernels.workloads import WORKLOADS
+from pallas_kernels.workloads import ATTENTION, WORKLOADS
 
 
 def step(workload) -> aot.Program:
@@ -50,6 +50,30 @@ def backward(workload, heads=None, length=None, chunk_size=64) -> aot.Program:
       function, (specs, specs['v'], specs['state']),
       kernel='delta_rule_backward',
       work=chunk_size * _plans(options, specs)[1].heads)
+
+
+def gather_attend(workload) -> aot.Program:
+  """Attention to chosen blocks."""
+  from pallas_kernels import gather_attend_tpu as kernel
+  shapes = ATTENTION[workload]
+  function = functools.partial(
+      kernel.gather_attend, block=shapes.block, scale=shapes.key ** -0.5)
+  return aot.Program(function, shapes.blocks(), kernel=kernel.NAME)
+
+
+def gather_rows(workload) -> aot.Program:
+  """Attention to chosen rows of latents."""
+  from pallas_kernels import gather_rows_tpu as kernel
+  shapes = ATTENTION[workload]
+  function = functools.partial(kernel.gather_rows, scale=shapes.key ** -0.5)
+  return aot.Program(function, shapes.rows(), kernel=kernel.NAME)
+
+
+def index_scores(workload) -> aot.Program:
+  """Scores of a lightning indexer."""
+  from pallas_kernels import index_scores_tpu as kernel
+  return aot.Program(
+      kernel.index_scores, ATTENTION[workload].index(), kernel=kernel.NAME)
 
 
 def _shapes(workload, length):

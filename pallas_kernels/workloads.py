@@ -1,4 +1,4 @@
-"""Named shapes of the delta rule, for tests, tables and benchmarks."""
+"""Named shapes of the kernels, for tests, tables and benchmarks."""
 
 import dataclasses
 
@@ -92,6 +92,87 @@ WORKLOADS = {
     'tiny_kda': DeltaRule(4, 4, 16, 24, 'channel', 2, 40, 'float32'),
     'tiny_gdn_decode': DeltaRule(2, 4, 16, 24, 'head', 3, 1, 'float32'),
     'tiny_kda_decode': DeltaRule(4, 4, 16, 24, 'channel', 3, 1, 'float32'),
+}
+
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+  """Shapes and types of one call of a kernel of sparse attention.
+
+  Attributes:
+    heads: H, or HI of an indexer.
+    groups: G.
+    key: K, or the width of the rope keys, or dI.
+    value: V, or the width R of the latents.
+    slots: N.
+    block: rows per block.
+    count: M, ids per query and group.
+    batch: B.
+    length: T.
+    dtype: of all floats but the weights of an indexer's heads.
+  """
+
+  heads: int
+  groups: int = 1
+  key: int = 128
+  value: int = 128
+  slots: int = 131_072
+  block: int = 1
+  count: int = 16
+  batch: int = 8
+  length: int = 1
+  dtype: str = 'bfloat16'
+
+  def _spec(self, *shape, dtype=None):
+    return jax.ShapeDtypeStruct(shape, dtype or self.dtype)
+
+  def blocks(self) -> tuple:
+    """Arguments of `gather_attend`: q, k, v, ids, last; of one group the keys
+    are latents, which are the values too, and keys of `key` channels."""
+    tokens, store = (self.batch, self.length), (self.batch, self.groups,
+                                                self.slots)
+    of = lambda *widths: (
+        tuple(self._spec(*tokens, self.heads, x) for x in widths),
+        tuple(self._spec(*store, x) for x in widths))
+    q, k = of(self.value, self.key) if self.groups == 1 else of(self.key)
+    v = None if self.groups == 1 else self._spec(*store, self.value)
+    return (q, k, v,
+            self._spec(*tokens, self.groups, self.count, dtype='int32'),
+            self._spec(*tokens, dtype='int32'))
+
+  def rows(self) -> tuple:
+    """Arguments of `gather_rows`: q, latent, key, ids, last."""
+    tokens, store = (self.batch, self.length), (self.batch, self.slots)
+    return ((self._spec(*tokens, self.heads, self.value),
+             self._spec(*tokens, self.heads, self.key)),
+            self._spec(*store, self.value), self._spec(*store, self.key),
+            self._spec(*tokens, self.count, dtype='int32'),
+            self._spec(*tokens, dtype='int32'))
+
+  def index(self) -> tuple:
+    """Arguments of `index_scores`: q, w, k."""
+    tokens = self.batch, self.length
+    return (self._spec(*tokens, self.heads, self.key),
+            self._spec(*tokens, self.heads, dtype='float32'),
+            self._spec(self.batch, self.slots, self.key))
+
+
+ATTENTION = {
+    # Real widths: MiniMax-M3, NSA and DeepSeek-V3.2.
+    'minimax_m3': Attention(64, 4, block=128),
+    'minimax_m3_prefill': Attention(
+        64, 4, block=128, batch=1, length=4096),
+    'nsa': Attention(64, 4, key=192, block=64),  # positions along the lanes
+    'nsa_float32': Attention(64, 4, block=64, dtype='float32'),
+    'blocks_of_16': Attention(32, 8, block=16, count=64),
+    'blocks_of_8': Attention(32, 8, block=8, count=64),
+    'mla_blocks': Attention(128, key=64, value=512, block=64),
+    'dsa': Attention(128, key=64, value=512, count=2048),
+    'dsa_prefill': Attention(
+        128, key=64, value=512, count=2048, batch=1, length=256),
+    'dsa_index': Attention(64),
+    'dsa_index_prefill': Attention(64, batch=1, length=256),
 }
 
 # Most bundles by head and 64 tokens, from program and chip: what a prototype of

@@ -68,6 +68,12 @@ class CompressedConfig:
                          'entries; set overlap=False and index=None.')
       return
     checks.positive(self, 'ratio')
+    turning = int(self.rope.fraction * self.width)
+    if self.index is not None and self.index.width < turning:
+      raise ValueError(
+          f'CompressedConfig.index.width: expected >= {turning}, the channels '
+          f'that turn (rope.fraction x width), as the indexer turns as many; '
+          f'got {self.index.width}.')
 
   @property
   def reach(self):

@@ -125,3 +125,8 @@ def test_bytes_per_token():
 def test_entries_need_a_ratio():
   with pytest.raises(ValueError, match='without a ratio there are no entries'):
     c.CompressedConfig(ratio=None)
+
+
+def test_an_indexer_turns_as_many_channels():
+  with pytest.raises(ValueError, match='index.width: expected >= 32'):
+    c.CompressedConfig(width=64, index=c.IndexConfig(width=16))
