@@ -1,0 +1,64 @@
+"""Decode steps of one-layer models at published widths, to be compiled."""
+
+from unittest import mock
+
+import jax
+
+from pallas_kernels import aot
+from statejax import config as cfg
+from statejax import model as lm
+from statejax import state as st
+
+_MLA = cfg.MLAConfig(
+    heads=128, nope=128, rope_width=64, value=128, rank=512, q_rank=1536,
+    rope=cfg.RopeConfig(layout='interleaved', scaling=cfg.YarnConfig(
+        factor=40.0, original=4096, mscale=1.0, mscale_all_dim=1.0)))
+_V4 = dict(
+    heads=64, width=512, q_rank=1024, window=128, out_groups=8, out_rank=1024,
+    rope=cfg.RopeConfig(theta=160_000.0, fraction=0.125, layout='interleaved',
+                        side='trailing'))
+
+# Width D of the model, and its mixer.
+MIXERS = {
+    # Qwen3-32B.
+    'GQA': (5120, cfg.AttentionConfig(
+        heads=64, kv_heads=8, key=128, value=128, qk_norm=True)),
+    # DeepSeek-V3 and V3.2.
+    'MLA': (7168, _MLA),
+    'DSA': (7168, cfg.DSAConfig(
+        mla=_MLA, k=2048, index_heads=64, index_width=128)),
+    # DeepSeek-V4-Flash.
+    'CSA': (4096, cfg.CompressedConfig(
+        **_V4, ratio=4, index=cfg.IndexConfig(k=512, heads=64, width=128))),
+    'HCA': (4096, cfg.CompressedConfig.heavily(**_V4)),
+}
+
+
+def model(mixer):
+  """A language model of one layer, in bfloat16, with few words."""
+  width, config = MIXERS[mixer]
+  return lm.LanguageModel(cfg.ModelConfig(
+      vocab=1024, width=width, dtype='bfloat16',
+      layers=(cfg.LayerConfig('layer', config, cfg.SwiGLUConfig(width)),),
+      groups=(cfg.GroupConfig(('layer',)),)))
+
+
+def state_bytes(mixer, rows, capacity) -> int:
+  """Bytes of the whole serving state, as its schema has them."""
+  return sum(st.nbytes(model(mixer).state_schema(rows, capacity)).values())
+
+
+def step(mixer, rows, capacity) -> aot.Program:
+  """One token of every row; the state is donated."""
+  decoder = model(mixer)
+  state = st.abstract(decoder.state_schema(rows, capacity))
+  params = jax.eval_shape(decoder.init, jax.random.key(0))
+  tokens = jax.ShapeDtypeStruct((rows, 1), 'int32')
+
+  def function(state, params, tokens):
+    # Ops choose as they would there; the compiler itself is told elsewhere.
+    with mock.patch.object(jax, 'default_backend', lambda: 'tpu'):
+      return lm.apply(decoder, params, state, tokens, keep='last')
+
+  return aot.Program(function, (state, params, tokens), donate=(0,),
+                     printed=False)
