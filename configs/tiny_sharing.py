@@ -1,4 +1,4 @@
-r"""Layers that read what earlier ones chose: HySparse, and kpool with IndexShare.
+r"""Layers that read what earlier ones chose: HySparse, kpool with IndexShare.
 
     python -m statejax.main train --config=configs/tiny_sharing.py \
         --workdir=/tmp/tiny_sharing

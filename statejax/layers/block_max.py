@@ -4,7 +4,6 @@ import dataclasses
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from statejax.config import BlockMaxConfig
 from statejax.layers import attention, block_sparse, rotary

@@ -69,7 +69,7 @@ def attend_to(q, past, new, chosen, plan, context, *, scale, sink=None):
     k, v = (_rows(slots, x) for x in (k, v))
   return attend.attend(
       q, [attend.Segment(k, v, old),
-          attend.Segment(*new, mine, causal=True)], scale=scale, sink=sink)[0]
+          attend.Segment.of(new, mine, causal=True)], scale=scale, sink=sink)[0]
 
 
 def _rows(slots, x):

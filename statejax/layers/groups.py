@@ -182,7 +182,8 @@ def _put(whole, low, part):
 
 def _scanned(config, group, params, x, layers, used, context):
   """One scan over the repeats: stores in the carry, fixed leaves in and out."""
-  counts = {name: group.pattern.count(name) for name in dict.fromkeys(group.pattern)}
+  counts = {name: group.pattern.count(name)
+            for name in dict.fromkeys(group.pattern)}
   mine = {name: layers[name] for name in counts}
   stores = {n: _only(s, 'growing') for n, s in mine.items()}
   fixed = {}

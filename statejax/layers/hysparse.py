@@ -104,5 +104,5 @@ class HySparse(nn.Module):
     have, want = ([y.shape[1::2] for y in pair] for pair in (lent, (k, v)))
     if have != want:
       raise ValueError(
-          f'HySparse: a reader of {self.config.owner!r} has the key/value heads '
-          f'and widths of its owner: expected {have}, got {want}.')
+          f'HySparse: a reader of {self.config.owner!r} has the key/value '
+          f'heads and widths of its owner: expected {have}, got {want}.')

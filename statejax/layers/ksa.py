@@ -169,8 +169,8 @@ class KSA(nn.Module):
     rows, _, slots, _ = old[0].shape
     held = jnp.arange(slots, dtype=jnp.int32)[None]
     seen = context.visible_past(jnp.broadcast_to(held, (rows, slots)))
-    return [attend.Segment(*old, seen),
-            attend.Segment(*new, context.visible_chunk(), causal=True)], (
+    return [attend.Segment.of(old, seen),
+            attend.Segment.of(new, context.visible_chunk(), causal=True)], (
                 _chunk_text(old, new, context)), after
 
   def _near(self, state, new, own, context):
@@ -183,8 +183,8 @@ class KSA(nn.Module):
     seen_old = context.visible_past(held) & (held[:, None] // size >= first)
     seen_new = context.visible_chunk() & (
         context.positions[:, None] // size >= first)
-    segments = [attend.Segment(*old, seen_old),
-                attend.Segment(*new, seen_new, causal=True)]
+    segments = [attend.Segment.of(old, seen_old),
+                attend.Segment.of(new, seen_new, causal=True)]
 
     # [B, G, m, W, K], as in the store.
     made = [a.reshape(*a.shape[:2], -1, context.summary.count, a.shape[-1])
@@ -203,8 +203,8 @@ class KSA(nn.Module):
                   & (plan.block[:, None] < first)))
     for kv, seen in far:
       kv = [a.reshape(*a.shape[:2], -1, a.shape[-1]) for a in kv]
-      segments.append(attend.Segment(
-          *kv, jnp.tile(seen, (1, 1, context.summary.count))))
+      segments.append(attend.Segment.of(
+          kv, jnp.tile(seen, (1, 1, context.summary.count))))
     where = (context.base, context.start, context.n_valid)
     return segments, _chunk_text(old, new, context), SummaryState(
         *(ring.write(a, b, *where) for a, b in zip(old, new)), *after)
@@ -272,7 +272,7 @@ def _summarise(q, own, text, summaries, *, scale):
       exists & mask[None], (rows * chunks, *mask.shape))
   y, _ = attend.attend(
       q.reshape(rows * chunks, m, *q.shape[2:]),
-      [attend.Segment(*map(flat, text), shown(jnp.ones((m, size), bool))),
-       attend.Segment(*own, shown(jnp.tril(jnp.ones((m, m), bool))))],
+      [attend.Segment.of(map(flat, text), shown(jnp.ones((m, size), bool))),
+       attend.Segment.of(own, shown(jnp.tril(jnp.ones((m, m), bool))))],
       scale=scale)
   return y.reshape(rows, chunks * m, *y.shape[2:])

@@ -1,4 +1,4 @@
-"""Mixture of block attention: a head sees the blocks of the nearest mean key."""
+"""Mixture of block attention: heads see the blocks of the nearest mean key."""
 
 import dataclasses
 

@@ -127,14 +127,14 @@ class NSA(nn.Module):
     seen = strided.visible(plan, past[0].shape[2], c.compress_block)
     scale = c.key ** -0.5
     y, lse = attend.attend(q, [
-        attend.Segment(*past, seen[0]), attend.Segment(*new, seen[1])],
+        attend.Segment.of(past, seen[0]), attend.Segment.of(new, seen[1])],
         scale=scale)
-    weight = [strided.mass(q, k, s, lse, scale=scale)
-              for k, s in zip((past[0], new[0]), seen)]
+    old, mine = (strided.mass(q, k, s, lse, scale=scale)
+                 for k, s in zip((past[0], new[0]), seen))
     slots = state.select_k.data.shape[-2]
     count = -(-(slots + q.shape[1]) // c.select_block)
     return y, strided.importance(
-        *weight, plan, c.compress_block, c.select_block, count), leaves
+        old, mine, plan, c.compress_block, c.select_block, count), leaves
 
   def _network(self, tokens, name):
     """From the tokens [B, G, W, l, K] of entries to entries [B, G, W, K]."""
@@ -183,7 +183,8 @@ def _select(config, q, pair, importance, state, context):
     # One token, whose own block is always chosen: rows are gathered.
     past, old = _gathered(chosen, past, c.select_block, context)
   y, _ = attend.attend(q, [
-      attend.Segment(*past, old), attend.Segment(*pair, chunk, causal=True)],
+      attend.Segment.of(past, old),
+      attend.Segment.of(pair, chunk, causal=True)],
       scale=c.key ** -0.5)
   return y, new
 
@@ -218,7 +219,7 @@ def _window(config, q, pair, state, context):
   held = window.positions(context.length, c.window)
   past = attend.Segment(state.window_k, state.window_v,
                         context.visible_past(held, c.window))
-  chunk = attend.Segment(*pair, context.visible_chunk(c.window), causal=True)
+  chunk = attend.Segment.of(pair, context.visible_chunk(c.window), True)
   y, _ = attend.attend(q, [past, chunk], scale=c.key ** -0.5)
   where = (context.base, context.start, context.n_valid)
   return y, {name: window.write(getattr(state, name), a, *where)

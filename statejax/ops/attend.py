@@ -32,6 +32,12 @@ class Segment:
   visible: jax.Array
   causal: bool = dataclasses.field(default=False, metadata=dict(static=True))
 
+  @classmethod
+  def of(cls, pair, visible, causal=False):
+    """The segment of keys and values that come as a pair."""
+    k, v = pair
+    return cls(k, v, visible, causal)
+
 
 def attend(q, segments, *, scale, sink=None):
   """One softmax over the keys of all segments and an optional sink logit.

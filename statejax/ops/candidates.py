@@ -138,12 +138,13 @@ def choose(scores, seen, k, *, forced=None, tail=False):
     [B, S, T, J] bool; of one query of more than k candidates ids [B, S, k],
     or with a tail [B, S, k + 1].
   """
-  wide = lambda x: None if x is None else jnp.broadcast_to(
-      x[:, None], scores.shape)
+  wide = lambda x: jnp.broadcast_to(x[:, None], scores.shape)
+  seen = wide(seen)
   if not tail:
-    return select.choose(scores, wide(seen), k, wide(forced))
-  last = wide(seen)[..., -1:]
-  chosen = select.choose(scores[..., :-1], wide(seen)[..., :-1], k)
+    return select.choose(scores, seen, k,
+                         None if forced is None else wide(forced))
+  last = seen[..., -1:]
+  chosen = select.choose(scores[..., :-1], seen[..., :-1], k)
   if chosen.dtype == bool:
     return jnp.concatenate([chosen, last], axis=-1)
   own_id = jnp.where(last[:, :, 0], scores.shape[-1] - 1, -1)

@@ -133,5 +133,6 @@ def importance(old, new, blocks, length, size, count):
   line += jnp.pad(old[..., :pieces], [(0, 0)] * 3 + [(0, max(room, 0))])
   # A piece is in the entries that stand in its slot and the n - 1 behind it.
   line = jnp.pad(line, [(0, 0)] * 3 + [(0, overlap - 1)])
-  total = sum(line[..., u:u + pieces] for u in range(overlap))
+  first, *more = (line[..., u:u + pieces] for u in range(overlap))
+  total = sum(more, start=first)
   return jnp.sum(total.reshape(*total.shape[:-1], count, each), axis=-1)

@@ -118,7 +118,8 @@ def naive_moba(params, x):
     keys, values, own = k[b, h // 2], v[b, h // 2], t // n
     best = sorted(range(own), key=lambda w: (
         -q[b, t, h] @ keys[w * n:w * n + n].mean(0), w))[:MOBA.k - 1]
-    seen = [j for w in (*best, own) for j in range(w * n, min(w * n + n, t + 1))]
+    seen = [j for w in (*best, own)
+            for j in range(w * n, min(w * n + n, t + 1))]
     p = np.exp(keys[seen] @ q[b, t, h] * a.key ** -0.5)
     out[b, t, h] = p @ values[seen] / (p.sum() + np.exp(sink[h]))
   return np.einsum('bthv,hvd->btd', out, params['out']['kernel'])
