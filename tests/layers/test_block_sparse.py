@@ -80,8 +80,9 @@ def ours(name, p):
       'norm_index_k': norm(p['indexer.k_norm.weight'])}
 
 
-@pytest.mark.parametrize('cuts', [(), CUTS])
-@pytest.mark.parametrize('name', LAYERS)
+@pytest.mark.parametrize('name, cuts', [
+    *((name, CUTS) for name in LAYERS),
+    *(pytest.param(name, (), marks=pytest.mark.slow) for name in LAYERS)])
 def test_golden(name, cuts):
   g = np.load(GOLDEN / f'{name}.npz')
   params = ours(name, {k[2:]: g[k] for k in g.files if k.startswith('p/')})
@@ -125,7 +126,8 @@ def naive_moba(params, x):
   return np.einsum('bthv,hvd->btd', out, params['out']['kernel'])
 
 
-@pytest.mark.parametrize('cuts', [(), CUTS])
+@pytest.mark.parametrize('cuts', [
+    CUTS, pytest.param((), marks=pytest.mark.slow)])
 def test_moba(cuts):
   params, x = single.draw(MOBA, 24)
   params['sink'] = jnp.array([0.3, -1.0, 2.0, 0.0])
@@ -216,8 +218,10 @@ def test_all_equal_scores_take_the_first_blocks():
 # The indexers learn, and nothing else learns from them.
 
 
-@pytest.mark.parametrize('stage', ['sparse', 'warmup'])
-@pytest.mark.parametrize('name', LAYERS)
+@pytest.mark.parametrize('name, stage', [
+    ('minimax_m3', 'sparse'), ('qsa', 'warmup'), ('kpool', 'sparse'),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        ('minimax_m3', 'warmup'), ('qsa', 'sparse'), ('kpool', 'warmup')))])
 def test_gradients_are_isolated(name, stage):
   config = dataclasses.replace(LAYERS[name], stage=stage)
   params, x = single.draw(config, 24)
@@ -314,7 +318,8 @@ def naive_reader(owner, params, x, chosen):
   return np.einsum('bthv,hvd->btd', out, params['out']['kernel'])
 
 
-@pytest.mark.parametrize('cuts', [(), CUTS])
+@pytest.mark.parametrize('cuts', [
+    CUTS, pytest.param((), marks=pytest.mark.slow)])
 def test_hysparse(cuts):
   """An owner and a reader of the same inputs."""
   whole = lm.LanguageModel(c.ModelConfig(1, 24, (
