@@ -19,7 +19,7 @@ from experiments import report
 from statejax import account as ac
 from statejax import config as c
 
-OUT = flags.DEFINE_string('out', 'experiments/results', 'where to write')
+OUT = flags.DEFINE_string('results', 'experiments/results', 'where to write')
 
 MIB = 2 ** 20
 layer = functools.partial(c.LayerConfig, mlp=c.SwiGLUConfig(1))
@@ -76,7 +76,8 @@ def kimi_linear():
 def deepseek_v4_flash():
   """2 window layers, 21 of CSA, 20 of HCA."""
   sizes = dict(heads=64, width=512, q_rank=1024, window=128, out_groups=8,
-               out_rank=1024)
+               out_rank=1024, rope=c.RopeConfig(
+                   fraction=64 / 512, layout='interleaved', side='trailing'))
   return model(
       4096, (('window',), 2), (('csa', 'hca'), 20), (('csa',), 1),
       window=c.CompressedConfig.sliding(**sizes),

@@ -109,7 +109,7 @@ def test_golden(name, cuts):
 def test_bytes_per_token():
   """CSA 320 and HCA 8 bytes a token and layer at the widths of V4-Flash."""
   sizes = dict(heads=64, width=512, q_rank=1024, window=128, out_groups=8,
-               out_rank=1024)
+               out_rank=1024, rope=dataclasses.replace(FAR, fraction=64 / 512))
   for config, each, fixed in (
       (c.CompressedConfig(**sizes, index=c.IndexConfig(512, 64, 128)), 320,
        128 * 1024 + 4 * 6 * (512 + 128)),

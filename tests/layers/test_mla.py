@@ -265,9 +265,11 @@ def test_config():
   assert c.MLAConfig().rope.layout == 'interleaved'
   with pytest.raises(ValueError, match='lora_scale.*give q_rank'):
     c.MLAConfig(lora_scale=True)
-  for name in ('heads', 'nope', 'rope_width', 'value', 'rank', 'q_rank'):
+  for name in ('heads', 'nope', 'value', 'rank', 'q_rank'):
     with pytest.raises(ValueError, match=f'{name}: expected >= 1, got 0'):
       c.MLAConfig(**{name: 0})
+  with pytest.raises(ValueError, match='rope_width: expected >= 0, got -1'):
+    c.MLAConfig(rope_width=-1)
 
 
 def test_decoding_copies_no_store():
