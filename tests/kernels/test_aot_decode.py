@@ -8,8 +8,10 @@ from pallas_kernels import aot
 ROWS, CAPACITY, SHORT = 8, 131_072, 1024
 # Most temporary bytes more than over a short store. No state is copied; beyond
 # 64 MB there are scores of every head and token (GQA, CSA's indexer), and the
-# rope keys among which XLA gathers rows (DSA).
+# rope keys among which XLA gathers rows (DSA). The compiler for a TPU 7x also
+# copies what a loop takes slices of.
 TEMPORARY = {'GQA': 275e6, 'MLA': 64e6, 'DSA': 290e6, 'CSA': 70e6, 'HCA': 64e6}
+_7X = 245e6
 
 pytestmark = pytest.mark.skipif(
     aot.missing() is not None, reason=str(aot.missing()))
@@ -25,7 +27,8 @@ def check(mixers, chips):
   for (mixer, chip), long, short in zip(cases, found[::2], found[1::2]):
     assert long['alias'] >= decode_programs.state_bytes(
         mixer, ROWS, CAPACITY), (mixer, chip)
-    assert long['temp'] - short['temp'] < TEMPORARY[mixer], (mixer, chip)
+    most = TEMPORARY[mixer] if chip != 'tpu7x' else max(TEMPORARY[mixer], _7X)
+    assert long['temp'] - short['temp'] < most, (mixer, chip)
 
 
 def test_every_mixer_has_a_limit():
