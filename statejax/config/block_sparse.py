@@ -78,6 +78,9 @@ class BlockMaxConfig:
   def __post_init__(self):
     _check(self, 'block', 'k', 'index_width')
     checks.no_less(self, 0, 'local')
+    if self.local > self.k:
+      raise ValueError(f'BlockMaxConfig.local: the local blocks are among the '
+                       f'k={self.k}; expected local <= k, got {self.local}.')
     _no_window(self)
 
 
@@ -157,8 +160,8 @@ class HySparseConfig:
       reader has its own queries and shares the owner's keys and values, so
       their sizes have to agree.
     owner: name of the earlier full layer; None is such a layer.
-    block: tokens per block.
-    k: blocks that a group of heads of a reader sees.
+    block: tokens per block; a reader's has to be its owner's.
+    k: blocks that a group of heads of a reader sees; the owner's counts.
     window: visible tokens, the query included, of a reader's second branch,
       which has keys and values of its own; None in the owner.
   """

@@ -68,8 +68,8 @@ class HySparse(nn.Module):
     groups = a.kv_heads
     p = jnp.max(p.reshape(p.shape[0], groups, -1, *p.shape[2:]), axis=2)
     seen = candidates.visible(plan, candidates.count(tokens, c.block))
-    common.lend(self, chosen=candidates.choose(p, seen, c.k), past=past,
-                new=(k, v))
+    common.lend(self, blocks=candidates.choose(p, seen, c.k), past=past,
+                new=(k, v), size=jnp.zeros((c.block,), bool))
     return attention.output(a, x, y), state
 
   def _reader(self, x, state, context):
@@ -77,11 +77,15 @@ class HySparse(nn.Module):
     q, k, v = attention.project(a, x, context.positions)
     k, v = (y.astype(state.k.dtype) for y in (k, v))
     lent = {name: context.borrow(c.owner, name)
-            for name in ('chosen', 'past', 'new')}
+            for name in ('blocks', 'past', 'new', 'size')}
     self._check(lent['new'], k, v)
+    if lent['size'].shape[0] != c.block:
+      raise ValueError(
+          f'HySparse: a reader has the block of its owner {c.owner!r}, '
+          f"expected block={lent['size'].shape[0]}, got {c.block}.")
     scale, plan = a.key ** -0.5, block_sparse.plan(context, c.block)
     far = block_sparse.attend_to(
-        q, lent['past'], lent['new'], lent['chosen'], plan, context,
+        q, lent['past'], lent['new'], lent['blocks'], plan, context,
         scale=scale, sink=attention.sink(self, a))
 
     held = window.positions(context.length, c.window)

@@ -83,7 +83,9 @@ def reduce(x, plan, tokens, how, empty):
   same = plan.positions // size == (plan.length // size)[:, None]
   same &= _is_open(plan)
   last = join(last, jnp.where(same[:, None], begun, empty))
-  return jnp.concatenate([old, done, last[..., None]], axis=-1)
+  # A block that is still open to a query is the last column alone.
+  whole = jnp.concatenate([old, done, last[..., None]], axis=-1)
+  return jnp.where(visible(plan, entries)[:, None], whole, empty)
 
 
 def tokens_of(chosen, plan, tokens):

@@ -363,6 +363,20 @@ def test_a_reader_agrees_with_its_owner():
     whole.init(jax.random.key(0))
 
 
+def test_a_reader_has_the_blocks_of_its_owner():
+  other = dataclasses.replace(READER, block=8)
+  whole = lm.LanguageModel(c.ModelConfig(9, 24, (
+      c.LayerConfig('full', OWNER), c.LayerConfig('reader', other)),
+      (c.GroupConfig(('full', 'reader')),)))
+  with pytest.raises(ValueError, match='expected block=4, got 8'):
+    whole.init(jax.random.key(0))
+
+
+def test_local_blocks_are_among_the_chosen():
+  with pytest.raises(ValueError, match='expected local <= k, got 3'):
+    c.BlockMaxConfig(A, k=2, local=3)
+
+
 def test_a_window_wants_an_owner():
   with pytest.raises(ValueError, match='owner and window together'):
     c.HySparseConfig(window=4)

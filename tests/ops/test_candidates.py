@@ -98,6 +98,9 @@ def test_one_by_one(length, n_valid, borders, local):
         np.testing.assert_array_equal(got['max'][b, :, t, j], parts.max(0))
         np.testing.assert_allclose(got['sum'][b, :, t, j], parts.sum(0),
                                    rtol=1e-5, atol=1e-6)
+      for how, empty in (('max', EMPTY), ('sum', 0.0)):
+        rest = np.delete(got[how][b, :, t], sorted(place.values()), axis=-1)
+        assert (rest == np.float32(empty)).all(), how
       for s in range(3):
         taken = [c for n, held in seen.items()
                  if chosen[b, s, t, place[n]] for c in held]
