@@ -23,7 +23,10 @@ def check(chips):
           for program, names in PROGRAMS.items() for name in names
           for chip in chips]
   for job, found in zip(todo, aot.compile_all(todo), strict=True):
-    assert found['temp'] < 64e6, job
+    shapes = ATTENTION[job.args['workload']]
+    # Queries that go in pieces are copied, stores are not.
+    queries = 2 * shapes.length * shapes.heads * shapes.key
+    assert found['temp'] < 64e6 + queries * (shapes.length > 1), job
     assert found['kernel'], job
 
 
