@@ -4,12 +4,11 @@ import dataclasses
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from statejax.config import AttentionConfig
 from statejax.layers import rotary, weights
 from statejax.layers.common import Proj, RMSNorm
-from statejax.ops import attend, store, window
+from statejax.ops import attend, window
 from statejax.state import Array, Spec, leaf
 
 
@@ -68,23 +67,13 @@ class Attention(nn.Module):
     stored = (state.k.data if c.window is None else state.k).dtype
     k, v = k.astype(stored), v.astype(stored)
     if c.window is None:
-      (old_k, old_v, seen), state = remember(state, k, v, context)
-      past = attend.Segment(old_k, old_v, seen)
+      past, state = remember(state, k, v, context)
+      segments = [attend.Segment(*past), attend.Segment(
+          k, v, context.visible_chunk(), causal=True)]
     else:
-      past, state = self._ring(state, k, v, context)
-    chunk = attend.Segment(k, v, context.visible_chunk(c.window),
-                           causal=True)
-    y, _ = attend.attend(q, [past, chunk], scale=c.key ** -0.5,
-                         sink=sink(self, c))
+      segments, state = recent(state, k, v, context)
+    y, _ = attend.attend(q, segments, scale=c.key ** -0.5, sink=sink(self, c))
     return output(c, x, y), state
-
-  def _ring(self, state, k, v, context):
-    held = window.positions(context.length, self.config.window)
-    seen = context.visible_past(held, self.config.window)
-    where = (context.base, context.start, context.n_valid)
-    new = RingState(k=window.write(state.k, k, *where),
-                    v=window.write(state.v, v, *where))
-    return attend.Segment(state.k, state.v, seen), new
 
 
 # Parts of mixers. Called from a compact method, they declare the parameters in
@@ -135,6 +124,29 @@ def output(config, x, y):
 # Functions of arrays.
 
 
+def recent(state, k, v, context):
+  """The last W tokens of every query, and the ring after the step.
+
+  Args:
+    state: `RingState` of W slots.
+    k: keys of the step, [B, G, T, K].
+    v: [B, G, T, V].
+    context: `Context`.
+
+  Returns:
+    segments for `statejax.ops.attend.attend`, and the new `RingState`.
+  """
+  size = state.k.shape[2]
+  held = window.positions(context.length, size)
+  where = (context.base, context.start, context.n_valid)
+  # What the queries need is the ring before it is written.
+  return [
+      attend.Segment(state.k, state.v, context.visible_past(held, size)),
+      attend.Segment(k, v, context.visible_chunk(size), causal=True)], (
+          RingState(window.write(state.k, k, *where),
+                    window.write(state.v, v, *where)))
+
+
 def remember(state, k, v, context):
   """Appends a step's keys and values to the stores.
 
@@ -142,14 +154,7 @@ def remember(state, k, v, context):
     what was in them, as (k [B, G, N, K], v [B, G, N, V], visible [B, T, N]),
     and the new `StoreState`.
   """
-  where = (context.base, context.start, context.n_valid)
-  new = StoreState(k=store.append(state.k, k, *where),
-                   v=store.append(state.v, v, *where))
-  # Without a document border no visible slot is written, and reading after
-  # the write lets XLA update the store in place instead of copying it.
-  past = new if context.document is None else state
-  old_k, old_v = past.k.read(), past.v.read()
-  slots = jnp.arange(old_k.shape[2], dtype=jnp.int32)[None]
-  seen = context.visible_past(
-      jnp.broadcast_to(slots, (old_k.shape[0], old_k.shape[2])))
-  return (old_k, old_v, seen), new
+  old_k, new_k = context.append(state.k, k)
+  old_v, new_v = context.append(state.v, v)
+  seen = context.visible_store(old_k.shape[2])
+  return (old_k, old_v, seen), StoreState(new_k, new_v)

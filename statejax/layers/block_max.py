@@ -6,9 +6,9 @@ import flax.linen as nn
 import jax
 
 from statejax.config import BlockMaxConfig
-from statejax.layers import attention, block_sparse, rotary
+from statejax.layers import attention, block_sparse, common, rotary
 from statejax.layers.common import Proj, RMSNorm
-from statejax.ops import candidates, store
+from statejax.ops import candidates
 from statejax.ops.attend import MASKED
 from statejax.state import Array, Spec, leaf
 
@@ -32,7 +32,7 @@ class BlockMax(nn.Module):
     chosen(t, g) = the newest `local` blocks, and the best up to k in all
 
   The indexer reads its inputs without gradient and learns from the attention's
-  own weight on each block, `block_sparse.learn`.
+  own weight on each block, `block_sparse.loss`.
 
   Reference: arXiv 2606.13392 (MiniMax-M3).
   """
@@ -54,15 +54,13 @@ class BlockMax(nn.Module):
     k, v = (y.astype(state.k.data.dtype) for y in (k, v))
     past, held = attention.remember(state, k, v, context)
     tokens = past[0].shape[2]
-    plan = block_sparse.plan(context, c.block)
+    plan = context.blocks(c.block)
 
     own_q, own_k = self._index(jax.lax.stop_gradient(x), context)
     own_k = own_k.astype(state.index_key.data.dtype)
-    kept = store.append(state.index_key, own_k, context.base, context.start,
-                        context.n_valid)
-    old = kept if context.document is None else state.index_key
+    old, kept = context.append(state.index_key, own_k)
     dots = block_sparse.token_scores(
-        own_q, (old.read()[:, None], past[2]), own_k[:, None], context)
+        own_q, (old[:, None], past[2]), own_k[:, None], context)
     scores = candidates.reduce(dots, plan, tokens, 'max', MASKED)
 
     entries = candidates.count(tokens, c.block)
@@ -76,8 +74,10 @@ class BlockMax(nn.Module):
     scale = a.key ** -0.5
     y = block_sparse.attend_to(*at, chosen, plan, context, scale=scale,
                                sink=attention.sink(self, a))
-    block_sparse.learn(self, c.index_loss, scores, *at, chosen, plan, context,
-                       scale)
+    if c.index_loss and chosen.dtype == bool:
+      # Ids are of a single token, which nobody trains on.
+      common.add_loss(self, 'index', c.index_loss * block_sparse.loss(
+          scores, *at, chosen, plan, context, scale=scale))
     return attention.output(a, x, y), BlockMaxState(held.k, held.v, kept)
 
   def _index(self, x, context):

@@ -3,17 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-from statejax.layers import common
-from statejax.ops import attend, blocks, candidates, index
+from statejax.ops import attend, candidates, index
 from statejax.ops.attend import MASKED
 from statejax.ops.product import einsum
-
-
-def plan(context, size):
-  """The `blocks.Blocks` of a step."""
-  c = context
-  return blocks.plan(c.length, c.n_valid, c.positions, c.document, c.start,
-                     c.base, size)
 
 
 def token_scores(q, past, new, context):
@@ -28,15 +20,20 @@ def token_scores(q, past, new, context):
   Returns:
     [B, H, T, N + T] float32, -1e30 where not seen; unscaled.
   """
-  batch, length, heads, _ = q.shape
   keys, seen = past
-  groups = keys.shape[1]
-  q = q.swapaxes(1, 2).reshape(batch, groups, heads // groups * length, -1)
-  dots = jnp.concatenate(
-      [einsum('bgrk,bgnk->bgrn', q, k) for k in (keys, new)], axis=-1)
-  dots = dots.reshape(batch, heads, length, -1)
+  dots = _products(q, keys, new)
   seen = jnp.concatenate([seen, context.visible_chunk()], axis=-1)
   return jnp.where(seen[:, None], dots, jnp.asarray(MASKED, dots.dtype))
+
+
+def _products(q, *keys):
+  """q [B, T, H, K] with keys [B, G, N, K] of several parts, [B, H, T, N]."""
+  batch, length, heads, _ = q.shape
+  groups = keys[0].shape[1]
+  q = q.swapaxes(1, 2).reshape(batch, groups, heads // groups * length, -1)
+  dots = jnp.concatenate(
+      [einsum('bgrk,bgnk->bgrn', q, k) for k in keys], axis=-1)
+  return dots.reshape(batch, heads, length, -1)
 
 
 def attend_to(q, past, new, chosen, plan, context, *, scale, sink=None):
@@ -83,42 +80,39 @@ def _rows(slots, x):
   return rows.reshape(batch, sets, -1, width)
 
 
-def learn(module, factor, scores, q, past, new, chosen, plan, context, scale):
-  """Adds the loss of an indexer that scores blocks.
+def loss(scores, q, past, new, chosen, plan, context, *, scale):
+  """The loss of an indexer that scores blocks.
 
   Its target is the attention's own weight on each block, of the heads for
   which the block is chosen, see `statejax.ops.index.loss`.
 
   Args:
-    module: the mixer.
-    factor: on the loss; 0 adds none.
     scores: [B, S, T, J] over candidates, with gradient to the indexer.
     q, past, new, plan, context, scale: as for `attend_to`.
-    chosen: candidates that count; ids or [B, S, T, J] bool.
+    chosen: candidates that count, [B, S, T, J] bool.
+
+  Returns:
+    float32 scalar, summed over real tokens, the mean of the sets.
   """
-  if not factor or chosen.dtype != bool:
-    # Ids are of a single token, which nobody trains on.
-    return
   tokens, sets = past[0].shape[2], scores.shape[1]
   batch, length, heads, _ = q.shape
   seen = jnp.concatenate([past[2], context.visible_chunk()], axis=-1)
   allowed = candidates.tokens_of(chosen, plan, tokens) & seen[:, None]
-  dots = scale * token_scores(
-      jax.lax.stop_gradient(q),
-      (jax.lax.stop_gradient(past[0]), past[2]),
-      jax.lax.stop_gradient(new[0]), context)
+  q, *keys = (jax.lax.stop_gradient(a) for a in (q, past[0], new[0]))
   # Sets stand beside rows: each has a target and a prediction of its own.
   rows = batch * sets
-  dots = dots.reshape(rows, heads // sets, length, -1).swapaxes(1, 2)
+
+  def scores_of_heads(begin, size):
+    part = jax.lax.dynamic_slice_in_dim(q, begin, size, axis=1)
+    dots = scale * _products(part, *keys)
+    return dots.reshape(rows, heads // sets, size, -1).swapaxes(1, 2)
 
   def reduce(x):
     x = x.reshape(batch, sets, length, -1)
     x = candidates.reduce(x, plan, tokens, 'sum', 0.0)
     return x.reshape(rows, length, -1)
 
-  common.add_loss(module, 'index', factor / sets * index.loss(
-      scores.reshape(rows, length, -1),
-      lambda begin, size: jax.lax.dynamic_slice_in_dim(
-          dots, begin, size, axis=1),
+  return index.loss(
+      scores.reshape(rows, length, -1), scores_of_heads,
       allowed.reshape(rows, length, -1),
-      jnp.repeat(context.valid, sets, axis=0), reduce))
+      jnp.repeat(context.valid, sets, axis=0), reduce) / sets

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from statejax.layers import weights
-from statejax.ops import norm
+from statejax.ops import blocks, norm, store
 
 
 @jax.tree_util.register_dataclass
@@ -76,6 +76,36 @@ class Context:
   def new_length(self):
     """Length after the step, [B]."""
     return self.base + self.n_valid - self.start
+
+  def blocks(self, size):
+    """The `statejax.ops.blocks.Blocks` of `size` tokens of this step."""
+    return blocks.plan(self.length, self.n_valid, self.positions, self.document,
+                       self.start, self.base, size)
+
+  def append(self, held, new, plan=None):
+    """Appends what a step has made to a store.
+
+    Args:
+      held: `statejax.state.Store` over [layers, B, ..., N, K].
+      new: [B, ..., T, K], one for every token, in the store's dtype; or with a
+        plan [B, ..., W, K], one for every block that is completed.
+      plan: `Blocks` of the step, or None.
+
+    Returns:
+      what queries read beside `new`, [B, ..., N, K], and the new store.
+    """
+    where = ((self.base, self.start, self.n_valid) if plan is None else
+             (plan.slot, plan.first, plan.count))
+    kept = store.append(held, new, *where)
+    # Without a document border no slot that is visible is written, and reading
+    # after the write lets XLA update the store in place instead of copying it.
+    return (kept if self.document is None else held).read(), kept
+
+  def visible_store(self, slots):
+    """Which tokens of a store of N slots each query sees, [B, T, N]."""
+    at = jnp.arange(slots, dtype=jnp.int32)[None]
+    return self.visible_past(
+        jnp.broadcast_to(at, (self.length.shape[0], slots)))
 
   def visible_chunk(self, window=None):
     """Which tokens of this step each query sees, [B, T, T]: causal, same

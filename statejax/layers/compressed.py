@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from statejax.config import CompressedConfig
 from statejax.layers import common, rotary, weights
 from statejax.layers.common import Proj, RMSNorm
-from statejax.ops import attend, blocks, compress, index, norm, select, store
+from statejax.ops import attend, blocks, compress, index, norm, select
 from statejax.ops import window as ring
 from statejax.state import Array, Spec, leaf
 
@@ -120,8 +120,7 @@ class Compressed(nn.Module):
   def _entries(self, x, low, state, context):
     """Returns the segments of the entries, and the new leaves."""
     c = self.config
-    plan = blocks.plan(context.length, context.n_valid, context.positions,
-                       context.document, context.start, context.base, c.ratio)
+    plan = context.blocks(c.ratio)
     past, new, changes = self._compress(
         x, plan, state, context, '', c.width, ('entries', 'pool'))
     seen = [blocks.visible_old(plan, past.shape[1]), blocks.visible_new(plan)]
@@ -181,9 +180,8 @@ class Compressed(nn.Module):
     made = rotary.rotation(rope, width)(
         made[:, :, None], plan.block * c.ratio)[:, :, 0]
     made = made.astype(growing.data.dtype)
-    kept = store.append(growing, made, plan.slot, plan.first, plan.count)
-    past = kept if context.document is None else growing
-    return past.read(), made, {
+    past, kept = context.append(growing, made, plan)
+    return past, made, {
         names[0]: kept,
         names[1]: jnp.concatenate(
             [compress.stored(p, context.n_valid) for p in pools], axis=1)}

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from statejax.config import DSAConfig
 from statejax.layers import common, mla, rotary, weights
 from statejax.layers.common import Proj
-from statejax.ops import index, norm, select, store
+from statejax.ops import index, norm, select
 from statejax.ops.merge import merge
 from statejax.ops.product import einsum
 from statejax.state import Array, Spec, leaf
@@ -106,12 +106,10 @@ def _scores(module, x, low, state, context):
   w = Proj((c.index_heads,), ('embed', 'heads'), name='index_w')(
       x.astype(jnp.promote_types(x.dtype, jnp.float32)))
   k = k.astype(state.index_key.data.dtype)
-  kept = store.append(state.index_key, k, context.base, context.start,
-                      context.n_valid)
   # An empty store gives no columns.
-  past = kept if context.document is None else state.index_key
+  past, kept = context.append(state.index_key, k)
   return jnp.concatenate([index.scores(q, w, keys, relu=c.index_relu)
-                          for keys in (past.read(), k)], axis=-1), kept
+                          for keys in (past, k)], axis=-1), kept
 
 
 def attend(q, latent, key, maps, past, chosen, seen, scale):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from statejax.config import HySparseConfig
 from statejax.layers import attention, block_sparse, common
 from statejax.layers.common import Proj
-from statejax.ops import attend, candidates, window
+from statejax.ops import attend, candidates
 from statejax.ops.attend import MASKED
 
 _BRANCHES = 2
@@ -56,7 +56,7 @@ class HySparse(nn.Module):
             attend.Segment(k, v, context.visible_chunk(), causal=True)],
         scale=scale, sink=attention.sink(self, a))
 
-    plan = block_sparse.plan(context, c.block)
+    plan = context.blocks(c.block)
     tokens = past[0].shape[2]
     best = candidates.reduce(
         block_sparse.token_scores(jax.lax.stop_gradient(q),
@@ -69,7 +69,7 @@ class HySparse(nn.Module):
     p = jnp.max(p.reshape(p.shape[0], groups, -1, *p.shape[2:]), axis=2)
     seen = candidates.visible(plan, candidates.count(tokens, c.block))
     common.lend(self, blocks=candidates.choose(p, seen, c.k), past=past,
-                new=(k, v), size=jnp.zeros((c.block,), bool))
+                new=(k, v), plan=plan)
     return attention.output(a, x, y), state
 
   def _reader(self, x, state, context):
@@ -77,27 +77,20 @@ class HySparse(nn.Module):
     q, k, v = attention.project(a, x, context.positions)
     k, v = (y.astype(state.k.dtype) for y in (k, v))
     lent = {name: context.borrow(c.owner, name)
-            for name in ('blocks', 'past', 'new', 'size')}
+            for name in ('blocks', 'past', 'new', 'plan')}
     self._check(lent['new'], k, v)
-    if lent['size'].shape[0] != c.block:
+    if lent['plan'].size != c.block:
       raise ValueError(
           f'HySparse: a reader has the block of its owner {c.owner!r}, '
-          f"expected block={lent['size'].shape[0]}, got {c.block}.")
-    scale, plan = a.key ** -0.5, block_sparse.plan(context, c.block)
+          f"expected block={lent['plan'].size}, got {c.block}.")
+    scale = a.key ** -0.5
     far = block_sparse.attend_to(
-        q, lent['past'], lent['new'], lent['blocks'], plan, context,
+        q, lent['past'], lent['new'], lent['blocks'], lent['plan'], context,
         scale=scale, sink=attention.sink(self, a))
 
-    held = window.positions(context.length, c.window)
-    where = (context.base, context.start, context.n_valid)
-    new = attention.RingState(k=window.write(state.k, k, *where),
-                              v=window.write(state.v, v, *where))
-    near, _ = attend.attend(
-        q, [attend.Segment(state.k, state.v,
-                           context.visible_past(held, c.window)),
-            attend.Segment(k, v, context.visible_chunk(c.window),
-                           causal=True)],
-        scale=scale, sink=attention.sink(self, a, 'sink_window'))
+    segments, new = attention.recent(state, k, v, context)
+    near, _ = attend.attend(q, segments, scale=scale,
+                            sink=attention.sink(self, a, 'sink_window'))
     gates = Proj((_BRANCHES, a.heads), ('embed', 'branches', 'heads'),
                  name='gates')(x)
     gates = jax.nn.sigmoid(gates)[..., None]

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 
 from statejax.config import KSAConfig
 from statejax.layers import rotary
-from statejax.layers.attention import RingState, StoreState
+from statejax.layers.attention import RingState, StoreState, remember
 from statejax.layers.common import Proj, RMSNorm
-from statejax.ops import attend, blocks, store
+from statejax.ops import attend, blocks
 from statejax.ops import window as ring
 from statejax.state import Array, Spec, leaf
 
@@ -62,9 +62,7 @@ def append(config, embedding, x, context):
   Returns:
     [B, T + W m, D], and the context that knows of them.
   """
-  plan = blocks.plan(context.length, context.n_valid, context.positions,
-                     context.document, context.start, context.base,
-                     config.chunk)
+  plan = context.blocks(config.chunk)
   each = jnp.tile(embedding.astype(x.dtype), (plan.end.shape[1], 1))[None]
   x = jnp.concatenate(
       [x, jnp.broadcast_to(each, (x.shape[0], *each.shape[1:]))], axis=1)
@@ -160,15 +158,8 @@ class KSA(nn.Module):
 
   def _full(self, state, new, own, context):
     """Returns what text sees, the open chunk's old text, the new state."""
-    where = (context.base, context.start, context.n_valid)
-    after = StoreState(*(
-        store.append(a, b, *where) for a, b in zip((state.k, state.v), new)))
-    # Without a border no visible slot is written, see `Attention`.
-    past = after if context.document is None else state
-    old = past.k.read(), past.v.read()
-    rows, _, slots, _ = old[0].shape
-    held = jnp.arange(slots, dtype=jnp.int32)[None]
-    seen = context.visible_past(jnp.broadcast_to(held, (rows, slots)))
+    k, v = new
+    (*old, seen), after = remember(state, k, v, context)
     return [attend.Segment.of(old, seen),
             attend.Segment.of(new, context.visible_chunk(), causal=True)], (
                 _chunk_text(old, new, context)), after
@@ -189,13 +180,10 @@ class KSA(nn.Module):
     # [B, G, m, W, K], as in the store.
     made = [a.reshape(*a.shape[:2], -1, context.summary.count, a.shape[-1])
             .swapaxes(2, 3) for a in own]
-    before = state.summary_k, state.summary_v
-    after = [store.append(a, b, plan.slot, plan.first, plan.count)
-             for a, b in zip(before, made)]
-    past = [a.read() for a in (
-        after if context.document is None else before)]
+    past, after = zip(*(context.append(a, b, plan) for a, b in zip(
+        (state.summary_k, state.summary_v), made)))
     entries = jnp.arange(past[0].shape[3], dtype=jnp.int32)
-    far = [(past, blocks.visible_old(plan, entries.size)
+    far = [(list(past), blocks.visible_old(plan, entries.size)
             & (entries[None, None] < first))]
     # A step that is no longer sees none of the summaries that it makes.
     if context.positions.shape[1] > c.chunks * size + 1:

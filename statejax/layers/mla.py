@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from statejax.config import MLAConfig, YarnConfig
 from statejax.layers import common, rotary, weights
 from statejax.layers.common import Proj, RMSNorm
-from statejax.ops import attend, rope, store, stream
+from statejax.ops import attend, rope, stream
 from statejax.ops.merge import merge
 from statejax.ops.product import einsum
 from statejax.state import Array, Spec, leaf
@@ -158,18 +158,12 @@ def remember(state, latent, key, context):
     what was in it, as (latents [B, N, R], keys [B, N, dr], visible
     [B, T, N]), or None where there is no store; and the new state.
   """
-  where = (context.base, context.start, context.n_valid)
-  new = LatentState(latent=store.append(state.latent, latent, *where),
-                    key_rope=store.append(state.key_rope, key, *where))
-  rows, slots = state.latent.data.shape[1:3]
-  if not slots:
+  old, latents = context.append(state.latent, latent)
+  old_key, keys = context.append(state.key_rope, key)
+  new = LatentState(latents, keys)
+  if not old.shape[1]:
     return None, new
-  # Without a document border no visible slot is written, and reading after
-  # the write lets XLA update the store in place instead of copying it.
-  past = new if context.document is None else state
-  at = jnp.arange(slots, dtype=jnp.int32)[None]
-  seen = context.visible_past(jnp.broadcast_to(at, (rows, slots)))
-  return (past.latent.read(), past.key_rope.read(), seen), new
+  return (old, old_key, context.visible_store(old.shape[1])), new
 
 
 def expanded(q, latent, key, k_b, v_b, visible, *, scale, causal=False):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from statejax.config import MoBAConfig
 from statejax.layers import attention, block_sparse
-from statejax.ops import candidates, compress, store
+from statejax.ops import candidates, compress
 from statejax.ops.product import einsum
 from statejax.state import Array, Spec, leaf
 
@@ -59,13 +59,12 @@ class MoBA(nn.Module):
     q, k, v = attention.project(a, x, context.positions)
     k, v = (y.astype(state.k.data.dtype) for y in (k, v))
     past, held = attention.remember(state, k, v, context)
-    plan = block_sparse.plan(context, c.block)
+    plan = context.blocks(c.block)
     rows, groups, length, width = k.shape
     flat = jax.lax.stop_gradient(k).swapaxes(1, 2).reshape(rows, length, -1)
     made, left = compress.mean(flat, state.open, plan)
-    kept = store.append(state.mean, made, plan.slot, plan.first, plan.count)
-    old = kept if context.document is None else state.mean
-    means = jnp.concatenate([old.read(), made], axis=1)
+    old, kept = context.append(state.mean, made, plan)
+    means = jnp.concatenate([old, made], axis=1)
     means = means.reshape(rows, -1, groups, width).swapaxes(1, 2)
 
     wide = jax.lax.stop_gradient(q).astype(means.dtype).swapaxes(1, 2)
@@ -73,7 +72,7 @@ class MoBA(nn.Module):
                     means).reshape(rows, a.heads, length, -1)
     # The open block has no mean yet: it is taken anyway.
     scores = jnp.pad(scores, ((0, 0), (0, 0), (0, 0), (0, 1)))
-    entries = old.read().shape[1]
+    entries = old.shape[1]
     chosen = candidates.choose(
         scores, candidates.visible(plan, entries), c.k,
         forced=candidates.newest(plan, entries, 1))

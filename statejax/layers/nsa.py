@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from statejax.config import NSAConfig
-from statejax.layers import rotary, weights
+from statejax.layers import attention, rotary, weights
 from statejax.layers.common import Proj
-from statejax.ops import attend, blocks, select, store, strided, window
+from statejax.ops import attend, blocks, select, strided, window
 from statejax.state import Array, Spec, leaf
 
 
@@ -109,7 +109,7 @@ class NSA(nn.Module):
     """Returns the branch's output, the importance of blocks [B, G, T, J], and
     new leaves."""
     c = self.config
-    plan = _plan(context, c.stride)
+    plan = context.blocks(c.stride)
     leaves, past, new = {}, [], []
     for name, raw in zip('kv', pair):
       ring, held = getattr(state, f'raw_{name}'), getattr(state,
@@ -118,11 +118,10 @@ class NSA(nn.Module):
       made = self._network(tokens.astype(q.dtype), name)
       made = jnp.where(exists[:, None, :, None], made, jnp.zeros((), q.dtype))
       made = made.astype(held.data.dtype)
-      kept = store.append(held, made, plan.slot, plan.first, plan.count)
-      leaves[f'entry_{name}'] = kept
+      old, leaves[f'entry_{name}'] = context.append(held, made, plan)
       leaves[f'raw_{name}'] = window.write(
           ring, raw, context.base, context.start, context.n_valid)
-      past.append((kept if context.document is None else held).read())
+      past.append(old)
       new.append(made)
     seen = strided.visible(plan, past[0].shape[2], c.compress_block)
     scale = c.key ** -0.5
@@ -158,11 +157,10 @@ def _select(config, q, pair, importance, state, context):
     [B, T, H, V], and the new stores.
   """
   c = config
-  where = (context.base, context.start, context.n_valid)
-  new = {name: store.append(getattr(state, name), a, *where)
-         for name, a in zip(('select_k', 'select_v'), pair)}
-  past = [(new[name] if context.document is None
-           else getattr(state, name)).read() for name in new]
+  (old_k, new_k), (old_v, new_v) = (
+      context.append(held, a)
+      for held, a in zip((state.select_k, state.select_v), pair))
+  past, new = [old_k, old_v], {'select_k': new_k, 'select_v': new_v}
   number = jnp.arange(importance.shape[-1], dtype=jnp.int32)[None, None, None]
   own = (context.positions // c.select_block)[:, None, :, None]
   wide = lambda x: jnp.broadcast_to(x, importance.shape)
@@ -175,7 +173,7 @@ def _select(config, q, pair, importance, state, context):
     slots = jnp.arange(past[0].shape[2], dtype=jnp.int32)[None]
     slots = jnp.broadcast_to(slots, (q.shape[0], slots.shape[1]))
     column = blocks.block_of_column(
-        _plan(context, c.select_block), slots.shape[1])
+        context.blocks(c.select_block), slots.shape[1])
     mask = blocks.spread(chosen, column)
     old = mask[..., :slots.shape[1]] & context.visible_past(slots)[:, None]
     chunk &= mask[..., slots.shape[1]:]
@@ -215,17 +213,8 @@ def _gathered(ids, arrays, size, context):
 
 def _window(config, q, pair, state, context):
   """Attends to the last tokens; returns [B, T, H, V] and the new rings."""
-  c = config
-  held = window.positions(context.length, c.window)
-  past = attend.Segment(state.window_k, state.window_v,
-                        context.visible_past(held, c.window))
-  chunk = attend.Segment.of(pair, context.visible_chunk(c.window), True)
-  y, _ = attend.attend(q, [past, chunk], scale=c.key ** -0.5)
-  where = (context.base, context.start, context.n_valid)
-  return y, {name: window.write(getattr(state, name), a, *where)
-             for name, a in zip(('window_k', 'window_v'), pair)}
-
-
-def _plan(context, size):
-  return blocks.plan(context.length, context.n_valid, context.positions,
-                     context.document, context.start, context.base, size)
+  k, v = pair
+  ring = attention.RingState(state.window_k, state.window_v)
+  segments, new = attention.recent(ring, k, v, context)
+  y, _ = attend.attend(q, segments, scale=config.key ** -0.5)
+  return y, {'window_k': new.k, 'window_v': new.v}

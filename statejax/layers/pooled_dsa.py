@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from statejax.config import PooledDSAConfig
-from statejax.layers import block_sparse, common, dsa, mla, weights
+from statejax.layers import common, dsa, mla, weights
 from statejax.layers.common import Proj
-from statejax.ops import candidates, compress, index, norm, store
+from statejax.ops import candidates, compress, index, norm
 from statejax.state import Array, Spec, leaf
 
 
@@ -39,7 +39,7 @@ class PooledDSA(nn.Module):
   published code does not train it. What is lent as `chosen` is that of a `DSA`,
   so that one with an owner reads it.
 
-  Reference: GLM-5, as in its published code (`index_kpool`).
+  Reference: GLM-5.3-Flash, as in its published code (`index_kpool`).
   """
 
   config: PooledDSAConfig
@@ -68,7 +68,7 @@ class PooledDSA(nn.Module):
     seen, tokens = context.visible_chunk(), 0
     if past is not None:
       seen, tokens = jnp.concatenate([past[2], seen], axis=-1), past[2].shape[2]
-    plan = block_sparse.plan(context, c.block)
+    plan = context.blocks(c.block)
     scores, kept, pool = self._scores(
         jax.lax.stop_gradient(x), jax.lax.stop_gradient(low), state, plan,
         context)
@@ -116,12 +116,11 @@ class PooledDSA(nn.Module):
     made, pool = compress.gated(
         k, gates, compress.Pool(*state.pool.swapaxes(0, 1)), plan)
     made = made.astype(state.pooled.data.dtype)
-    kept = store.append(state.pooled, made, plan.slot, plan.first, plan.count)
-    old = kept if context.document is None else state.pooled
+    old, kept = context.append(state.pooled, made, plan)
     w = Proj((c.index_heads,), ('embed', 'heads'), name='index_w')(
         x.astype(jnp.promote_types(x.dtype, jnp.float32)))
     scores = jnp.concatenate(
-        [index.scores(q, w, keys) for keys in (old.read(), made)], axis=-1)
+        [index.scores(q, w, keys) for keys in (old, made)], axis=-1)
     # The open pool is no candidate; it is taken beside the k.
     return jnp.pad(scores, ((0, 0), (0, 0), (0, 1))), kept, (
         compress.stored(pool, context.n_valid))

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from statejax.config import QSAConfig
-from statejax.layers import attention, block_sparse, rotary
+from statejax.layers import attention, block_sparse, common, rotary
 from statejax.layers.common import Proj, RMSNorm
-from statejax.ops import candidates, compress, index, store
+from statejax.ops import candidates, compress, index
 from statejax.ops.attend import MASKED
 from statejax.state import Array, Spec, leaf
 
@@ -36,7 +36,7 @@ class QSA(nn.Module):
     chosen(t) = the k best complete blocks, and every token of the open one
 
   The indexer reads its inputs without gradient and learns from the attention's
-  own weight on each block, `block_sparse.learn`; the published code does not
+  own weight on each block, `block_sparse.loss`; the published code does not
   train it.
 
   Reference: Qwen4, as in its published code.
@@ -61,7 +61,7 @@ class QSA(nn.Module):
     q, k, v = attention.project(a, x, context.positions)
     k, v = (y.astype(state.k.data.dtype) for y in (k, v))
     past, held = attention.remember(state, k, v, context)
-    plan = block_sparse.plan(context, c.block)
+    plan = context.blocks(c.block)
     scores, kept, left = self._scores(
         jax.lax.stop_gradient(x), state, plan, context)
     # The open block is no candidate; it is taken beside the k.
@@ -76,11 +76,12 @@ class QSA(nn.Module):
     scale = a.key ** -0.5
     y = block_sparse.attend_to(*at, chosen, plan, context, scale=scale,
                                sink=attention.sink(self, a))
-    complete = chosen
-    if chosen.dtype == bool:
-      complete = chosen.at[..., -1].set(False)
-    block_sparse.learn(self, c.index_loss, scores, *at, complete, plan, context,
-                       scale)
+    if c.index_loss and chosen.dtype == bool:
+      # Ids are of a single token, which nobody trains on; the open block is
+      # not scored.
+      common.add_loss(self, 'index', c.index_loss * block_sparse.loss(
+          scores, *at, chosen.at[..., -1].set(False), plan, context,
+          scale=scale))
     return attention.output(a, x, y), PooledIndexState(
         held.k, held.v, kept, left)
 
@@ -98,7 +99,6 @@ class QSA(nn.Module):
         made.astype(x.dtype))
     made = turn(made[:, :, None], plan.block * c.block)[:, :, 0]
     made = made.astype(state.pooled.data.dtype)
-    kept = store.append(state.pooled, made, plan.slot, plan.first, plan.count)
-    old = kept if context.document is None else state.pooled
+    old, kept = context.append(state.pooled, made, plan)
     return jnp.concatenate([index.scores(q, None, keys) for keys in
-                            (old.read(), made)], axis=-1), kept, left
+                            (old, made)], axis=-1), kept, left

@@ -13,7 +13,8 @@ import single
 
 from statejax import config as c
 from statejax import model as lm
-from statejax.layers import attention
+from statejax.layers import attention, block_sparse, common
+from statejax.ops import candidates
 
 GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
 HALF = c.RopeConfig(fraction=0.5)
@@ -238,6 +239,96 @@ def test_gradients_are_isolated(name, stage):
             for tree in (grads, plain)]
     assert some == ['index' in key, 'index' not in key], key
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads[key]))
+
+
+@functools.partial(jax.jit, static_argnames='size')
+def block_loss(q, k, v, scores, ranks, document, n_valid, size):
+  """The loss of a step of 14 tokens from a state of 6, the choice by rank."""
+  rows, length = q.shape[:2]
+  held = jnp.full((rows,), 6, jnp.int32)
+  context = common.context(held, n_valid, document, length)
+  plan, seen = context.blocks(size), context.visible_store(9)
+  visible = candidates.visible(plan, candidates.count(9, size))
+  chosen = candidates.choose(ranks, visible, 3)
+  past, new = zip(*((x[:, :, :9], x[:, :, 9:]) for x in (k, v)))
+  return block_sparse.loss(
+      scores, q, (*past, seen), new, chosen, plan, context, scale=0.4), (
+          chosen, plan.end)
+
+
+@pytest.mark.parametrize('borders', [False, True])
+def test_block_loss_by_hand(borders):
+  """Two groups, a block begun before the step, padding; float64, one by one.
+  A query's own block counts once, whether it is complete by now or not."""
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+  size, held, entries, wide = 4, 6, 3, 4
+  q, k, v = draw(2, 14, 4, 5), draw(2, 2, 23, 5), draw(2, 2, 23, 5)
+  scores, ranks = (draw(2, 2, 14, entries + wide + 1) for _ in range(2))
+  document = np.zeros((2, 14), np.int32)
+  if borders:
+    document[0, 5:], document[1, 2:] = 1, 1
+  n_valid = np.array([14, 11], np.int32)
+  got, (chosen, ends) = block_loss(
+      q, k, v, scores, ranks, document if borders else None, n_valid, size)
+  chosen, ends = np.asarray(chosen), np.asarray(ends)
+  total, counted = 0.0, 0
+  for b, g, t in np.ndindex(2, 2, 14):
+    if t >= n_valid[b]:
+      continue
+    mine, start = document[b, t], int(np.argmax(document[b] == document[b, t]))
+    # Number of each token's block, by column: 9 of the store, then the step's.
+    number = {}
+    if mine == 0:
+      number |= {j: j // size for j in range(held)}
+      number |= {9 + s: (held + s) // size for s in range(t + 1)}
+    else:
+      number |= {9 + s: (s - start) // size for s in range(start, t + 1)}
+    blocks = {}
+    for column, n in number.items():
+      blocks.setdefault(n, []).append(column)
+    place = {}
+    for n, columns in blocks.items():
+      complete = len(columns) == size
+      place[n] = (entries + wide if not complete else
+                  n if columns[-1] < 9 else
+                  entries + list(ends[b]).index(columns[-1] - 9))
+    taken = {n: c for n, c in blocks.items() if chosen[b, g, t, place[n]]}
+    assert len(taken) == min(3, len(blocks))
+    columns = sum(taken.values(), [])
+    p = np.zeros(len(columns))
+    for h in (2 * g, 2 * g + 1):
+      s = 0.4 * k[b, g, columns].astype(np.float64) @ q[b, t, h]
+      p += np.exp(s - s.max()) / np.exp(s - s.max()).sum() / 2
+    target = np.array([sum(p[columns.index(c)] for c in held)
+                       for held in taken.values()])
+    own = np.array([scores[b, g, t, place[n]] for n in taken], np.float64)
+    own -= np.log(np.exp(own).sum())
+    total += np.sum(target * (np.log(target) - own))
+    counted += len(taken) > 1
+  assert counted > 20
+  np.testing.assert_allclose(got, total / 2, rtol=1e-5)
+
+
+def test_pools_of_one_token_are_dsa():
+  """Outputs, choice and loss."""
+  pools = dataclasses.replace(LAYERS['kpool'], block=1, k=6)
+  tokens = c.DSAConfig(pools.mla, k=6, index_heads=8, index_width=12,
+                       index_rope=None)
+  params, x = single.draw(pools, 24)
+  params['index_shift'] = jnp.linspace(-1, 1, 12)
+  same = {n: p for n, p in params.items()
+          if n not in ('index_gates', 'index_shift')}
+  same['index_bias'] = params['index_shift']
+  zero = jnp.zeros((2,), jnp.int32)
+  y, _, said = single.step(pools, params, x, single.empty(pools, 2, 0), zero)
+  want, _, wanted = single.step(
+      tokens, same, x, single.empty(tokens, 2, 0), zero)
+  np.testing.assert_allclose(y, want, atol=1e-6)
+  np.testing.assert_array_equal(said['lent']['chosen'],
+                                wanted['lent']['chosen'])
+  np.testing.assert_allclose(said['losses']['index'],
+                             wanted['losses']['index'], rtol=1e-5)
 
 
 def test_indexer_learns_what_attention_looks_at():
