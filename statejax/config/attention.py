@@ -32,7 +32,8 @@ class YarnConfig:
   truncate: bool = True
 
   def __post_init__(self):
-    checks.positive(self, 'factor', 'original')
+    checks.no_less(self, 1, 'factor')
+    checks.positive(self, 'original')
     if not 0 < self.beta_slow < self.beta_fast:
       raise ValueError(f'YarnConfig: expected 0 < beta_slow < beta_fast, got '
                        f'{self.beta_slow} and {self.beta_fast}.')
@@ -90,7 +91,8 @@ class Llama3RopeConfig:
   high: float = 4.0
 
   def __post_init__(self):
-    checks.positive(self, 'factor', 'original')
+    checks.no_less(self, 1, 'factor')
+    checks.positive(self, 'original')
     if not 0 < self.low < self.high:
       raise ValueError(f'Llama3RopeConfig: expected 0 < low < high, got '
                        f'{self.low} and {self.high}.')

@@ -120,7 +120,7 @@ class QSAConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PooledDSAConfig:
-  """GLM-5's sparse latent attention over pools of tokens (kpool).
+  """GLM-5.3-Flash's sparse latent attention over pools (kpool).
 
   A layer that reads the choice is a `DSAConfig` with this one as its owner.
 

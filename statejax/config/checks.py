@@ -2,8 +2,12 @@
 
 
 def positive(config, *names):
-  """Raises ValueError unless every named field is at least 1."""
+  """Raises ValueError unless every named field is a whole number >= 1."""
   no_less(config, 1, *names)
+  for name in names:
+    if not isinstance(getattr(config, name), int):
+      raise ValueError(f'{type(config).__name__}.{name}: expected a whole '
+                       f'number, got {getattr(config, name)!r}.')
 
 
 def no_less(config, least, *names):

@@ -29,7 +29,8 @@ class GLAConfig:
   chunk: int | None = None
 
   def __post_init__(self):
-    checks.positive(self, 'heads', 'key', 'value', 'rank', 'divisor')
+    checks.positive(self, 'heads', 'key', 'value', 'rank')
+    checks.no_less(self, 1, 'divisor')
     checks.chunk(self)
 
 

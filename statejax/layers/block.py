@@ -54,9 +54,9 @@ MIXERS = {
     cfg.MLAConfig: MLA,
     cfg.Mamba2Config: Mamba2,
     cfg.MoBAConfig: MoBA,
+    cfg.NSAConfig: NSA,
     cfg.PooledDSAConfig: PooledDSA,
     cfg.QSAConfig: QSA,
-    cfg.NSAConfig: NSA,
     cfg.RetNetConfig: RetNet,
 }
 MLPS = {cfg.SwiGLUConfig: SwiGLU}

@@ -216,6 +216,23 @@ def test_all_equal_scores_take_the_first_blocks():
         | (np.arange(30) == t))
 
 
+SILENT = {'moba': 'q', 'minimax_m3': 'index_q', 'qsa': 'index_q',
+          'kpool': 'index_w'}
+
+
+@pytest.mark.parametrize('name', SILENT)
+def test_ties_fall_alike_by_every_route(name):
+  """All scores equal: single tokens gather what the whole pass masks."""
+  config = MOBA if name == 'moba' else LAYERS[name]
+  params, x = single.draw(config, 24)
+  params[SILENT[name]] = jax.tree.map(jnp.zeros_like, params[SILENT[name]])
+  whole, _ = single.run(config, params, x)
+  pieces, _ = single.run(config, params, x, CUTS)
+  np.testing.assert_allclose(pieces, whole, atol=2e-6)
+  alone, _ = single.run(config, params, x[1:], CUTS)
+  np.testing.assert_allclose(alone, whole[1:], atol=2e-6)
+
+
 # The indexers learn, and nothing else learns from them.
 
 
@@ -351,6 +368,22 @@ def test_indexer_learns_what_attention_looks_at():
     change, state = update(mine, state)
     mine = optax.apply_updates(mine, change)
   assert loss(mine) < 0.5 * first
+
+
+@pytest.mark.slow
+@pytest.mark.optimized
+@pytest.mark.parametrize('name', LAYERS)
+def test_serving_computes_no_loss(name):
+  def work(run, config):
+    whole = lm.LanguageModel(c.ModelConfig(
+        9, 24, (c.LayerConfig('m', config),), (c.GroupConfig(('m',)),)))
+    params = jax.eval_shape(whole.init, jax.random.key(0))
+    return jax.jit(run, static_argnums=0).lower(
+        whole, params, whole.init_state(2, 16), np.ones((2, 6), int)
+    ).compile().cost_analysis()['flops']
+  free = dataclasses.replace(LAYERS[name], index_loss=0.0)
+  assert work(lm.apply, LAYERS[name]) == work(lm.apply, free)
+  assert work(lm.forward, LAYERS[name]) > work(lm.forward, free)
 
 
 # A full layer and its readers.
