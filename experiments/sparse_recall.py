@@ -8,8 +8,9 @@ and the mixer in question, learn multi-query associative recall (arXiv
 the same bytes of state after those 64 tokens, within 3%: 8 KiB, counted from
 the schema, by the width of its heads. A query sees 16 tokens or what stands for
 as many; the controls are attention to everything, and a window of 16 tokens
-with heads four times as wide. Same data, same Muon, indexers with their own losses; accuracy on unseen items, mean and range over seeds;
-tokens per second of training, from interleaved rounds at the end.
+with heads four times as wide. Same data, same Muon, indexers with their own
+losses; accuracy on unseen items, mean and range over seeds; tokens per second
+of training, from interleaved rounds at the end.
 
 Expected: attention to everything recalls; a window cannot, whatever its width;
 what selects among all tokens recalls with a quarter of them. Half an hour.
