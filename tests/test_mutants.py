@@ -144,10 +144,10 @@ def inverse_of_the_decay(right, q, k, v, log_decay, *args, **kwargs):
 # Attention.
 
 
-@mutant('ring', 'split', attention.Attention, '_ring')
-def ring_written_before_read(right, self, state, k, v, context):
-  past, new = right(self, state, k, v, context)
-  return attend.Segment(new.k, new.v, past.visible), new
+@mutant('ring', 'split', attention, 'recent')
+def ring_written_before_read(right, state, k, v, context):
+  (past, chunk), new = right(state, k, v, context)
+  return [attend.Segment(new.k, new.v, past.visible), chunk], new
 
 
 @mutant('ring', 'causality', common.Context, 'visible_chunk')
