@@ -3,6 +3,7 @@
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels import aot
 from statejax import config as cfg
@@ -49,10 +50,13 @@ def state_bytes(mixer, rows, capacity) -> int:
 
 
 def step(mixer, rows, capacity) -> aot.Program:
-  """One token of every row; the state is donated."""
+  """One token of every row; the state is donated, matrices are bfloat16."""
   decoder = model(mixer)
   state = st.abstract(decoder.state_schema(rows, capacity))
-  params = jax.eval_shape(decoder.init, jax.random.key(0))
+  params = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(
+          x.shape, jnp.bfloat16 if x.ndim > 1 else x.dtype),
+      jax.eval_shape(decoder.init, jax.random.key(0)))
   tokens = jax.ShapeDtypeStruct((rows, 1), 'int32')
 
   def function(state, params, tokens):

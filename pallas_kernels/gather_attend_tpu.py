@@ -4,7 +4,7 @@
   out = sum_j p_j v_j;   lse = log(exp(sink) + sum_i exp(scale q.k_i))
 
 over the keys j <= last of the blocks named by `ids`. The grid runs over rows,
-groups of heads and queries, and one after the other over the ids of a query:
+sets of heads and queries, and one after the other over the ids of a query:
 they are prefetched, and the index maps of the keys' blocks read them. Maximum,
 sum and weighted sum stay in VMEM meanwhile. Nothing is gathered in HBM.
 
@@ -42,12 +42,12 @@ def declines(q, k, v, ids, *, block) -> str | None:
       LANES % block and block % LANES):
     return (f'of keys whose width is no multiple of {LANES} its blocks divide '
             f'{LANES} or are multiples of it, not {block}')
-  batch, steps, groups, count = ids.shape
+  batch, steps, sets, count = ids.shape
   if not (batch and steps and count and parts(k)[0].shape[2]):
     return f'it has no work for ids of {ids.shape}'
-  if batch * groups * count > MOST_IDS:
+  if batch * sets * count > MOST_IDS:
     return (f'SMEM holds {MOST_IDS} ids, one query of each row has '
-            f'{batch * groups * count}')
+            f'{batch * sets * count}')
   return None
 
 
@@ -55,15 +55,15 @@ def gather_attend(q, k, v, ids, last, sink=None, *, block, scale,
                   interpret=False):
   """Attends to the named blocks of each query and group of heads.
 
-  Query head h belongs to group h // (H / G). Where q and k are tuples, the
-  scores of their parts add.
+  Query head h belongs to group h // (H / G) of the store and to set
+  h // (H / S). Where q and k are tuples, the scores of their parts add.
 
   Args:
     q: [B, T, H, K], float32 or bfloat16; or a tuple of such parts.
     k: [B, G, N, K]; or a tuple of as many parts, each with its own K.
     v: [B, G, N, V]; None takes the first part of k.
-    ids: [B, T, G, M] int32, distinct blocks of each query: block i is the rows
-      i * block and on. -1 names none.
+    ids: [B, T, S, M] int32, distinct blocks of each query and set: block i is
+      the rows i * block and on. -1 names none. S is a multiple of G.
     last: the last position that a query may see, [B, T] int32.
     sink: logit per head, [H] float32, or None.
     block: rows per block, a multiple of 8.
@@ -147,19 +147,20 @@ def _call(static, floats, ids, last):
   q, k, v, sink = floats
   stores = [*k] if v is None else [*k, v]
   fetched = max(block, LANES) if any(map(narrow, stores)) else block
-  batch, steps, groups, count = ids.shape
-  size, heads = k[0].shape[2], q[0].shape[2] // groups
+  batch, steps, sets, count = ids.shape
+  size, heads = k[0].shape[2], q[0].shape[2] // sets
+  each = sets // k[0].shape[1]
   width = (k[0] if v is None else v).shape[-1]
-  q = [x.reshape(batch, steps, groups, heads, x.shape[-1]) for x in q]
+  q = [x.reshape(batch, steps, sets, heads, x.shape[-1]) for x in q]
   by_query = lambda b, g, t, m, *_: (b, t, g, 0, 0)
 
   def by_id(b, g, t, m, ids, last):
-    at = ((b * steps + t) * groups + g) * count + m
-    return b, g, jnp.maximum(ids[at], 0) * block // fetched, 0
+    at = ((b * steps + t) * sets + g) * count + m
+    return b, g // each, jnp.maximum(ids[at], 0) * block // fetched, 0
 
   def by_id_turned(*index):
-    b, g, at, _ = by_id(*index)
-    return b, g, 0, at
+    b, group, at, _ = by_id(*index)
+    return b, group, 0, at
 
   arrays, specs = list(q), [
       pl.BlockSpec((1, 1, 1, heads, x.shape[-1]), by_query) for x in q]
@@ -172,7 +173,7 @@ def _call(static, floats, ids, last):
       arrays.append(x)
       specs.append(pl.BlockSpec((1, 1, fetched, width_of), by_id))
   if sink is not None:
-    arrays.append(sink.astype(jnp.float32).reshape(groups, heads, 1))
+    arrays.append(sink.astype(jnp.float32).reshape(sets, heads, 1))
     specs.append(pl.BlockSpec((1, heads, 1), lambda b, g, t, m, *_: (g, 0, 0)))
   out, lse = pl.pallas_call(
       functools.partial(
@@ -180,30 +181,30 @@ def _call(static, floats, ids, last):
           sink=sink is not None, scale=scale, size=size, block=block,
           fetched=fetched),
       grid_spec=pltpu.PrefetchScalarGridSpec(
-          num_scalar_prefetch=2, grid=(batch, groups, steps, count),
+          num_scalar_prefetch=2, grid=(batch, sets, steps, count),
           in_specs=specs,
           out_specs=[pl.BlockSpec((1, 1, 1, heads, width), by_query),
                      pl.BlockSpec((1, 1, 1, 1, heads), by_query)],
           scratch_shapes=scratch(heads, width)),
       out_shape=[
-          manual.struct((batch, steps, groups, heads, width), q[0].dtype, q[0]),
-          manual.struct((batch, steps, groups, 1, heads), jnp.float32, q[0])],
+          manual.struct((batch, steps, sets, heads, width), q[0].dtype, q[0]),
+          manual.struct((batch, steps, sets, 1, heads), jnp.float32, q[0])],
       compiler_params=pltpu.CompilerParams(
           dimension_semantics=('parallel', 'parallel', 'parallel',
                                'arbitrary')),
       interpret=interpret, name=NAME,
   )(ids.reshape(-1), last.reshape(-1), *arrays)
-  return (out.reshape(batch, steps, groups * heads, width),
-          lse.reshape(batch, steps, groups * heads))
+  return (out.reshape(batch, steps, sets * heads, width),
+          lse.reshape(batch, steps, sets * heads))
 
 
 def _kernel(ids, last, *refs, turned, parts, sink, scale, size, block, fetched):
   inputs, (out, lse, *carried) = refs[:-5], refs[-5:]
   q, stores = inputs[:parts], inputs[parts:parts + len(turned)]
   b, g, t, m = (pl.program_id(i) for i in range(4))
-  groups, steps, count = (pl.num_programs(i) for i in (1, 2, 3))
+  sets, steps, count = (pl.num_programs(i) for i in (1, 2, 3))
   query = b * steps + t
-  chosen = ids[(query * groups + g) * count + m]
+  chosen = ids[(query * sets + g) * count + m]
 
   @pl.when(m == 0)
   def _():

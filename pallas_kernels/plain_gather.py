@@ -21,31 +21,31 @@ def gather_attend(q, k, v, ids, last, sink=None, *, block, scale):
   Args, Returns: see `pallas_kernels.gather_attend_tpu.gather_attend`.
   """
   q, k = parts(q), parts(k)
-  batch, steps, groups = ids.shape[:3]
-  size = k[0].shape[2]
+  batch, steps, sets = ids.shape[:3]
+  groups, size = k[0].shape[1:3]
   wide = jnp.float64 if q[0].dtype == jnp.float64 else jnp.float32
   at = ids[..., None] * block + jnp.arange(block, dtype=ids.dtype).reshape(
       1, 1, 1, 1, block)
   seen = ((ids >= 0)[..., None] & (at <= last[:, :, None, None, None])
-          & (at < size)).reshape(batch, steps, groups, 1, -1)
-  at = jnp.clip(at, 0, size - 1).reshape(batch, steps, groups, -1)
+          & (at < size)).reshape(batch, steps, sets, 1, -1)
+  at = jnp.clip(at, 0, size - 1).reshape(batch, steps, sets, -1)
 
   def rows(x):
-    """[B, T, G, columns, D]."""
+    """[B, T, S, columns, D]."""
     found = jnp.take_along_axis(
         x, jnp.moveaxis(at, 2, 1).reshape(batch, groups, -1, 1), axis=2)
-    found = found.reshape(batch, groups, steps, -1, x.shape[-1])
+    found = found.reshape(batch, sets, steps, -1, x.shape[-1])
     return jnp.moveaxis(found, 1, 2)
 
   k = [rows(x) for x in k]
   v = k[0] if v is None else rows(v)
-  heads = lambda x: x.reshape(batch, steps, groups, -1, x.shape[-1])
+  heads = lambda x: x.reshape(batch, steps, sets, -1, x.shape[-1])
   scores = scale * sum(_product('btgrk,btgnk->btgrn', heads(a), b)
                        for a, b in zip(q, k, strict=True))
   scores = jnp.where(seen, scores, jnp.asarray(MASKED, wide))
   top = jnp.max(scores, axis=-1, keepdims=True, initial=MASKED)
   if sink is not None:
-    sink = sink.astype(wide).reshape(1, 1, groups, -1, 1)
+    sink = sink.astype(wide).reshape(1, 1, sets, -1, 1)
     top = jnp.maximum(top, sink)
   top = lax.stop_gradient(top)
   p = jnp.where(seen, jnp.exp(scores - top), jnp.zeros((), wide))

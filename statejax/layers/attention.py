@@ -8,7 +8,7 @@ import jax
 from statejax.config import AttentionConfig
 from statejax.layers import rotary, weights
 from statejax.layers.common import Proj, RMSNorm
-from statejax.ops import attend, window
+from statejax.ops import attend, stream, window
 from statejax.state import Array, Spec, leaf
 
 
@@ -66,13 +66,14 @@ class Attention(nn.Module):
     # key whether a query meets it now or later.
     stored = (state.k.data if c.window is None else state.k).dtype
     k, v = k.astype(stored), v.astype(stored)
+    how = dict(scale=c.key ** -0.5, sink=sink(self, c))
     if c.window is None:
-      past, state = remember(state, k, v, context)
-      segments = [attend.Segment(*past), attend.Segment(
-          k, v, context.visible_chunk(), causal=True)]
+      (old_k, old_v, _), state = remember(state, k, v, context)
+      chunk = attend.Segment(k, v, context.visible_chunk(), causal=True)
+      y, _ = stream.beside(q, old_k, old_v, context.last, [chunk], **how)
     else:
       segments, state = recent(state, k, v, context)
-    y, _ = attend.attend(q, segments, scale=c.key ** -0.5, sink=sink(self, c))
+      y, _ = attend.attend(q, segments, **how)
     return output(c, x, y), state
 
 

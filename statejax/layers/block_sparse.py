@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-from statejax.ops import attend, candidates, index
+from statejax.ops import attend, candidates, gather, index
 from statejax.ops.attend import MASKED
+from statejax.ops.merge import merge
 from statejax.ops.product import einsum
 
 
@@ -58,26 +59,18 @@ def attend_to(q, past, new, chosen, plan, context, *, scale, sink=None):
   if chosen.dtype == bool:
     mask = candidates.tokens_of(chosen, plan, tokens)
     old, mine = mask[..., :tokens] & seen[:, None], mask[..., tokens:] & chunk
-  else:
-    slots, itself = candidates.slots_of(
-        chosen, plan, candidates.count(tokens, plan.size))
-    old = (slots >= 0)[:, :, None]
-    mine = itself[..., None, None] & chunk
-    k, v = (_rows(slots, x) for x in (k, v))
-  return attend.attend(
-      q, [attend.Segment(k, v, old),
-          attend.Segment.of(new, mine, causal=True)], scale=scale, sink=sink)[0]
-
-
-def _rows(slots, x):
-  """Slots [B, S, R] of a store [B, G, N, D], [B, max(S, G), R, D]; S is 1 or a
-  multiple of G."""
-  batch, groups, _, width = x.shape
-  sets = max(slots.shape[1], groups)
-  at = jnp.broadcast_to(jnp.maximum(slots, 0), (batch, sets, slots.shape[2]))
-  rows = jnp.take_along_axis(
-      x, at.reshape(batch, groups, -1)[..., None], axis=2)
-  return rows.reshape(batch, sets, -1, width)
+    return attend.attend(q, [
+        attend.Segment(k, v, old), attend.Segment.of(new, mine, causal=True)],
+        scale=scale, sink=sink)[0]
+  ids, itself = candidates.blocks_of(
+      chosen, plan, candidates.count(tokens, plan.size))
+  if ids.shape[1] == 1:
+    ids = jnp.repeat(ids, k.shape[1], axis=1)
+  itself = attend.Segment.of(new, itself[..., None, None] & chunk)
+  return merge([
+      gather.gather_attend(q, k, v, ids[:, None], context.last,
+                           block=plan.size, scale=scale),
+      attend.attend(q, [itself], scale=scale, sink=sink)])[0]
 
 
 def loss(scores, q, past, new, chosen, plan, context, *, scale):

@@ -82,6 +82,14 @@ class Context:
     return blocks.plan(self.length, self.n_valid, self.positions, self.document,
                        self.start, self.base, size)
 
+  @property
+  def last(self):
+    """The last slot of a store that each query sees, [B, T]; -1 sees none."""
+    last = self.length[:, None] - 1
+    if self.document is None:
+      return jnp.broadcast_to(last, self.positions.shape)
+    return jnp.where(self.document == 0, last, -1)
+
   def append(self, held, new, plan=None):
     """Appends what a step has made to a store.
 
@@ -203,18 +211,21 @@ def project(x, kernel, contract=1, out_dtype=None):
 
   Both are flattened to one product of two matrices, which XLA's CPU backend
   differentiates much faster than a batched one: x.dtype operands, float32 sums.
+  On a TPU axes stay: a flattened kernel lies otherwise in memory, and every
+  step would copy it.
   """
   outer, inner = x.shape[:x.ndim - contract], x.shape[x.ndim - contract:]
-  out = kernel.shape[contract:]
-  size = 1
-  for n in inner:
-    size *= n
   wide = (jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
-  y = jnp.matmul(
-      x.reshape(-1, size), kernel.astype(x.dtype).reshape(size, -1),
+  kernel, how = kernel.astype(x.dtype), dict(
       precision=jax.lax.Precision.HIGHEST if x.dtype == wide else None,
       preferred_element_type=wide)
-  return y.astype(out_dtype or x.dtype).reshape(*outer, *out)
+  if jax.default_backend() == 'tpu':
+    y = jnp.tensordot(x, kernel, contract, **how)
+  else:
+    size = math.prod(inner)
+    y = jnp.matmul(x.reshape(-1, size), kernel.reshape(size, -1), **how)
+    y = y.reshape(*outer, *kernel.shape[contract:])
+  return y.astype(out_dtype or x.dtype)
 
 
 class RMSNorm(nn.Module):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from statejax.config import CompressedConfig
 from statejax.layers import common, rotary, weights
 from statejax.layers.common import Proj, RMSNorm
-from statejax.ops import attend, blocks, compress, index, norm, select
+from statejax.ops import attend, blocks, compress, gather, index, norm, select
 from statejax.ops import window as ring
 from statejax.state import Array, Spec, leaf
 
@@ -136,7 +136,8 @@ class Compressed(nn.Module):
     w = Proj((c.index.heads,), ('embed', 'heads'), name='index_w')(
         x.astype(jnp.promote_types(x.dtype, jnp.float32)))
     scores = jnp.concatenate(
-        [index.scores(q, w, k) for k in (old_index, new_index)], axis=-1)
+        [gather.index_scores(q, w, old_index, count=context.length // c.ratio),
+         index.scores(q, w, new_index)], axis=-1)
     seen, slots = jnp.concatenate(seen, axis=-1), past.shape[1]
     chosen = select.choose(scores, seen, c.index.k)
     mask = (chosen if chosen.dtype == bool else

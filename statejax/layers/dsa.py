@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from statejax.config import DSAConfig
 from statejax.layers import common, mla, rotary, weights
 from statejax.layers.common import Proj
-from statejax.ops import index, norm, select
+from statejax.ops import attend as at_once
+from statejax.ops import gather, index, norm, select, stream
 from statejax.ops.merge import merge
 from statejax.ops.product import einsum
 from statejax.state import Array, Spec, leaf
@@ -78,7 +79,7 @@ class DSA(nn.Module):
       chosen = context.borrow(c.owner, 'chosen')
     if c.stage == 'warmup':
       chosen = seen
-    y = attend(q, latent, key, maps, past, chosen, seen, scale)
+    y = attend(q, latent, key, maps, past, chosen, seen, scale, context)
     if scores is not None and c.index_loss:
       allowed = chosen if chosen.dtype == bool else select.to_mask(
           chosen, seen.shape[-1])[:, None]
@@ -108,29 +109,35 @@ def _scores(module, x, low, state, context):
   k = k.astype(state.index_key.data.dtype)
   # An empty store gives no columns.
   past, kept = context.append(state.index_key, k)
-  return jnp.concatenate([index.scores(q, w, keys, relu=c.index_relu)
-                          for keys in (past, k)], axis=-1), kept
+  scores = [gather.index_scores(q, w, past, count=context.length,
+                                relu=c.index_relu),
+            index.scores(q, w, k, relu=c.index_relu)]
+  return jnp.concatenate(scores, axis=-1), kept
 
 
-def attend(q, latent, key, maps, past, chosen, seen, scale):
+def attend(q, latent, key, maps, past, chosen, seen, scale, context):
   """Attention to the chosen columns, [B, T, H, V]."""
   k_b, v_b = maps
   slots = 0 if past is None else past[0].shape[1]
   if chosen.dtype == bool:
-    mask = chosen & seen
-    y = mla.expanded(q, latent, key, k_b, v_b, mask[..., slots:], scale=scale,
-                     causal=True)
-    if past is None:
-      return y[0]
-    old, old_key, _ = past
-    return merge([y, mla.absorbed(q, old, old_key, k_b, v_b,
-                                  mask[..., :slots], scale=scale)])[0]
-  # One token: rows of the store are gathered, and itself is the last column.
-  itself = jnp.any(chosen == slots, axis=-1)[:, None, None] & seen[..., slots:]
-  own = mla.expanded(q, latent, key, k_b, v_b, itself, scale=scale)
-  found, old, old_key = select.take(chosen, *past[:2])
-  return merge([own, mla.absorbed(q, old, old_key, k_b, v_b, found[:, None],
-                                  scale=scale)])[0]
+    own = chosen & seen
+  else:  # one token, itself the last column
+    own = jnp.any(chosen == slots, axis=-1)[:, None, None] & seen
+  y = mla.expanded(q, latent, key, k_b, v_b, own[..., slots:], scale=scale,
+                   causal=True)
+  if past is None:
+    return y[0]
+  stores = tuple(x[:, None] for x in past[:2])
+
+  def stored(q):
+    if chosen.dtype == bool:
+      segment = at_once.Segment(stores, stores[0], own[..., :slots])
+      return stream.masked(q, segment, scale=scale)
+    ids = jnp.where(chosen < slots, chosen, -1)[:, None, None]
+    return gather.gather_attend(q, stores, None, ids, context.last, block=1,
+                                scale=scale)
+
+  return merge([y, mla.absorbed(q, k_b, v_b, stored)])[0]
 
 
 def head_scores(q, latent, key, maps, past, scale):

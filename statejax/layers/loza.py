@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from statejax.config import LoZAConfig
 from statejax.layers import mla
-from statejax.ops import sink, window
+from statejax.ops import attend, sink, window
 from statejax.ops.merge import merge
 from statejax.state import Array, Spec, leaf
 
@@ -77,11 +77,11 @@ class LoZA(nn.Module):
     held = jnp.concatenate(
         [first, jnp.where(latest >= c.sink, latest, -1)], axis=1)
     seen = context.visible_past(held) & sees(c, context.positions, held)
-    both = lambda *parts: jnp.concatenate(parts, axis=1)
-    old = mla.absorbed(q, both(state.sink, state.ring),
-                       both(state.sink_rope, state.ring_rope), *maps, seen,
-                       scale=scale)
-    y, _ = merge([new, old])
+    latents, keys = (jnp.concatenate(x, axis=1)[:, None] for x in (
+        (state.sink, state.ring), (state.sink_rope, state.ring_rope)))
+    old = attend.Segment((latents, keys), latents, seen)
+    y, _ = merge([new, mla.absorbed(
+        q, *maps, lambda q: attend.attend(q, [old], scale=scale))])
     return mla.output(c.mla, x, y), _written(state, latent, key, context)
 
 

@@ -69,9 +69,9 @@ class MLA(nn.Module):
                       scale=scale, causal=True)
     past, state = remember(state, latent, key, context)
     if past is not None:
-      old_latent, old_key, seen = past
-      y, _ = merge([(y, lse), absorbed(q, old_latent, old_key, *maps, seen,
-                                       scale=scale)])
+      stores = tuple(x[:, None] for x in past[:2])
+      y, _ = merge([(y, lse), absorbed(q, *maps, lambda q: stream.attend(
+          q, stores, None, context.last, scale=scale))])
     return output(c, x, y), state
 
 
@@ -190,7 +190,7 @@ def expanded(q, latent, key, k_b, v_b, visible, *, scale, causal=False):
   return attend.attend(q, [segment], scale=scale)
 
 
-def absorbed(q, latent, key, k_b, v_b, visible, *, scale):
+def absorbed(q, k_b, v_b, attend):
   """`expanded` without any key or value of a head: queries go to the latents.
 
     q_n . (k_b c) = (k_b^T q_n) . c,   sum_j p_j v_b c_j = v_b sum_j p_j c_j
@@ -198,11 +198,17 @@ def absorbed(q, latent, key, k_b, v_b, visible, *, scale):
   R + dr numbers are read per token for all heads: the form for few queries of
   many tokens. Algebraically equal, in bfloat16 not to the bit.
 
-  Args and returns as `expanded`.
+  Args:
+    q: (q_n [B, T, H, dn], q_r [B, T, H, dr]).
+    k_b: [R, H, dn].
+    v_b: [R, H, V].
+    attend: function of (q_c [B, T, H, R], q_r) to the weighted sums of latents
+      [B, T, H, R] and lse [B, T, H].
+
+  Returns:
+    out [B, T, H, V] and lse [B, T, H], as `statejax.ops.attend.attend`.
   """
   q_n, q_r = q
-  segment = attend.Segment((latent[:, None], key[:, None]), latent[:, None],
-                           visible)
   q_c = einsum('bthk,rhk->bthr', q_n, k_b).astype(q_n.dtype)
-  out, lse = stream.attend((q_c, q_r), segment, scale=scale)
+  out, lse = attend((q_c, q_r))
   return einsum('bthr,rhv->bthv', out, v_b).astype(out.dtype), lse

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from statejax.config import NSAConfig
 from statejax.layers import attention, rotary, weights
 from statejax.layers.common import Proj
-from statejax.ops import attend, blocks, select, strided, window
+from statejax.ops import attend, blocks, gather, select, strided, window
+from statejax.ops.merge import merge
 from statejax.state import Array, Spec, leaf
 
 
@@ -168,7 +169,7 @@ def _select(config, q, pair, importance, state, context):
   forced = (number < c.initial) | (number > own - c.local)
   chosen = select.choose(importance, wide(seen), c.select_count, wide(forced))
 
-  chunk = context.visible_chunk()[:, None]
+  chunk, scale = context.visible_chunk()[:, None], c.key ** -0.5
   if chosen.dtype == bool:
     slots = jnp.arange(past[0].shape[2], dtype=jnp.int32)[None]
     slots = jnp.broadcast_to(slots, (q.shape[0], slots.shape[1]))
@@ -177,38 +178,16 @@ def _select(config, q, pair, importance, state, context):
     mask = blocks.spread(chosen, column)
     old = mask[..., :slots.shape[1]] & context.visible_past(slots)[:, None]
     chunk &= mask[..., slots.shape[1]:]
-  else:
-    # One token, whose own block is always chosen: rows are gathered.
-    past, old = _gathered(chosen, past, c.select_block, context)
-  y, _ = attend.attend(q, [
-      attend.Segment.of(past, old),
-      attend.Segment.of(pair, chunk, causal=True)],
-      scale=c.key ** -0.5)
+    y, _ = attend.attend(q, [
+        attend.Segment.of(past, old),
+        attend.Segment.of(pair, chunk, causal=True)], scale=scale)
+    return y, new
+  # One token, whose own block is always chosen: rows are gathered.
+  y, _ = merge([
+      gather.gather_attend(q, old_k, old_v, chosen[:, None], context.last,
+                           block=c.select_block, scale=scale),
+      attend.attend(q, [attend.Segment.of(pair, chunk)], scale=scale)])
   return y, new
-
-
-def _gathered(ids, arrays, size, context):
-  """The tokens of chosen blocks, of a step of one token.
-
-  Args:
-    ids: [B, G, k] int32, -1 for none.
-    arrays: [B, G, N, D] each.
-    size: tokens per block.
-    context: `Context`.
-
-  Returns:
-    [B, G, k size, D] each, and which of them the query sees,
-    [B, G, 1, k size] bool.
-  """
-  slot = ids[..., None] * size + jnp.arange(
-      size, dtype=jnp.int32)[None, None, None]
-  slot = jnp.where(ids[..., None] < 0, -1, slot)
-  slot = slot.reshape(*ids.shape[:2], -1)
-  seen = (slot >= 0) & (slot < context.length[:, None, None])
-  last = arrays[0].shape[2] - 1
-  at = jnp.clip(slot, 0, last)[..., None]
-  return ([jnp.take_along_axis(a, at, axis=2) for a in arrays],
-          (seen & (slot <= last))[:, :, None])
 
 
 def _window(config, q, pair, state, context):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from statejax.config import PooledDSAConfig
 from statejax.layers import common, dsa, mla, weights
 from statejax.layers.common import Proj
-from statejax.ops import candidates, compress, index, norm
+from statejax.ops import candidates, compress, gather, index, norm
 from statejax.state import Array, Spec, leaf
 
 
@@ -88,12 +88,13 @@ class PooledDSA(nn.Module):
             complete, context.valid, lambda p: candidates.reduce(
                 p[:, None], plan, tokens, 'sum', 0.0)[:, 0]))
     else:
-      slots, itself = candidates.slots_of(
+      ids, itself = candidates.blocks_of(
           chosen, plan, candidates.count(tokens, c.block))
+      slots = gather.slots(ids[:, 0], context.last, c.block)
       columns = jnp.concatenate(
-          [slots[:, 0], jnp.where(itself, tokens, -1)], axis=-1)
+          [slots, jnp.where(itself, tokens, -1)], axis=-1)
     common.lend(self, chosen=columns)
-    y = dsa.attend(q, latent, key, maps, past, columns, seen, scale)
+    y = dsa.attend(q, latent, key, maps, past, columns, seen, scale, context)
     return mla.output(c.mla, x, y), PooledState(
         held.latent, held.key_rope, kept, pool)
 
@@ -120,7 +121,8 @@ class PooledDSA(nn.Module):
     w = Proj((c.index_heads,), ('embed', 'heads'), name='index_w')(
         x.astype(jnp.promote_types(x.dtype, jnp.float32)))
     scores = jnp.concatenate(
-        [index.scores(q, w, keys) for keys in (old, made)], axis=-1)
+        [gather.index_scores(q, w, old, count=context.length // c.block),
+         index.scores(q, w, made)], axis=-1)
     # The open pool is no candidate; it is taken beside the k.
     return jnp.pad(scores, ((0, 0), (0, 0), (0, 1))), kept, (
         compress.stored(pool, context.n_valid))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from statejax.config import QSAConfig
 from statejax.layers import attention, block_sparse, common, rotary
 from statejax.layers.common import Proj, RMSNorm
-from statejax.ops import candidates, compress, index
+from statejax.ops import candidates, compress, gather, index
 from statejax.ops.attend import MASKED
 from statejax.state import Array, Spec, leaf
 
@@ -100,5 +100,7 @@ class QSA(nn.Module):
     made = turn(made[:, :, None], plan.block * c.block)[:, :, 0]
     made = made.astype(state.pooled.data.dtype)
     old, kept = context.append(state.pooled, made, plan)
-    return jnp.concatenate([index.scores(q, None, keys) for keys in
-                            (old, made)], axis=-1), kept, left
+    full = context.length // c.block
+    scores = [gather.index_scores(q, None, old, count=full),
+              index.scores(q, None, made)]
+    return jnp.concatenate(scores, axis=-1), kept, left

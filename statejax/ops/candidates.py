@@ -104,8 +104,8 @@ def tokens_of(chosen, plan, tokens):
   return whole | (chosen[..., -1:] & bk.own_block(plan, tokens)[:, None])
 
 
-def slots_of(ids, plan, entries):
-  """The same of one query per row, as slots of the token store.
+def blocks_of(ids, plan, entries):
+  """The same of one query per row, as numbers of blocks.
 
   Args:
     ids: [B, S, k] int32 candidates, -1 for none.
@@ -113,17 +113,13 @@ def slots_of(ids, plan, entries):
     entries: E.
 
   Returns:
-    slots: [B, S, k size] int32, -1 for none.
-    itself: whether the query's own block is chosen, [B, S] bool. The query is
-      no slot of the store.
+    numbers: blocks of the token store, [B, S, k] int32, -1 for none; the
+      query's own block may not have begun there.
+    itself: whether that is chosen, [B, S] bool. The query is no token of the
+      store.
   """
-  length = plan.length[:, None, None]
-  number = jnp.where(ids >= entries, length // plan.size, ids)
-  slots = number[..., None] * plan.size + jnp.arange(
-      plan.size, dtype=jnp.int32)[None, None, None]
-  there = (number >= 0)[..., None] & (slots < length[..., None])
-  slots = jnp.where(there, slots, -1)
-  return slots.reshape(*ids.shape[:2], -1), jnp.any(ids >= entries, axis=-1)
+  own = (plan.length // plan.size)[:, None, None]
+  return jnp.where(ids >= entries, own, ids), jnp.any(ids >= entries, axis=-1)
 
 
 def choose(scores, seen, k, *, forced=None, tail=False):

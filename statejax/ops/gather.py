@@ -23,7 +23,8 @@ def gather_attend(q, k, v, ids, last, *, block, scale, sink=None,
     out = sum_j p_j v_j;   lse = log(exp(sink) + sum_i exp(scale q.k_i))
     over j <= last with j // block in ids
 
-  Query head h reads group h // (H / G) and what the ids of that group name.
+  Heads choose in S sets: head h reads group h // (H / G) of the store, and
+  what the ids of set h // (H / S) name.
   Equals `attend` with the same choice as a mask, but reads what is chosen
   alone. Rows that no query sees may hold anything finite.
 
@@ -31,9 +32,9 @@ def gather_attend(q, k, v, ids, last, *, block, scale, sink=None,
     q: [B, T, H, K]; or a tuple of parts, whose scores add.
     k: [B, G, N, K]; or a tuple of as many parts, each with its own K.
     v: [B, G, N, V]; None takes the first part of k: a latent is both.
-    ids: blocks of each query and group, distinct, [B, T, G, M] int32; -1 names
-      none. Block i is the slots `i block .. i block + block - 1`; with block 1
-      ids are slots.
+    ids: blocks of each query and set, distinct, [B, T, S, M] int32; -1 names
+      none; S is a multiple of G. Block i is the slots `i block .. i block +
+      block - 1`; with block 1 ids are slots.
     last: the last slot that a query may see, [B, T] int32; -1 sees none.
     block: slots per block, static.
     scale: factor on the scores.
@@ -54,13 +55,30 @@ def gather_attend(q, k, v, ids, last, *, block, scale, sink=None,
   """
   q, k = _parts(q), _parts(k)
   _check(q, k, v, ids, last, block, sink)
+  q, k = filled(q, k)
   run = dispatch.choose('gather_attend', implementation, {
-      'pallas_tpu': _on_tpu(
+      'pallas_tpu': on_tpu(
           'gather_attend', implementation, (*q, *k, *_parts(v)),
           q, k, v, ids, block=block),
       'xla': _gathered, 'reference': _masked,
   })
   return run(q, k, v, ids, last, sink, block=block, scale=scale)
+
+
+def slots(ids, last, block):
+  """The slots of blocks that one query of each row names.
+
+  Args:
+    ids: [B, M] int32, -1 for none.
+    last: [B, 1] int32.
+    block: slots per block.
+
+  Returns:
+    [B, M block] int32, -1 for none.
+  """
+  at = ids[..., None] * block + jnp.arange(block, dtype=jnp.int32)[None, None]
+  seen = (ids >= 0)[..., None] & (at <= last[..., None])
+  return jnp.where(seen, at, -1).reshape(ids.shape[0], -1)
 
 
 def index_scores(q, w, k, *, count=None, relu=True, implementation=None):
@@ -74,7 +92,7 @@ def index_scores(q, w, k, *, count=None, relu=True, implementation=None):
       scores past it may be anything finite.
     relu: whether a head's score below 0 counts as 0.
     implementation: 'pallas_tpu', 'xla', which scores some keys at a time, or
-      'reference'.
+      'reference', which None takes for a short store.
 
   Returns:
     [B, T, N] float32 (float64 of float64 queries).
@@ -89,8 +107,10 @@ def index_scores(q, w, k, *, count=None, relu=True, implementation=None):
     raise ValueError(
         f'index: expected q [B, T, HI, dI], w [B, T, HI] and k [B, N, dI], got '
         f'{q.shape}, {None if w is None else w.shape} and {k.shape}.')
+  if implementation is None and k.shape[1] < 2 * _SCORED:
+    implementation = 'reference'
   run = dispatch.choose('index_topk', implementation, {
-      'pallas_tpu': _on_tpu('index_topk', implementation, (q, k), q, k),
+      'pallas_tpu': on_tpu('index_topk', implementation, (q, k), q, k),
       'xla': _tiled, 'reference': _at_once,
   })
   return run(q, w, k, count, relu=relu)
@@ -147,11 +167,13 @@ def _check(q, k, v, ids, last, block, sink):
     raise ValueError(
         f'gather_attend: expected k and v of one [B={batch}, G, N] with H a '
         f'multiple of G, got {[x.shape for x in stores]} for H={heads}.')
-  if ids.ndim != 4 or ids.shape[:3] != (batch, length, groups) or (
-      ids.dtype != jnp.int32):
+  if ids.ndim != 4 or ids.shape[:2] != (batch, length) or (
+      ids.dtype != jnp.int32 or ids.shape[2] % groups
+      or heads % max(1, ids.shape[2]) or not ids.shape[2]):
     raise ValueError(
-        f'gather_attend: expected ids [{batch}, {length}, {groups}, M] int32, '
-        f'got {ids.shape} {ids.dtype}; one set for all heads needs G = 1.')
+        f'gather_attend: expected ids [{batch}, {length}, S, M] int32, S a '
+        f'multiple of {groups} groups that divides {heads} heads, got '
+        f'{ids.shape} {ids.dtype}; for one set broadcast it to the groups.')
   if last.shape != (batch, length) or last.dtype != jnp.int32:
     raise ValueError(f'gather_attend: expected last [{batch}, {length}] int32, '
                      f'got {last.shape} {last.dtype}.')
@@ -161,13 +183,18 @@ def _check(q, k, v, ids, last, block, sink):
         f'{block} and {None if sink is None else sink.shape}.')
 
 
+def filled(q, k):
+  """Parts of queries and keys without those of no channel."""
+  return zip(*((a, b) for a, b in zip(q, k, strict=True) if b.shape[-1]))
+
+
 def _parts(x):
   if x is None:
     return ()
   return x if isinstance(x, tuple) else (x,)
 
 
-def _on_tpu(op, implementation, floats, *args, **kwargs):
+def on_tpu(op, implementation, floats, *args, **kwargs):
   """The TPU kernel, or the reason why it declines."""
   run = dispatch.kernel(op, 'pallas_tpu')
   if isinstance(run, str):
@@ -185,7 +212,7 @@ def _on_tpu(op, implementation, floats, *args, **kwargs):
 
 
 def _slots(ids, last, block, slots):
-  """Which slots the ids name, [B, T, G, M block], and which of them count."""
+  """Which slots the ids name, [B, T, S, M block], and which of them count."""
   at = ids[..., None] * block + jnp.arange(block, dtype=jnp.int32).reshape(
       1, 1, 1, 1, block)
   seen = (ids >= 0)[..., None] & (at < slots) & (
@@ -205,9 +232,9 @@ def _masked(q, k, v, ids, last, sink, *, block, scale):
 
 def _gathered(q, k, v, ids, last, sink, *, block, scale):
   """Gathers for as many queries at a time as have room."""
-  batch, length, groups, count = ids.shape
+  batch, length, sets, count = ids.shape
   width = sum(x.shape[-1] for x in (*k, *_parts(v)))
-  size = max(1, _GATHERED // max(1, batch * groups * count * block * width))
+  size = max(1, _GATHERED // max(1, batch * sets * count * block * width))
 
   def piece(q, ids, last):
     return _gather(q, k, v, ids, last, sink, block=block, scale=scale)
@@ -231,19 +258,19 @@ def _gathered(q, k, v, ids, last, sink, *, block, scale):
 
 
 def _gather(q, k, v, ids, last, sink, *, block, scale):
-  batch, length, groups, _ = ids.shape
-  slots = k[0].shape[2]
+  batch, length, sets, _ = ids.shape
+  groups, slots = k[0].shape[1:3]
   at, seen = _slots(ids, last, block, slots)
   by_group = jnp.where(seen, at, 0).swapaxes(1, 2).reshape(
       batch, groups, -1, 1)
   # Queries stand beside rows, each with keys of its own.
   rows = batch * length
-  seen = seen.reshape(rows, groups, 1, -1)
+  seen = seen.reshape(rows, sets, 1, -1)
 
   def take(x):
     x = jnp.take_along_axis(x, by_group, axis=2)
-    x = x.reshape(batch, groups, length, -1, x.shape[-1]).swapaxes(1, 2)
-    x = x.reshape(rows, groups, -1, x.shape[-1])
+    x = x.reshape(batch, sets, length, -1, x.shape[-1]).swapaxes(1, 2)
+    x = x.reshape(rows, sets, -1, x.shape[-1])
     return jnp.where(seen.swapaxes(2, 3), x, jnp.zeros((), x.dtype))
 
   keys = tuple(map(take, k))

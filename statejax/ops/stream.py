@@ -4,14 +4,92 @@ import jax
 import jax.numpy as jnp
 
 from statejax.ops import attend as at_once
-from statejax.ops.attend import MASKED
+from statejax.ops import dispatch, gather
+from statejax.ops.attend import MASKED, Segment
+from statejax.ops.merge import merge
 from statejax.ops.product import einsum
 
 # Keys at a time. Twice as many are still attended to at once.
 _SIZE = 4096
+# Slots that the TPU kernel fetches together.
+_BLOCK = 1024
 
 
-def attend(q, segment, *, scale):
+def is_long(slots):
+  """Whether a store of so many slots is read piece by piece."""
+  return slots > 2 * _SIZE
+
+
+def attend(q, k, v, last, *, scale):
+  """Attends to the first slots of a store.
+
+    `statejax.ops.attend.attend` with slot j visible to query t if j <= last_t
+
+  One query of each row reads on a single TPU what it sees and no more, in the
+  kernel for chosen blocks; elsewhere a long store is read as by `masked`.
+
+  Args:
+    q: [B, T, H, K]; or a tuple of such parts, whose scores add.
+    k: [B, G, N, K]; or a tuple of as many parts.
+    v: [B, G, N, V]; None takes the first part of k.
+    last: the last slot that a query sees, [B, T] int32; -1 sees none.
+    scale: factor on the scores.
+
+  Returns:
+    out [B, T, H, V] in q.dtype and lse [B, T, H] float32, as `attend`.
+  """
+  q, k = (x if isinstance(x, tuple) else (x,) for x in (q, k))
+  q, k = gather.filled(q, k)
+  slots = k[0].shape[2]
+
+  def pieces():
+    visible = jnp.arange(slots, dtype=jnp.int32)[None, None] <= last[..., None]
+    return masked(q, Segment(k, k[0] if v is None else v, visible), scale=scale)
+
+  if q[0].shape[1] > 1 or not is_long(slots):
+    return pieces()
+  ids = blocks(last, k[0].shape[1], slots)
+  kernel = gather.on_tpu(
+      'gather_attend', None, (*q, *k, *(() if v is None else (v,))),
+      q, k, v, ids, block=_BLOCK)
+  run = dispatch.choose('gather_attend', None, {
+      'pallas_tpu': kernel, 'xla': lambda *_, **__: pieces()})
+  return run(q, k, v, ids, last, None, block=_BLOCK, scale=scale)
+
+
+def blocks(last, groups, slots):
+  """Ids of the blocks of a store that queries see, [B, T, G, M] int32."""
+  ids = jnp.arange(-(-slots // _BLOCK), dtype=jnp.int32)
+  ids = ids[None, None, None]
+  ids = jnp.where(ids * _BLOCK <= last[..., None, None], ids, -1)
+  return jnp.broadcast_to(ids, (*last.shape, groups, ids.shape[-1]))
+
+
+def beside(q, k, v, last, segments, *, scale, sink=None):
+  """One softmax over the first slots of a store and over segments.
+
+  Args:
+    q: [B, T, H, K].
+    k: [B, G, N, K].
+    v: [B, G, N, V].
+    last: the last slot that a query sees, [B, T] int32; -1 sees none.
+    segments: a list of `statejax.ops.attend.Segment`, not empty.
+    scale: factor on the scores.
+    sink: logit per head, [H] float32, or None.
+
+  Returns:
+    out [B, T, H, V] in q.dtype and lse [B, T, H] float32, as `attend`.
+  """
+  slots = k.shape[2]
+  if is_long(slots):
+    return merge([attend(q, k, v, last, scale=scale),
+                  at_once.attend(q, segments, scale=scale, sink=sink)])
+  visible = jnp.arange(slots, dtype=jnp.int32)[None, None] <= last[..., None]
+  return at_once.attend(q, [Segment(k, v, visible), *segments], scale=scale,
+                        sink=sink)
+
+
+def masked(q, segment, *, scale):
   """`statejax.ops.attend.attend` of one segment, its keys piece by piece.
 
   Maximum, sum and weighted sum are carried in float32; pieces are read where
@@ -28,7 +106,7 @@ def attend(q, segment, *, scale):
   Reference: arXiv 1805.02867, the online softmax.
   """
   slots = segment.v.shape[2]
-  if slots <= 2 * _SIZE:
+  if not is_long(slots):
     return at_once.attend(q, [segment], scale=scale)
   q = q if isinstance(q, tuple) else (q,)
   keys = segment.k if isinstance(segment.k, tuple) else (segment.k,)

@@ -151,9 +151,10 @@ def test_correlated_keys(decay):
 @pytest.mark.parametrize('gates, options', [
     pytest.param(('channel', 'channel', 'channel'),
                  dict(backward_heads_per_step=1), marks=pytest.mark.slow),
-    (('channel', 0, 'head'), dict(heads_per_step=4)),
+    pytest.param(('channel', 0, 'head'), dict(heads_per_step=4),
+                 marks=pytest.mark.slow),
     (('head', 0, 1), dict(heads_per_step=1)),
-    (('head', 'channel', 'head'), {}),
+    pytest.param(('head', 'channel', 'head'), {}, marks=pytest.mark.slow),
 ], ids=str)
 def test_members(gates, options):
   args = make(*gates, **{**CASE, 'length': 21})
@@ -169,7 +170,8 @@ def test_longer_chunks(decay, size):
   check((got, {}), (oracle(args)[0], {}), 1e-6)
 
 
-@pytest.mark.parametrize('erase, limit', [(1, 1e-2), (2, 2e-2)])
+@pytest.mark.parametrize('erase, limit', [
+    pytest.param(1, 1e-2, marks=pytest.mark.slow), (2, 2e-2)])
 def test_bfloat16_with_correlated_keys(erase, limit):
   args = make('channel', **{**CASE, 'batch': 1, 'width': 64}, seed=6)
   args['k'] = args['k'][:, :1] + 0.3 * args['k']

@@ -13,7 +13,7 @@ from pallas_kernels import (
     gather_rows_tpu,
     plain_gather,
 )
-from statejax.ops import gather
+from statejax.ops import attend, gather, stream
 
 SCALE = 0.3
 jit = functools.partial(
@@ -22,14 +22,14 @@ KERNEL = KERNELS['gather_attend']['pallas_tpu']
 
 
 def make(batch=2, length=2, heads=4, groups=2, keys=(16,), value=8, slots=44,
-         block=8, count=3, sink=True, dtype=np.float32):
+         block=8, count=3, sets=None, sink=True, dtype=np.float32):
   """Random arguments; a query without a block, one that sees no slot."""
   rng = np.random.default_rng(0)
   normal = lambda *shape: rng.standard_normal(shape).astype(dtype)
-  blocks = -(-slots // block)
+  blocks, sets = -(-slots // block), sets or groups
   ids = np.stack([rng.permutation(blocks)[:count]
-                  for _ in range(batch * length * groups)])
-  ids = ids.reshape(batch, length, groups, count).astype(np.int32)
+                  for _ in range(batch * length * sets)])
+  ids = ids.reshape(batch, length, sets, count).astype(np.int32)
   ids[0, 0, :1] = -1
   ids[-1, -1, :, ::2] = -1
   last = rng.integers(slots // 2, slots, (batch, length)).astype(np.int32)
@@ -75,6 +75,7 @@ def check(args, block, tolerance=2e-6, others=False):
     dict(keys=(128, 8), value=None, slots=200),  # both, latents are values
     dict(keys=(8,), value=128, block=64, slots=150, count=2),
     dict(keys=(8,), value=8, block=128, slots=300, count=2),
+    dict(sets=4),  # heads of a group choose for themselves
 ], ids=str)
 def test_blocks(shape):
   check(make(**shape), shape.get('block', 8))
@@ -99,6 +100,20 @@ def test_a_sink_of_minus_infinity_is_none():
 
 def test_bfloat16():
   check(make(dtype=jnp.bfloat16), 8, 2e-2)
+
+
+def test_all_blocks_are_dense_attention(monkeypatch):
+  monkeypatch.setattr(stream, '_BLOCK', 16)
+  q, k, v, _, last, _ = make(length=1)
+  last[:, 0] = 20, -1
+  ids = np.asarray(stream.blocks(last, 2, 44))
+  assert ids[0, 0].tolist() == [[0, 1, -1]] * 2 and (ids[1] == -1).all()
+  seen = np.arange(44)[None, None] <= last[..., None]
+  got = jit(forms(16)[0])(q, k, v, ids, last, None)
+  want = jit(lambda q, k, v: attend.attend(
+      q, [attend.Segment(k, v, seen)], scale=SCALE))(q, k, v)
+  for a, b in zip(got, want, strict=True):
+    np.testing.assert_allclose(a, b, 2e-6, 2e-6)
 
 
 def gradients(args, block):

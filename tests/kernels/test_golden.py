@@ -24,7 +24,8 @@ for NAME, FACTS in ABOUT.items():
     GROUPS.setdefault(KEY, []).append(NAME)
 # The others have lengths of their own; these cover both decays in every way.
 SLOW = [group for group in GROUPS.values()
-        if {'gdn_short', 'kda_short', 'gdn_strong_decay'} & {*group}]
+        if {'gdn_short', 'kda_short', 'gdn_strong_decay', 'gdn_base',
+            'kda_base'} & {*group}]
 
 
 @functools.partial(

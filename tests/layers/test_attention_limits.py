@@ -21,7 +21,7 @@ CSA = c.CompressedConfig(
 def test_a_window_of_everything_is_attention():
   params, x = single.draw(A, 24)
   ring = dataclasses.replace(A, window=30)
-  for cuts in ((), (3, 4, 21)):
+  for cuts in ((), (13, 14)):
     want, _ = single.run(A, params, x, cuts)
     y, _ = single.run(ring, params, x, cuts)
     np.testing.assert_allclose(y, want, atol=2e-6)
@@ -31,7 +31,7 @@ def test_enough_entries_need_no_index():
   params, x = single.draw(CSA, 24)
   plain = dataclasses.replace(CSA, index=None)
   mine = {n: p for n, p in params.items() if not n.startswith('index')}
-  for cuts in ((), (3, 4, 21)):
+  for cuts in ((), (13, 14)):
     y, _ = single.run(CSA, params, x, cuts)
     want, _ = single.run(plain, mine, x, cuts)
     np.testing.assert_allclose(y, want, atol=2e-6)

@@ -97,7 +97,7 @@ def test_golden(name, layout, capacity):
   rows, length = x.shape[:2]
   state, outputs, chosen, done = empty(config, rows, capacity), [], [], 0
   # A step of one token gathers what others mask.
-  for piece in np.split(x, (3, 4, 21, 22) if capacity else (), axis=1):
+  for piece in np.split(x, (21, 22) if capacity else (), axis=1):
     y, state, said = step(
         DSA(config), params, piece, state, jnp.full((rows,), done, jnp.int32),
         jnp.full((rows,), piece.shape[1], jnp.int32))
@@ -205,7 +205,8 @@ def tiny():
   return config, whole, whole.init(jax.random.key(0)), batch
 
 
-@pytest.mark.parametrize('pieces', [1, 2])
+@pytest.mark.parametrize('pieces', [
+    pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_trainer_adds_it(pieces):
   """Per real token, however the batch is cut: nothing else moves an indexer."""
   config, whole, params, batch = tiny()
@@ -229,7 +230,8 @@ def test_the_trainer_adds_it(pieces):
 
 
 @pytest.mark.optimized
-@pytest.mark.parametrize('length', [1, 4])
+@pytest.mark.parametrize('length', [
+    pytest.param(1, marks=pytest.mark.slow), 4])
 def test_serving_does_not_compute_it(length):
   config, whole, params, _ = tiny()
   free = lm.LanguageModel(dataclasses.replace(config.model, layers=tuple(

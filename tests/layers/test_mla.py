@@ -18,6 +18,7 @@ from statejax import config as c
 from statejax import model as lm
 from statejax import state as st
 from statejax.layers import common, mla
+from statejax.ops import attend
 from statejax.train import optimizer
 
 MIXERS = {name: mixer for name, mixer in test_laws_attention.MIXERS.items()
@@ -181,8 +182,14 @@ def test_expanded_is_absorbed(dtype, tolerance):
   maps = (jnp.asarray(rng.normal(size=(8, 3, n)) * 8 ** -0.5, jnp.float32)
           for n in (6, 5))
   visible = jnp.asarray(rng.random((2, 5, 7)) < 0.6).at[0, 2].set(False)
+
+  def absorbed(q, latent, key, k_b, v_b, visible, scale):
+    keys = latent[:, None], key[:, None]
+    return mla.absorbed(q, k_b, v_b, lambda q: attend.attend(
+        q, [attend.Segment(keys, keys[0], visible)], scale=scale))
+
   forms = [jax.jit(functools.partial(f, scale=0.3))
-           for f in (mla.expanded, mla.absorbed)]
+           for f in (mla.expanded, absorbed)]
   args = (q, *stored, *maps, visible)
   (want, lse), (got, other) = (f(*args) for f in forms)
   assert got.shape == (2, 5, 3, 5) and got.dtype == want.dtype == dtype
@@ -201,10 +208,12 @@ class Absorbed(nn.Module):
   @nn.compact
   def __call__(self, x, state, context):
     q, _ = mla.queries(self.config, x, context.positions)
+    keys = state.latent[:, None], state.key_rope[:, None]
+    segment = attend.Segment(keys, keys[0], context.visible_chunk())
     y, _ = mla.absorbed(
-        q, state.latent, state.key_rope, *mla.up_maps(self, self.config),
-        context.visible_chunk(),
-        scale=mla.score_scale(self.config, x.shape[-1]))
+        q, *mla.up_maps(self, self.config),
+        lambda q: attend.attend(q, [segment], scale=mla.score_scale(
+            self.config, x.shape[-1])))
     return mla.output(self.config, x, y)
 
 

@@ -75,7 +75,8 @@ def test_golden(name, implementation):
 # Against the recurrence.
 
 
-@pytest.mark.parametrize('decay', DECAYS)
+@pytest.mark.parametrize('decay', [
+    pytest.param('head', marks=pytest.mark.slow), 'channel'])
 def test_lengths(decay, float64):
   args = make(decay, length=37, dtype='float64')
   forward = jit(functools.partial(delta_rule, chunk_size=8))
@@ -100,7 +101,8 @@ def test_no_tokens(decay):
     assert np.asarray(state).tobytes() == args['state'].tobytes()
 
 
-@pytest.mark.parametrize('decay', DECAYS)
+@pytest.mark.parametrize('decay', [
+    pytest.param('head', marks=pytest.mark.slow), 'channel'])
 def test_chunk_sizes_agree(decay):
   args = make(decay, length=130, batch=1, key_heads=1, heads=1, width=4)
   want = delta_rule(**args, implementation='reference')

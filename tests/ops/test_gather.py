@@ -18,14 +18,14 @@ def strict():
 
 
 def make(batch=2, length=3, heads=4, groups=2, width=5, value=3, slots=22,
-         block=4, count=3, dtype=np.float32):
+         block=4, count=3, sets=None, dtype=np.float32):
   """Random arrays; the first query names nothing, some ids are -1."""
   rng = np.random.default_rng(0)
   normal = lambda *shape: rng.standard_normal(shape).astype(dtype)
-  blocks = -(-slots // block)
+  blocks, sets = -(-slots // block), sets or groups
   ids = np.stack([rng.permutation(blocks)[:count]
-                  for _ in range(batch * length * groups)])
-  ids = ids.reshape(batch, length, groups, count).astype(np.int32)
+                  for _ in range(batch * length * sets)])
+  ids = ids.reshape(batch, length, sets, count).astype(np.int32)
   ids[0, 0] = -1
   ids[1, 1, :, 1] = -1
   last = rng.integers(0, slots, (batch, length)).astype(np.int32)
@@ -44,7 +44,7 @@ def oracle(x, block, scale, sink):
   out = np.zeros((*q.shape[:3], v.shape[-1]))
   lse = np.full(q.shape[:3], -1e30)
   for b, t, h in np.ndindex(*q.shape[:3]):
-    ids = x['ids'][b, t, h // each]
+    ids = x['ids'][b, t, h * x['ids'].shape[2] // heads]
     named = {i * block + j for i in ids[ids >= 0] for j in range(block)}
     at = sorted(j for j in named if j <= x['last'][b, t] and j < k.shape[2])
     s = scale * k[b, h // each, at] @ q[b, t, h]
@@ -63,9 +63,10 @@ def run(x, *, block, implementation, sink):
 
 
 @pytest.mark.parametrize('implementation', ['xla', 'reference'])
-@pytest.mark.parametrize('block, sink', [(4, False), (1, True)])
-def test_values(implementation, block, sink, float64):
-  x = make(block=block, dtype=np.float64, count=4)
+@pytest.mark.parametrize('block, sink, sets', [
+    (4, False, None), (1, True, None), (4, True, 4)])
+def test_values(implementation, block, sink, sets, float64):
+  x = make(block=block, dtype=np.float64, count=4, sets=sets)
   got = run(x, block=block, implementation=implementation, sink=sink)
   for a, b in zip(got, oracle(x, block, 0.4, sink), strict=True):
     assert a.dtype == np.float64
@@ -124,6 +125,7 @@ def test_is_attention_with_the_choice_as_a_mask():
 
 @pytest.mark.parametrize('change, text', [
     (dict(ids=np.zeros((2, 3, 1, 3), np.int32)), 'expected ids'),
+    (dict(ids=np.zeros((2, 3, 8, 3), np.int32)), 'that divides 4 heads'),
     (dict(ids=np.zeros((2, 3, 2, 3), np.int64)), 'expected ids'),
     (dict(last=np.zeros((2,), np.int32)), 'expected last'),
     (dict(q=np.zeros((2, 3, 4, 6), np.float32)), 'of the same widths'),

@@ -34,7 +34,7 @@ def make(dtype, slots=21, sets=None):
 def run(form, q, k, v, visible):
   segment = attend.Segment(k, v, visible)
   if form == 'stream':
-    return stream.attend(q, segment, scale=0.5)
+    return stream.masked(q, segment, scale=0.5)
   return attend.attend(q, [segment], scale=0.5)
 
 
@@ -68,3 +68,33 @@ def test_gradients():
                for form in ('stream', 'at once'))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-4, 1e-5),
                got, want)
+
+
+@pytest.mark.parametrize('slots', [7, 21])
+@pytest.mark.parametrize('sink', [False, True])
+def test_a_store_beside_segments_is_one_softmax(slots, sink, float64):
+  (q, _), (k, _), v, _ = make(np.float64, slots)
+  last = np.array([[-1, 2, slots - 1], [3, 3, 6]], np.int32)
+  seen = np.arange(slots)[None, None] <= last[..., None]
+  rng = np.random.default_rng(1)
+  chunk = attend.Segment(rng.standard_normal((2, 2, 3, 5)),
+                         rng.standard_normal((2, 2, 3, 3)),
+                         np.tril(np.ones((2, 3, 3), bool)))
+  how = dict(scale=0.5, sink=np.arange(4.0) if sink else None)
+  got = jit(lambda *x: stream.beside(*x, [chunk], **how))(q, k, v, last)
+  want = jit(lambda *x: attend.attend(
+      q, [attend.Segment(*x), chunk], **how))(k, v, seen)
+  for a, b in zip(got, want, strict=True):
+    np.testing.assert_allclose(a, b, 1e-12, 1e-12)
+
+
+def test_latents_are_keys_and_values(float64):
+  q, k, _, _ = make(np.float64)
+  k = k[0][:, :1], k[1]
+  last = np.array([[0, 7, 20], [-1, 8, 9]], np.int32)
+  seen = np.arange(21)[None, None] <= last[..., None]
+  got = jit(lambda *x: stream.attend(*x, None, last, scale=0.5))(q, k)
+  want = jit(lambda q, k: attend.attend(
+      q, [attend.Segment(k, k[0], seen)], scale=0.5))(q, k)
+  for a, b in zip(got, want, strict=True):
+    np.testing.assert_allclose(a, b, 1e-12, 1e-12)
