@@ -111,26 +111,23 @@ def measure(contexts, rounds, steps):
   import jax
   import jax.numpy as jnp
   token = jnp.ones((1, 1), jnp.int32)
-  out = {name: {} for name in MIXERS}
-  for context in contexts:
-    states, times = {}, {name: [] for name in MIXERS}
-    for name in MIXERS:
-      step, params = stepper(name)
-      state = filled(name, context, (rounds + 1) * steps + 1)
-      states[name] = jax.block_until_ready(step(params, state, token)[1])
-    for _ in range(rounds):
-      for name in MIXERS:
-        step, params = stepper(name)
-        for _ in range(steps):
-          clock = time.perf_counter()
-          logits, states[name] = step(params, states[name], token)
-          jax.block_until_ready(logits)
-          times[name].append(1e3 * (time.perf_counter() - clock))
-    for name in MIXERS:
-      out[name][context] = statistics.median(times[name])
-    print(f'{context:>8,}', *(f'{n} {out[n][context]:.2f}' for n in MIXERS),
-          flush=True)
-  return out
+  cases = [(name, context) for context in contexts for name in MIXERS]
+  states, times = {}, {case: [] for case in cases}
+  for name, context in cases:
+    step, params = stepper(name)
+    state = filled(name, context, (rounds + 1) * steps + 1)
+    states[name, context] = jax.block_until_ready(step(params, state, token)[1])
+  # Contexts too are interleaved: the machine is not as fast all the time.
+  for _ in range(rounds):
+    for case in cases:
+      step, params = stepper(case[0])
+      for _ in range(steps):
+        clock = time.perf_counter()
+        logits, states[case] = step(params, states[case], token)
+        jax.block_until_ready(logits)
+        times[case].append(1e3 * (time.perf_counter() - clock))
+  return {name: {context: statistics.median(times[name, context])
+                 for context in contexts} for name in MIXERS}
 
 
 def growth(times, name, contexts):

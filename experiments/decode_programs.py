@@ -1,5 +1,6 @@
-"""Decode steps of one-layer models at published widths, to be compiled."""
+"""Decode steps of one-layer models at published widths, compiled for TPUs."""
 
+import sys
 from unittest import mock
 
 import jax
@@ -14,11 +15,16 @@ _MLA = cfg.MLAConfig(
     heads=128, nope=128, rope_width=64, value=128, rank=512, q_rank=1536,
     rope=cfg.RopeConfig(layout='interleaved', scaling=cfg.YarnConfig(
         factor=40.0, original=4096, mscale=1.0, mscale_all_dim=1.0)))
+_M3 = cfg.AttentionConfig(
+    heads=64, kv_heads=4, key=128, value=128, qk_norm=True)
 _V4 = dict(
     heads=64, width=512, q_rank=1024, window=128, out_groups=8, out_rank=1024,
     rope=cfg.RopeConfig(theta=160_000.0, fraction=0.125, layout='interleaved',
                         side='trailing'))
 
+ROWS, CAPACITY = 8, 131_072
+# Temporary bytes of a step: no store is copied, no score of every head held.
+LIMIT = 64e6
 # Width D of the model, and its mixer.
 MIXERS = {
     # Qwen3-32B.
@@ -32,7 +38,31 @@ MIXERS = {
     'CSA': (4096, cfg.CompressedConfig(
         **_V4, ratio=4, index=cfg.IndexConfig(k=512, heads=64, width=128))),
     'HCA': (4096, cfg.CompressedConfig.heavily(**_V4)),
+    # MiniMax-M3; the others at its widths, kpool at those of DeepSeek-V3.2.
+    'M3': (6144, cfg.BlockMaxConfig(_M3, index_width=128)),
+    'MoBA': (6144, cfg.MoBAConfig(_M3)),
+    'QSA': (6144, cfg.QSAConfig(_M3, block=16, k=128, index_heads=16,
+                                index_width=128)),
+    'NSA': (6144, cfg.NSAConfig(heads=64, kv_heads=4, key=128, value=128)),
+    'kpool': (7168, cfg.PooledDSAConfig(
+        _MLA, block=4, k=512, index_heads=64, index_width=128)),
 }
+
+
+def measure(mixers, chips) -> list[dict]:
+  """Compiles the step of every mixer for every chip."""
+  found = []
+  for mixer in mixers:
+    size = state_bytes(mixer, ROWS, CAPACITY)
+    jobs = [aot.Job(chip, 'experiments.decode_programs:step', {
+        'mixer': mixer, 'rows': ROWS, 'capacity': CAPACITY}) for chip in chips]
+    for chip, figures in zip(chips, aot.compile_all(jobs), strict=True):
+      found.append({
+          'mixer': mixer, 'chip': chip, 'state': size,
+          'alias': figures['alias'], 'temporary': figures['temp'],
+          'ok': figures['temp'] < LIMIT and figures['alias'] >= size})
+      print(*found[-1].values(), file=sys.stderr, flush=True)
+  return found
 
 
 def model(mixer):

@@ -68,9 +68,10 @@ class Attention(nn.Module):
     k, v = k.astype(stored), v.astype(stored)
     how = dict(scale=c.key ** -0.5, sink=sink(self, c))
     if c.window is None:
-      (old_k, old_v, _), state = remember(state, k, v, context)
+      past, state = remember(state, k, v, context)
       chunk = attend.Segment(k, v, context.visible_chunk(), causal=True)
-      y, _ = stream.beside(q, old_k, old_v, context.last, [chunk], **how)
+      y, _ = stream.attend(q, attend.Segment(*past), [chunk],
+                           last=context.last, **how)
     else:
       segments, state = recent(state, k, v, context)
       y, _ = attend.attend(q, segments, **how)

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from statejax.ops import attend, candidates, gather, index
+from statejax.ops import attend, candidates, gather, index, stream
 from statejax.ops.attend import MASKED
 from statejax.ops.merge import merge
 from statejax.ops.product import einsum
@@ -59,9 +59,9 @@ def attend_to(q, past, new, chosen, plan, context, *, scale, sink=None):
   if chosen.dtype == bool:
     mask = candidates.tokens_of(chosen, plan, tokens)
     old, mine = mask[..., :tokens] & seen[:, None], mask[..., tokens:] & chunk
-    return attend.attend(q, [
-        attend.Segment(k, v, old), attend.Segment.of(new, mine, causal=True)],
-        scale=scale, sink=sink)[0]
+    return stream.attend(
+        q, attend.Segment(k, v, old),
+        [attend.Segment.of(new, mine, causal=True)], scale=scale, sink=sink)[0]
   ids, itself = candidates.blocks_of(
       chosen, plan, candidates.count(tokens, plan.size))
   if ids.shape[1] == 1:

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from statejax.config import DSAConfig
 from statejax.layers import common, mla, rotary, weights
 from statejax.layers.common import Proj
-from statejax.ops import attend as at_once
 from statejax.ops import gather, index, norm, select, stream
 from statejax.ops.merge import merge
 from statejax.ops.product import einsum
@@ -127,14 +126,13 @@ def attend(q, latent, key, maps, past, chosen, seen, scale, context):
                    causal=True)
   if past is None:
     return y[0]
-  stores = tuple(x[:, None] for x in past[:2])
+  store = mla.segment(past[0], past[1], own[..., :slots])
 
   def stored(q):
     if chosen.dtype == bool:
-      segment = at_once.Segment(stores, stores[0], own[..., :slots])
-      return stream.masked(q, segment, scale=scale)
+      return stream.attend(q, store, scale=scale)
     ids = jnp.where(chosen < slots, chosen, -1)[:, None, None]
-    return gather.gather_attend(q, stores, None, ids, context.last, block=1,
+    return gather.gather_attend(q, store.k, None, ids, context.last, block=1,
                                 scale=scale)
 
   return merge([y, mla.absorbed(q, k_b, v_b, stored)])[0]

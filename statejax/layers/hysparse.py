@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from statejax.config import HySparseConfig
 from statejax.layers import attention, block_sparse, common
 from statejax.layers.common import Proj
-from statejax.ops import attend, candidates
+from statejax.ops import attend, candidates, stream
 from statejax.ops.attend import MASKED
 
 _BRANCHES = 2
@@ -51,10 +51,10 @@ class HySparse(nn.Module):
     k, v = (y.astype(state.k.data.dtype) for y in (k, v))
     past, state = attention.remember(state, k, v, context)
     scale = a.key ** -0.5
-    y, lse = attend.attend(
-        q, [attend.Segment(*past),
-            attend.Segment(k, v, context.visible_chunk(), causal=True)],
-        scale=scale, sink=attention.sink(self, a))
+    y, lse = stream.attend(
+        q, attend.Segment(*past),
+        [attend.Segment(k, v, context.visible_chunk(), causal=True)],
+        scale=scale, sink=attention.sink(self, a), last=context.last)
 
     plan = context.blocks(c.block)
     tokens = past[0].shape[2]

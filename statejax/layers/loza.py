@@ -77,9 +77,9 @@ class LoZA(nn.Module):
     held = jnp.concatenate(
         [first, jnp.where(latest >= c.sink, latest, -1)], axis=1)
     seen = context.visible_past(held) & sees(c, context.positions, held)
-    latents, keys = (jnp.concatenate(x, axis=1)[:, None] for x in (
-        (state.sink, state.ring), (state.sink_rope, state.ring_rope)))
-    old = attend.Segment((latents, keys), latents, seen)
+    both = lambda *parts: jnp.concatenate(parts, axis=1)
+    old = mla.segment(both(state.sink, state.ring),
+                      both(state.sink_rope, state.ring_rope), seen)
     y, _ = merge([new, mla.absorbed(
         q, *maps, lambda q: attend.attend(q, [old], scale=scale))])
     return mla.output(c.mla, x, y), _written(state, latent, key, context)

@@ -69,9 +69,9 @@ class MLA(nn.Module):
                       scale=scale, causal=True)
     past, state = remember(state, latent, key, context)
     if past is not None:
-      stores = tuple(x[:, None] for x in past[:2])
+      store = segment(*past)
       y, _ = merge([(y, lse), absorbed(q, *maps, lambda q: stream.attend(
-          q, stores, None, context.last, scale=scale))])
+          q, store, scale=scale, last=context.last))])
     return output(c, x, y), state
 
 
@@ -166,6 +166,12 @@ def remember(state, latent, key, context):
   return (old, old_key, context.visible_store(old.shape[1])), new
 
 
+def segment(latent, key, visible):
+  """Latents [B, N, R] and keys [B, N, dr] as they are in the absorbed form."""
+  latent = latent[:, None]
+  return attend.Segment((latent, key[:, None]), latent, visible)
+
+
 def expanded(q, latent, key, k_b, v_b, visible, *, scale, causal=False):
   """Attends to keys and values of every head, made from the latents.
 
@@ -186,8 +192,8 @@ def expanded(q, latent, key, k_b, v_b, visible, *, scale, causal=False):
   """
   latent = latent.astype(q[0].dtype)
   k, v = (common.project(latent, w).swapaxes(1, 2) for w in (k_b, v_b))
-  segment = attend.Segment((k, key[:, None]), v, visible, causal)
-  return attend.attend(q, [segment], scale=scale)
+  own = attend.Segment((k, key[:, None]), v, visible, causal)
+  return attend.attend(q, [own], scale=scale)
 
 
 def absorbed(q, k_b, v_b, attend):

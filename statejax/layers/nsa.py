@@ -9,7 +9,15 @@ import jax.numpy as jnp
 from statejax.config import NSAConfig
 from statejax.layers import attention, rotary, weights
 from statejax.layers.common import Proj
-from statejax.ops import attend, blocks, gather, select, strided, window
+from statejax.ops import (
+    attend,
+    blocks,
+    gather,
+    select,
+    stream,
+    strided,
+    window,
+)
 from statejax.ops.merge import merge
 from statejax.state import Array, Spec, leaf
 
@@ -178,8 +186,7 @@ def _select(config, q, pair, importance, state, context):
     mask = blocks.spread(chosen, column)
     old = mask[..., :slots.shape[1]] & context.visible_past(slots)[:, None]
     chunk &= mask[..., slots.shape[1]:]
-    y, _ = attend.attend(q, [
-        attend.Segment.of(past, old),
+    y, _ = stream.attend(q, attend.Segment.of(past, old), [
         attend.Segment.of(pair, chunk, causal=True)], scale=scale)
     return y, new
   # One token, whose own block is always chosen: rows are gathered.

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from statejax.ops import attend as at_once
 from statejax.ops import dispatch, gather
-from statejax.ops.attend import MASKED, Segment
+from statejax.ops.attend import MASKED
 from statejax.ops.merge import merge
 from statejax.ops.product import einsum
 
@@ -15,99 +15,63 @@ _SIZE = 4096
 _BLOCK = 1024
 
 
-def is_long(slots):
-  """Whether a store of so many slots is read piece by piece."""
-  return slots > 2 * _SIZE
+def attend(q, past, beside=(), *, scale, sink=None, last=None):
+  """`statejax.ops.attend.attend`, of which the first segment may be long.
 
-
-def attend(q, k, v, last, *, scale):
-  """Attends to the first slots of a store.
-
-    `statejax.ops.attend.attend` with slot j visible to query t if j <= last_t
-
-  One query of each row reads on a single TPU what it sees and no more, in the
-  kernel for chosen blocks; elsewhere a long store is read as by `masked`.
+  A long one is attended to piece by piece, and merged with what stands beside
+  it; one query of each row reads on a single TPU what it sees and no more, in
+  the kernel for chosen blocks. Of a short one it is the same program.
 
   Args:
-    q: [B, T, H, K]; or a tuple of such parts, whose scores add.
-    k: [B, G, N, K]; or a tuple of as many parts.
-    v: [B, G, N, V]; None takes the first part of k.
-    last: the last slot that a query sees, [B, T] int32; -1 sees none.
+    q: [B, T, H, K]; or a tuple of such arrays, whose scores add.
+    past: the `statejax.ops.attend.Segment` of a store.
+    beside: other segments.
     scale: factor on the scores.
+    sink: logit per head, [H] float32, or None.
+    last: promises that past.visible is `slot <= last`, [B, T] int32, so that a
+      kernel may do without the mask; or None.
 
   Returns:
     out [B, T, H, V] in q.dtype and lse [B, T, H] float32, as `attend`.
   """
-  q, k = (x if isinstance(x, tuple) else (x,) for x in (q, k))
-  q, k = gather.filled(q, k)
-  slots = k[0].shape[2]
-
-  def pieces():
-    visible = jnp.arange(slots, dtype=jnp.int32)[None, None] <= last[..., None]
-    return masked(q, Segment(k, k[0] if v is None else v, visible), scale=scale)
-
-  if q[0].shape[1] > 1 or not is_long(slots):
-    return pieces()
-  ids = blocks(last, k[0].shape[1], slots)
-  kernel = gather.on_tpu(
-      'gather_attend', None, (*q, *k, *(() if v is None else (v,))),
-      q, k, v, ids, block=_BLOCK)
-  run = dispatch.choose('gather_attend', None, {
-      'pallas_tpu': kernel, 'xla': lambda *_, **__: pieces()})
-  return run(q, k, v, ids, last, None, block=_BLOCK, scale=scale)
+  slots = past.v.shape[2]
+  if slots <= 2 * _SIZE:
+    return at_once.attend(q, [past, *beside], scale=scale, sink=sink)
+  far = _pieces if last is None or past.visible.shape[-2] > 1 else _blocks
+  parts = [far(q, past, scale, last)]
+  if beside or sink is not None:
+    none = jax.tree.map(lambda x: x[:, :, :0], (past.k, past.v))
+    empty = at_once.Segment.of(none, past.visible[..., :0])
+    parts.append(at_once.attend(q, [empty, *beside], scale=scale, sink=sink))
+  return merge(parts)
 
 
 def blocks(last, groups, slots):
   """Ids of the blocks of a store that queries see, [B, T, G, M] int32."""
-  ids = jnp.arange(-(-slots // _BLOCK), dtype=jnp.int32)
-  ids = ids[None, None, None]
+  ids = jnp.arange(-(-slots // _BLOCK), dtype=jnp.int32)[None, None, None]
   ids = jnp.where(ids * _BLOCK <= last[..., None, None], ids, -1)
   return jnp.broadcast_to(ids, (*last.shape, groups, ids.shape[-1]))
 
 
-def beside(q, k, v, last, segments, *, scale, sink=None):
-  """One softmax over the first slots of a store and over segments.
-
-  Args:
-    q: [B, T, H, K].
-    k: [B, G, N, K].
-    v: [B, G, N, V].
-    last: the last slot that a query sees, [B, T] int32; -1 sees none.
-    segments: a list of `statejax.ops.attend.Segment`, not empty.
-    scale: factor on the scores.
-    sink: logit per head, [H] float32, or None.
-
-  Returns:
-    out [B, T, H, V] in q.dtype and lse [B, T, H] float32, as `attend`.
-  """
-  slots = k.shape[2]
-  if is_long(slots):
-    return merge([attend(q, k, v, last, scale=scale),
-                  at_once.attend(q, segments, scale=scale, sink=sink)])
-  visible = jnp.arange(slots, dtype=jnp.int32)[None, None] <= last[..., None]
-  return at_once.attend(q, [Segment(k, v, visible), *segments], scale=scale,
-                        sink=sink)
+def _blocks(q, past, scale, last):
+  """Where the kernel runs, all blocks that are seen; else pieces."""
+  parts, k = (x if isinstance(x, tuple) else (x,) for x in (q, past.k))
+  v = None if past.v is k[0] else past.v
+  parts, k = gather.filled(parts, k)
+  ids = blocks(last, k[0].shape[1], past.v.shape[2])
+  kernel = gather.on_tpu('gather_attend', None, (*parts, *k, past.v), parts, k,
+                         v, ids, block=_BLOCK)
+  run = dispatch.choose('gather_attend', None, {
+      'pallas_tpu': kernel,
+      'xla': lambda *_, **__: _pieces(q, past, scale, last)})
+  return run(parts, k, v, ids, last, None, block=_BLOCK, scale=scale)
 
 
-def masked(q, segment, *, scale):
-  """`statejax.ops.attend.attend` of one segment, its keys piece by piece.
-
-  Maximum, sum and weighted sum are carried in float32; pieces are read where
-  they lie. Of a segment of few keys it is the same program.
-
-  Args:
-    q: [B, T, H, K]; or a tuple of such arrays.
-    segment: `statejax.ops.attend.Segment`.
-    scale: factor on the scores.
-
-  Returns:
-    out [B, T, H, V] in q.dtype and lse [B, T, H] float32, as `attend`.
-
-  Reference: arXiv 1805.02867, the online softmax.
-  """
+def _pieces(q, segment, scale, last):
+  """Maximum, sum and weighted sum are carried in float32; pieces are read where
+  they lie. See arXiv 1805.02867, the online softmax."""
+  del last  # the mask says the same
   slots = segment.v.shape[2]
-  if not is_long(slots):
-    return at_once.attend(q, [segment], scale=scale)
   q = q if isinstance(q, tuple) else (q,)
   keys = segment.k if isinstance(segment.k, tuple) else (segment.k,)
   dtype, (batch, length, heads, _) = q[0].dtype, q[0].shape
@@ -122,7 +86,8 @@ def masked(q, segment, *, scale):
 
   def product(equation, a, b):
     """Heads of a group are rows of one matrix."""
-    rows = a.reshape(batch, b.shape[1], -1, a.shape[-1])
+    each = heads // b.shape[1] * length
+    rows = a.reshape(batch, b.shape[1], each, a.shape[-1])
     return einsum(equation, rows, b).reshape(batch, heads, length, -1)
 
   def piece(carry, i):

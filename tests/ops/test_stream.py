@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from delta_rule_cases import jit
 
-from statejax.ops import attend, stream
+from pallas_kernels import KERNELS
+from statejax.ops import attend, gather, stream
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +35,7 @@ def make(dtype, slots=21, sets=None):
 def run(form, q, k, v, visible):
   segment = attend.Segment(k, v, visible)
   if form == 'stream':
-    return stream.masked(q, segment, scale=0.5)
+    return stream.attend(q, segment, scale=0.5)
   return attend.attend(q, [segment], scale=0.5)
 
 
@@ -71,30 +72,51 @@ def test_gradients():
 
 
 @pytest.mark.parametrize('slots', [7, 21])
-@pytest.mark.parametrize('sink', [False, True])
-def test_a_store_beside_segments_is_one_softmax(slots, sink, float64):
+@pytest.mark.parametrize('sink, beside', [
+    (False, True), (True, True), (True, False), (False, False)])
+def test_a_store_and_segments_are_one_softmax(slots, sink, beside, float64):
   (q, _), (k, _), v, _ = make(np.float64, slots)
   last = np.array([[-1, 2, slots - 1], [3, 3, 6]], np.int32)
   seen = np.arange(slots)[None, None] <= last[..., None]
   rng = np.random.default_rng(1)
-  chunk = attend.Segment(rng.standard_normal((2, 2, 3, 5)),
-                         rng.standard_normal((2, 2, 3, 3)),
-                         np.tril(np.ones((2, 3, 3), bool)))
+  chunk = [attend.Segment(
+      rng.standard_normal((2, 2, 3, 5)), rng.standard_normal((2, 2, 3, 3)),
+      np.tril(np.ones((2, 3, 3), bool)))] if beside else []
   how = dict(scale=0.5, sink=np.arange(4.0) if sink else None)
-  got = jit(lambda *x: stream.beside(*x, [chunk], **how))(q, k, v, last)
+  got = jit(lambda *x: stream.attend(
+      q, attend.Segment(*x), chunk, last=last, **how))(k, v, seen)
   want = jit(lambda *x: attend.attend(
-      q, [attend.Segment(*x), chunk], **how))(k, v, seen)
+      q, [attend.Segment(*x), *chunk], **how))(k, v, seen)
   for a, b in zip(got, want, strict=True):
     np.testing.assert_allclose(a, b, 1e-12, 1e-12)
 
 
-def test_latents_are_keys_and_values(float64):
-  q, k, _, _ = make(np.float64)
-  k = k[0][:, :1], k[1]
-  last = np.array([[0, 7, 20], [-1, 8, 9]], np.int32)
-  seen = np.arange(21)[None, None] <= last[..., None]
-  got = jit(lambda *x: stream.attend(*x, None, last, scale=0.5))(q, k)
-  want = jit(lambda q, k: attend.attend(
-      q, [attend.Segment(k, k[0], seen)], scale=0.5))(q, k)
-  for a, b in zip(got, want, strict=True):
-    np.testing.assert_allclose(a, b, 1e-12, 1e-12)
+@pytest.mark.parametrize('latent', [False, True])
+def test_one_query_may_read_blocks(latent, monkeypatch):
+  """On a TPU the kernel stands in for the mask; here, interpreted."""
+  monkeypatch.setattr(stream, '_BLOCK', 8)
+  rng = np.random.default_rng(0)
+  normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+  q, k = normal(2, 1, 4, 16), normal(2, 2, 40, 16)
+  last = np.array([[20], [-1]], np.int32)
+  seen = np.arange(40)[None, None] <= last[..., None]
+  if latent:  # keys are values, and those of no channel are left out
+    q, k = (q, normal(2, 1, 4, 0)), (k, normal(2, 1, 40, 0))
+    v = k[0]
+  else:
+    v = normal(2, 2, 40, 8)
+  run = lambda: jit(lambda: stream.attend(
+      q, attend.Segment(k, v, seen), scale=0.5, last=last))()
+  want = run()
+  used = []
+
+  def kernel(op, implementation, *_, **__):
+    assert (op, implementation) == ('gather_attend', 'pallas_tpu')
+    used.append(op)
+    return functools.partial(KERNELS[op][implementation], interpret=True)
+
+  monkeypatch.setattr(gather.dispatch, 'kernel', kernel)
+  monkeypatch.setattr(jax, 'device_count', lambda: 1)
+  for a, b in zip(run(), want, strict=True):
+    np.testing.assert_allclose(a, b, 2e-6, 2e-6)
+  assert used
