@@ -8,9 +8,11 @@ and the mixer in question, learn multi-query associative recall (arXiv
 the same bytes of state after those 64 tokens, within 3%: 8 KiB, counted from
 the schema, by the width of its heads. A query sees 16 tokens or what stands for
 as many; the controls are attention to everything, and a window of 16 tokens
-with heads four times as wide. Same data, same Muon, indexers with their own
-losses; accuracy on unseen items, mean and range over seeds; tokens per second
-of training, from interleaved rounds at the end.
+with heads four times as wide. Same data, same Muon; indexers learn by losses
+of their own, those that have a stage for it (DSA, kpool, MiniMax-M3, QSA)
+beside dense attention for the first 250 of 400 updates, as DeepSeek-V3.2 does;
+all are tested sparse. Accuracy on unseen items, mean and range over seeds; tokens per
+second of sparse training, from interleaved rounds at the end.
 
 Expected: attention to everything recalls; a window cannot, whatever its width;
 what selects among all tokens recalls with a quarter of them. Half an hour.
@@ -79,17 +81,22 @@ CONTROLS = ('attention', 'window')
 FORGET = ('window', 'LoZA')
 TRAIN = c.TrainConfig(steps=400, rows=64, length=LENGTH, peak=5e-3, warmup=20,
                       decay=240, optimizer='muon', eval_batches=8)
+# Updates with dense attention, for what has such a stage.
+DENSE = 250
 TASK = c.TaskConfig('mqar', pairs=8, vocab=VOCAB)
 
 
 @functools.cache
-def model(name):
-  """A window of two tokens, then the mixer."""
+def model(name, dense=False):
+  """A window of two tokens, then the mixer; dense, if it has such a stage."""
   from statejax.model import LanguageModel
+  mixer = MIXERS[name]
+  if dense and hasattr(mixer, 'stage'):
+    mixer = dataclasses.replace(mixer, stage='warmup')
   near = c.AttentionConfig(heads=4, kv_heads=4, key=16, value=16, window=2,
                            rope=None)
   layers = (c.LayerConfig('near', near, c.SwiGLUConfig(128)),
-            c.LayerConfig('mixer', MIXERS[name], c.SwiGLUConfig(128)))
+            c.LayerConfig('mixer', mixer, c.SwiGLUConfig(128)))
   return LanguageModel(c.ModelConfig(
       vocab=VOCAB, width=WIDTH, layers=layers,
       groups=(c.GroupConfig(('near', 'mixer')),)))
@@ -113,8 +120,10 @@ def train(name, seed, config):
   data = pipeline.batches(loop.make_task(whole), seed=seed, **shape)
   # One program for all seeds: the seed enters by the initial state.
   state = step.initial(built, seeded)
-  for _ in range(config.steps):
-    state, _ = step.update(built, config, state, next(data))
+  dense = DENSE * config.steps // TRAIN.steps
+  for i in range(config.steps):
+    state, _ = step.update(
+        model(name, dense=i < dense), config, state, next(data))
   sums = [step.evaluate(built, state.params, batch)
           for batch in pipeline.evaluation(
               loop.make_task(whole, 'eval'), **shape,

@@ -3,10 +3,10 @@
   python -m experiments.tpu_decode
 
 No TPU was used: one step of one token for 8 rows, stores of 131,072 tokens in
-bfloat16, the state donated, matrices in bfloat16, is compiled ahead of time for
+bfloat16, the state donated, weights in bfloat16, is compiled ahead of time for
 one device of each chip. Models have one layer, at the widths of Qwen3-32B
-(GQA), DeepSeek-V3 (MLA), V3.2 (DSA, kpool), V4-Flash (CSA, HCA) and MiniMax-M3
-(M3, MoBA, QSA, NSA). Nothing was run, nothing was timed.
+(GQA), DeepSeek-V3 (MLA), V3.2 (DSA; kpool, without rope), V4-Flash (CSA, HCA)
+and MiniMax-M3 (M3, MoBA, QSA, NSA). Nothing was run, nothing was timed.
 
 Claims: every leaf of the state is replaced in place (aliased bytes are at least
 those of the state), and what a step needs beside it (temporary bytes) is below

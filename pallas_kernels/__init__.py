@@ -45,7 +45,7 @@ def _gather_attend_tpu(
   if _by_row(k, v, ids, block):
     from pallas_kernels.gather_rows_tpu import gather_rows
     return gather_rows(
-        q, k[0][:, 0], k[1][:, 0], ids[:, :, 0], last, sink, scale=scale,
+        q, tuple(x[:, 0] for x in k), ids[:, :, 0], last, sink, scale=scale,
         interpret=interpret)
   from pallas_kernels.gather_attend_tpu import gather_attend
   return gather_attend(q, k, v, ids, last, sink, block=block, scale=scale,
@@ -58,17 +58,18 @@ def _gather_attend_tpu_declines(q, k, v, ids, *, block):
     import jax
 
     from pallas_kernels.gather_rows_tpu import declines
-    latent, key = (jax.ShapeDtypeStruct(
+    stores = tuple(jax.ShapeDtypeStruct(
         (x.shape[0], *x.shape[2:]), x.dtype) for x in k)
     only = jax.ShapeDtypeStruct((*ids.shape[:2], ids.shape[3]), ids.dtype)
-    return declines(q, latent, key, only)
+    return declines(q, stores, only)
   from pallas_kernels.gather_attend_tpu import declines
   return declines(q, k, v, ids, block=block)
 
 
 def _by_row(k, v, ids, block):
-  """Whether ids are rows of latents and of keys that all heads share."""
-  return block == 1 and v is None and len(k) == 2 and ids.shape[2] == 1
+  """Whether ids are rows of latents, with or without keys beside them, that
+  all heads share."""
+  return block == 1 and v is None and len(k) <= 2 and ids.shape[2] == 1
 
 
 def _index_scores_tpu(q, w, k, count=None, *, relu=True, interpret=False):

@@ -156,7 +156,9 @@ def _call(static, floats, ids, last):
 
   def by_id(b, g, t, m, ids, last):
     at = ((b * steps + t) * sets + g) * count + m
-    return b, g // each, jnp.maximum(ids[at], 0) * block // fetched, 0
+    # What names no slot of the store is masked, but fetched all the same.
+    fetch = jnp.clip(ids[at] * block // fetched, 0, (size - 1) // fetched)
+    return b, g // each, fetch, 0
 
   def by_id_turned(*index):
     b, group, at, _ = by_id(*index)

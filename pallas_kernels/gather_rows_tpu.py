@@ -27,21 +27,22 @@ _ROWS = 64
 _GROUP = LANES // TILE
 
 
-def declines(q, latent, key, ids) -> str | None:
+def declines(q, stores, ids) -> str | None:
   """Returns why the kernel cannot take arrays of these shapes, or None."""
+  latent, *keys = stores
   if narrow(latent):
     return (f'its latents have a multiple of {LANES} channels, not '
             f'{latent.shape[-1]}')
-  least = LANES if narrow(key) else TILE
+  least = LANES if any(map(narrow, keys)) else TILE
   if latent.shape[1] % least:
     return f'its stores have a multiple of {least} slots, not {latent.shape[1]}'
   if not (q[0].size and ids.size and latent.shape[1]):
     return f'it has no work for ids of {ids.shape}'
-  if {latent.dtype.name, key.dtype.name} - {'float32', 'bfloat16'}:
-    return (f'its stores are float32 or bfloat16, not {latent.dtype.name} and '
-            f'{key.dtype.name}')
-  if key.shape[-1] % 16:
-    return f'its keys have a multiple of 16 channels, not {key.shape[-1]}'
+  kinds = {x.dtype.name for x in stores}
+  if kinds - {'float32', 'bfloat16'}:
+    return f'its stores are float32 or bfloat16, not {sorted(kinds)}'
+  if any(x.shape[-1] % 16 for x in keys):
+    return f'its keys have a multiple of 16 channels, not {keys[0].shape[-1]}'
   each = -(-ids.shape[2] // _ROWS) * _ROWS
   if ids.shape[0] * each > blocks.MOST_IDS:
     return (f'SMEM holds {blocks.MOST_IDS} ids, one query of each row has '
@@ -49,14 +50,13 @@ def declines(q, latent, key, ids) -> str | None:
   return None
 
 
-def gather_rows(q, latent, key, ids, last, sink=None, *, scale,
-                interpret=False):
+def gather_rows(q, stores, ids, last, sink=None, *, scale, interpret=False):
   """Attends to the named rows, one set for all heads.
 
   Args:
-    q: (q_c [B, T, H, R], q_r [B, T, H, dr]), float32 or bfloat16.
-    latent: first part of the keys, and the values, [B, N, R].
-    key: second part of the keys, [B, N, dr].
+    q: (q_c [B, T, H, R], q_r [B, T, H, dr]), float32 or bfloat16; or (q_c,).
+    stores: latents, first part of the keys and the values, [B, N, R]; and the
+      second part of the keys, [B, N, dr], if there is one.
     ids: [B, T, M] int32, distinct rows of each query; -1 names none.
     last: the last position that a query may see, [B, T] int32.
     sink: logit per head, [H] float32, or None.
@@ -71,12 +71,12 @@ def gather_rows(q, latent, key, ids, last, sink=None, *, scale,
 
   Reference: DeepSeek-V3.2, sparse attention in its absorbed form.
   """
-  reason = declines(q, latent, key, ids)
+  reason = declines(q, stores, ids)
   if reason:
     raise ValueError(f'{reason}: take another implementation.')
   missing = -ids.shape[2] % _ROWS
   ids = jnp.pad(ids, ((0, 0), (0, 0), (0, missing)), constant_values=-1)
-  arrays = manual.alike((q, (latent, key), None, sink), ids, last)
+  arrays = manual.alike((q, tuple(stores), None, sink), ids, last)
   return _run((float(scale), interpret), *arrays)
 
 
@@ -128,18 +128,19 @@ def _call(static, floats, ids, last):
   if sink is not None:
     arrays.append(sink.astype(jnp.float32).reshape(heads, 1))
     specs.append(pl.BlockSpec((heads, 1), lambda b, t, j, *_: (0, 0)))
-  key = stores[1]
+  # Without keys of their own, of latents alone, their place is not used.
+  key = stores[-1]
+  tiles, placed = [TILE, LANES], pltpu.VMEM((TILE, LANES), jnp.int32)
   if narrow(key):
     tiles = [_ROWS, key.shape[-1], LANES]
     packed = key.dtype.itemsize == 2
     placed = pltpu.VMEM((key.shape[-1] // (1 + packed), _ROWS * TILE),
                         jnp.int32 if packed else key.dtype)
-  else:
+  elif len(stores) > 1:
     tiles = [_ROWS * TILE, key.shape[-1]]
-    placed = pltpu.VMEM((8, LANES), jnp.int32)  # not used
   out, lse = pl.pallas_call(
-      functools.partial(_kernel, turned=narrow(key), sink=sink is not None,
-                        scale=scale),
+      functools.partial(_kernel, turned=narrow(key), parts=len(stores),
+                        sink=sink is not None, scale=scale),
       grid_spec=pltpu.PrefetchScalarGridSpec(
           num_scalar_prefetch=2, grid=(batch, steps, count // _ROWS),
           in_specs=specs,
@@ -159,7 +160,10 @@ def _call(static, floats, ids, last):
   return out, lse.reshape(batch, steps, heads)
 
 
-def _kernel(ids, used, q, q_key, seen, latent, key, *refs, turned, sink, scale):
+def _kernel(ids, used, q, *refs, turned, parts, sink, scale):
+  q_key, *refs = refs if parts > 1 else (None, *refs)
+  seen, latent, *refs = refs
+  key, *refs = refs if parts > 1 else (None, *refs)
   sink = refs[0] if sink else None
   out, lse, latents, keys, placed, arrived, *carried = refs[sink is not None:]
   b, t, j = (pl.program_id(i) for i in range(3))
@@ -176,6 +180,8 @@ def _kernel(ids, used, q, q_key, seen, latent, key, *refs, turned, sink, scale):
     to = pl.ds(pl.multiple_of(i * TILE, TILE), TILE)
     yield pltpu.make_async_copy(
         latent.at[b, rows], latents.at[slot, to], arrived.at[slot, 0])
+    if parts == 1:
+      return
     if turned:
       lanes = pl.ds(pl.multiple_of(row // LANES * LANES, LANES), LANES)
       yield pltpu.make_async_copy(
@@ -207,16 +213,18 @@ def _kernel(ids, used, q, q_key, seen, latent, key, *refs, turned, sink, scale):
   def _():
     each(j, lambda copy: copy.wait())
     slot = j % 2
-    if turned:
+    values = latents[slot]
+    scores = blocks.product_nt(q[0, 0], values)
+    if parts == 1:
+      pass
+    elif turned:
       _place(keys.at[slot], placed, lambda i: wanted(j, i))
       found = placed[...]
       if keys.dtype != placed.dtype:
         found = pltpu.bitcast(found, keys.dtype)
-      scores = blocks.product(q_key[0, 0], found)
+      scores += blocks.product(q_key[0, 0], found)
     else:
-      scores = blocks.product_nt(q_key[0, 0], keys[slot])
-    values = latents[slot]
-    scores += blocks.product_nt(q[0, 0], values)
+      scores += blocks.product_nt(q_key[0, 0], keys[slot])
     blocks.absorb(carried, scale * scores, seen[0, 0] > 0,
                   values.astype(q.dtype))
 

@@ -92,7 +92,7 @@ def index_scores(q, w, k, *, count=None, relu=True, implementation=None):
       scores past it may be anything finite.
     relu: whether a head's score below 0 counts as 0.
     implementation: 'pallas_tpu', 'xla', which scores some keys at a time, or
-      'reference', which None takes for a short store.
+      'reference', which None takes for one query of a short store.
 
   Returns:
     [B, T, N] float32 (float64 of float64 queries).
@@ -107,7 +107,8 @@ def index_scores(q, w, k, *, count=None, relu=True, implementation=None):
     raise ValueError(
         f'index: expected q [B, T, HI, dI], w [B, T, HI] and k [B, N, dI], got '
         f'{q.shape}, {None if w is None else w.shape} and {k.shape}.')
-  if implementation is None and k.shape[1] < 2 * _SCORED:
+  few = q.shape[1] == 1 and k.shape[1] < 2 * _SCORED
+  if implementation is None and (few or not k.shape[1]):
     implementation = 'reference'
   run = dispatch.choose('index_topk', implementation, {
       'pallas_tpu': on_tpu('index_topk', implementation, (q, k), q, k),

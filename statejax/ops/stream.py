@@ -37,8 +37,9 @@ def attend(q, past, beside=(), *, scale, sink=None, last=None):
   slots = past.v.shape[2]
   if slots <= 2 * _SIZE:
     return at_once.attend(q, [past, *beside], scale=scale, sink=sink)
-  far = _pieces if last is None or past.visible.shape[-2] > 1 else _blocks
-  parts = [far(q, past, scale, last)]
+  groups = {x.shape[1] for x in jax.tree.leaves((past.k, past.v))}
+  one = last is not None and past.visible.shape[-2] == 1 and len(groups) == 1
+  parts = [(_blocks if one else _pieces)(q, past, scale, last)]
   if beside or sink is not None:
     none = jax.tree.map(lambda x: x[:, :, :0], (past.k, past.v))
     empty = at_once.Segment.of(none, past.visible[..., :0])

@@ -75,7 +75,7 @@ def check(args, block, tolerance=2e-6, others=False):
     dict(keys=(128, 8), value=None, slots=200),  # both, latents are values
     dict(keys=(8,), value=128, block=64, slots=150, count=2),
     dict(keys=(8,), value=8, block=128, slots=300, count=2),
-    dict(sets=4),  # heads of a group choose for themselves
+    dict(heads=8, sets=4),  # heads of a group choose for themselves
 ], ids=str)
 def test_blocks(shape):
   check(make(**shape), shape.get('block', 8))
@@ -152,6 +152,7 @@ def rows(**shape):
     dict(),  # two grid steps, the last one padded
     dict(keys=(128, 128), slots=72, count=9, sink=False),
     dict(keys=(256, 16), slots=128, count=65, dtype=jnp.bfloat16),
+    dict(keys=(128,), slots=72, count=9),  # latents alone
 ], ids=str)
 def test_rows(shape):
   check(rows(**shape), 1, 2e-2 if 'dtype' in shape else 2e-6,
@@ -184,8 +185,8 @@ def test_the_kernels_decline():
   assert 'divide 128' in wants(q, ids=ids, block=24)
   q, k, _, ids, _, _ = rows()
   one = [x[:, 0] for x in k]
-  wants = functools.partial(gather_rows_tpu.declines, q, ids=ids[:, :, 0])
-  assert wants(*one) is None
+  wants = lambda *stores: gather_rows_tpu.declines(q, stores, ids[:, :, 0])
+  assert wants(*one) is None and wants(one[0]) is None
   assert '128 channels' in wants(one[1], one[1])
   assert '128 slots' in wants(one[0][:, :200], one[1][:, :200])
   assert 'float16' in wants(one[0].astype(np.float16), one[1])

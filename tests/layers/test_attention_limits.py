@@ -6,16 +6,29 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import single
 
+from pallas_kernels import KERNELS
 from statejax import config as c
 from statejax.layers import common
-from statejax.ops import blocks, compress
+from statejax.ops import blocks, compress, gather, index, stream
 
 A = c.AttentionConfig(heads=4, kv_heads=2, key=8, value=6, sink=True)
 CSA = c.CompressedConfig(
     heads=4, width=16, q_rank=12, window=5, out_groups=2, out_rank=6, ratio=3,
     index=c.IndexConfig(k=100, heads=5, width=12))
+
+MLA = c.MLAConfig(heads=3, nope=8, rope_width=8, value=6, rank=16)
+INDEX = dict(index_heads=8, index_width=8)
+
+
+@pytest.fixture
+def fresh():
+  """What is put in place of an op is traced, and not kept."""
+  jax.clear_caches()
+  yield
+  jax.clear_caches()
 
 
 def test_a_window_of_everything_is_attention():
@@ -83,3 +96,46 @@ def test_an_overlapping_entry_reaches_one_block_back():
     token = np.arange(steps)
     np.testing.assert_array_equal(
         seen[w], (token // size == w) | (token // size == w - 1))
+
+
+@pytest.mark.parametrize('config', [
+    c.DSAConfig(MLA, k=4, **INDEX),
+    c.PooledDSAConfig(MLA, block=3, k=2, **INDEX),
+    c.QSAConfig(dataclasses.replace(A, sink=False), block=3, k=2, **INDEX),
+    dataclasses.replace(CSA, index=c.IndexConfig(k=3, heads=5, width=12)),
+], ids=lambda x: type(x).__name__)
+def test_scores_past_the_count_do_not_matter(config, fresh, monkeypatch):
+  """A kernel reads index keys up to the count alone; none of them is missed."""
+  params, x = single.draw(config, 24)
+  want, _ = single.run(config, params, x, (13, 14))
+  jax.clear_caches()
+
+  def scores(q, w, k, *, count, relu=True):
+    late = jnp.arange(k.shape[1])[None, None] >= count[:, None, None]
+    return jnp.where(late, 1e9, index.scores(q, w, k, relu=relu))
+
+  monkeypatch.setattr(gather, 'index_scores', scores)
+  got, _ = single.run(config, params, x, (13, 14))
+  np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize('config', [
+    A, MLA, dataclasses.replace(MLA, rope_width=0, rope=None)], ids=str)
+def test_long_stores_are_read_in_pieces_and_blocks(config, fresh, monkeypatch):
+  """With the TPU kernel, interpreted, for the single token."""
+  params, x = single.draw(config, 24)
+  want, _ = single.run(config, params, x, (13, 14))
+  jax.clear_caches()
+  used = []
+
+  def kernel(op, implementation):
+    used.append(op)
+    return functools.partial(KERNELS[op][implementation], interpret=True)
+
+  monkeypatch.setattr(stream, '_SIZE', 6)
+  monkeypatch.setattr(stream, '_BLOCK', 8)
+  monkeypatch.setattr(gather.dispatch, 'kernel', kernel)
+  monkeypatch.setattr(jax, 'device_count', lambda: 1)
+  got, _ = single.run(config, params, x, (13, 14))
+  np.testing.assert_allclose(got, want, atol=2e-6)
+  assert used == ['gather_attend']

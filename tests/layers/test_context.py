@@ -37,6 +37,8 @@ def check(length, n_valid, document, steps):
   for x in jax.tree.leaves(c) + [c.new_length]:
     assert x.dtype == np.int32 and not x.weak_type
   valid = np.asarray(c.valid)
+  np.testing.assert_array_equal(
+      np.arange(6) <= np.asarray(c.last)[..., None], c.visible_store(6))
   c = jax.tree.map(np.asarray, c)
   for b, n in enumerate(n_valid):
     owners, positions, start, base, after = count(

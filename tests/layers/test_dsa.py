@@ -231,7 +231,7 @@ def test_the_trainer_adds_it(pieces):
 
 @pytest.mark.optimized
 @pytest.mark.parametrize('length', [
-    pytest.param(1, marks=pytest.mark.slow), 4])
+    1, pytest.param(4, marks=pytest.mark.slow)])
 def test_serving_does_not_compute_it(length):
   config, whole, params, _ = tiny()
   free = lm.LanguageModel(dataclasses.replace(config.model, layers=tuple(

@@ -66,7 +66,8 @@ def run(x, *, block, implementation, sink):
 @pytest.mark.parametrize('block, sink, sets', [
     (4, False, None), (1, True, None), (4, True, 4)])
 def test_values(implementation, block, sink, sets, float64):
-  x = make(block=block, dtype=np.float64, count=4, sets=sets)
+  x = make(block=block, dtype=np.float64, count=4, sets=sets,
+           heads=2 * (sets or 2))
   got = run(x, block=block, implementation=implementation, sink=sink)
   for a, b in zip(got, oracle(x, block, 0.4, sink), strict=True):
     assert a.dtype == np.float64

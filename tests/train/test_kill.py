@@ -22,10 +22,10 @@ def killed(job, folder, kills):
   return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize('job', ['train', 'generate'])
-def test_few_kills(job, tmp_path):
-  facts = killed(job, tmp_path, 1)
-  assert facts['kills'] == 1 and facts['lost'] <= facts['every']
+@pytest.mark.parametrize('job, kills', [('train', 2), ('generate', 1)])
+def test_few_kills(job, kills, tmp_path):
+  facts = killed(job, tmp_path, kills)
+  assert facts['kills'] == kills and facts['lost'] <= facts['every']
 
 
 @pytest.mark.slow
