@@ -47,7 +47,8 @@ MIXERS = {
                                 index_width=128)),
     'NSA': (6144, cfg.NSAConfig(heads=64, kv_heads=4, key=128, value=128)),
     'kpool': (7168, cfg.PooledDSAConfig(
-        dataclasses.replace(_MLA, rope_width=0, rope=None), block=4, k=512, index_heads=64, index_width=128)),
+        dataclasses.replace(_MLA, rope_width=0, rope=None), block=4,
+        k=512, index_heads=64, index_width=128)),
 }
 
 

@@ -11,8 +11,8 @@ as many; the controls are attention to everything, and a window of 16 tokens
 with heads four times as wide. Same data, same Muon; indexers learn by losses
 of their own, those that have a stage for it (DSA, kpool, MiniMax-M3, QSA)
 beside dense attention for the first 250 of 400 updates, as DeepSeek-V3.2 does;
-all are tested sparse. Accuracy on unseen items, mean and range over seeds; tokens per
-second of sparse training, from interleaved rounds at the end.
+all are tested sparse. Accuracy on unseen items, mean and range over seeds;
+tokens per second of sparse training, from interleaved rounds at the end.
 
 Expected: attention to everything recalls; a window cannot, whatever its width;
 what selects among all tokens recalls with a quarter of them. Half an hour.
