@@ -31,13 +31,15 @@ SUBJECTS = {
             heads=2, kv_heads=1, key=8, value=8), MLP),)),
 }
 MUTANTS = []
+# A law that another mutant shows to fail as well.
+SLOW = pytest.mark.slow
 
 
-def mutant(subject, law, target, name):
+def mutant(subject, law, target, name, marks=()):
   """Registers `wrong(original, *args)` in place of `target.name`."""
   def register(wrong):
     MUTANTS.append(pytest.param(
-        subject, law, target, name, wrong, id=wrong.__name__))
+        subject, law, target, name, wrong, id=wrong.__name__, marks=marks))
     return wrong
   return register
 
@@ -82,13 +84,13 @@ def conv_tail_dropped(right, x, tail, *args, **kwargs):
   return y, jnp.zeros_like(tail)
 
 
-@mutant('delta', 'padding', conv, 'short_conv')
+@mutant('delta', 'padding', conv, 'short_conv', SLOW)
 def conv_tail_of_the_padding(right, x, tail, weight, n_valid, **kwargs):
   y, _ = right(x, tail, weight, n_valid, **kwargs)
   return y, jnp.concatenate([tail, x], axis=1)[:, x.shape[1]:]
 
 
-@mutant('delta', 'packed', conv, 'short_conv')
+@mutant('delta', 'packed', conv, 'short_conv', SLOW)
 def conv_reads_across_documents(right, *args, document, start, **kwargs):
   del document, start
   return right(*args, **kwargs)
@@ -150,7 +152,7 @@ def ring_written_before_read(right, state, k, v, context):
   return [attend.Segment(new.k, new.v, past.visible), chunk], new
 
 
-@mutant('ring', 'causality', common.Context, 'visible_chunk')
+@mutant('ring', 'causality', common.Context, 'visible_chunk', SLOW)
 def window_too_long(right, self, window=None):
   return right(self, window + 1)
 
@@ -220,7 +222,7 @@ def append_clamps_at_the_end(right, store, new, slot, first, count):
 
 
 @mutant('full', 'fixed_point', common.Context, 'new_length')
-@mutant('full', 'no_recompile', common.Context, 'new_length')
+@mutant('full', 'no_recompile', common.Context, 'new_length', SLOW)
 @mutant('full', 'donation', common.Context, 'new_length')
 def length_changes_its_type(right, self):
   other = {jnp.dtype('int32'): 'int16', jnp.dtype('int16'): 'int32'}
@@ -287,7 +289,7 @@ def bytes_of_one_layer_forgotten(right, state):
   return {'fixed': right(state)['fixed'] - 4, 'growing': 0}
 
 
-@mutant('model', 'witness', witness, 'absorb')
+@mutant('model', 'witness', witness, 'absorb', SLOW)
 def witness_of_a_set(right, old, tokens, count, start=None):
   return right(old, jnp.sort(tokens, axis=1), count, start)
 

@@ -107,7 +107,7 @@ def test_an_overlapping_entry_reaches_one_block_back():
 def test_scores_past_the_count_do_not_matter(config, fresh, monkeypatch):
   """A kernel reads index keys up to the count alone; none of them is missed."""
   params, x = single.draw(config, 24)
-  want, _ = single.run(config, params, x, (13, 14))
+  want, _ = single.run(config, params, x, (10, 20))
   jax.clear_caches()
 
   def scores(q, w, k, *, count, relu=True):
@@ -115,7 +115,7 @@ def test_scores_past_the_count_do_not_matter(config, fresh, monkeypatch):
     return jnp.where(late, 1e9, index.scores(q, w, k, relu=relu))
 
   monkeypatch.setattr(gather, 'index_scores', scores)
-  got, _ = single.run(config, params, x, (13, 14))
+  got, _ = single.run(config, params, x, (10, 20))
   np.testing.assert_array_equal(got, want)
 
 
@@ -124,7 +124,7 @@ def test_scores_past_the_count_do_not_matter(config, fresh, monkeypatch):
 def test_long_stores_are_read_in_pieces_and_blocks(config, fresh, monkeypatch):
   """With the TPU kernel, interpreted, for the single token."""
   params, x = single.draw(config, 24)
-  want, _ = single.run(config, params, x, (13, 14))
+  want, _ = single.run(config, params, x, (14, 15, 16))
   jax.clear_caches()
   used = []
 
@@ -136,6 +136,6 @@ def test_long_stores_are_read_in_pieces_and_blocks(config, fresh, monkeypatch):
   monkeypatch.setattr(stream, '_BLOCK', 8)
   monkeypatch.setattr(gather.dispatch, 'kernel', kernel)
   monkeypatch.setattr(jax, 'device_count', lambda: 1)
-  got, _ = single.run(config, params, x, (13, 14))
+  got, _ = single.run(config, params, x, (14, 15, 16))
   np.testing.assert_allclose(got, want, atol=2e-6)
   assert used == ['gather_attend']
