@@ -11,7 +11,7 @@ and MiniMax-M3 (M3, MoBA, QSA, NSA). Nothing was run, nothing was timed.
 Claims: every leaf of the state is replaced in place (aliased bytes are at least
 those of the state), and what a step needs beside it (temporary bytes) is below
 64 MB: no store is copied, no score of every head and token is held. Needs
-libtpu; ten minutes.
+libtpu; a quarter of an hour.
 """
 
 import pathlib
