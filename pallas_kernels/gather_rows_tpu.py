@@ -161,9 +161,9 @@ def _call(static, floats, ids, last):
 
 
 def _kernel(ids, used, q, *refs, turned, parts, sink, scale):
-  q_key, *refs = refs if parts > 1 else (None, *refs)
-  seen, latent, *refs = refs
-  key, *refs = refs if parts > 1 else (None, *refs)
+  # Keys beside the latents, and queries of them: one of each, or none.
+  *q_key, seen, latent = refs[:parts + 1]
+  key, refs = refs[parts + 1:2 * parts], refs[2 * parts:]
   sink = refs[0] if sink else None
   out, lse, latents, keys, placed, arrived, *carried = refs[sink is not None:]
   b, t, j = (pl.program_id(i) for i in range(3))
@@ -171,7 +171,8 @@ def _kernel(ids, used, q, *refs, turned, parts, sink, scale):
   count = pl.num_programs(2)
 
   def wanted(step, i):
-    return jnp.maximum(ids[(query * count + step) * _ROWS + i], 0)
+    row = ids[(query * count + step) * _ROWS + i]
+    return jnp.clip(row, 0, latent.shape[1] - 1)
 
   def copies(step, i):
     """Of the tiles of the i-th row of a step."""
@@ -180,15 +181,15 @@ def _kernel(ids, used, q, *refs, turned, parts, sink, scale):
     to = pl.ds(pl.multiple_of(i * TILE, TILE), TILE)
     yield pltpu.make_async_copy(
         latent.at[b, rows], latents.at[slot, to], arrived.at[slot, 0])
-    if parts == 1:
+    if not key:
       return
     if turned:
       lanes = pl.ds(pl.multiple_of(row // LANES * LANES, LANES), LANES)
       yield pltpu.make_async_copy(
-          key.at[b, :, lanes], keys.at[slot, i], arrived.at[slot, 1])
+          key[0].at[b, :, lanes], keys.at[slot, i], arrived.at[slot, 1])
     else:
       yield pltpu.make_async_copy(
-          key.at[b, rows], keys.at[slot, to], arrived.at[slot, 1])
+          key[0].at[b, rows], keys.at[slot, to], arrived.at[slot, 1])
 
   def each(step, what):
     def body(i, _):
@@ -215,16 +216,16 @@ def _kernel(ids, used, q, *refs, turned, parts, sink, scale):
     slot = j % 2
     values = latents[slot]
     scores = blocks.product_nt(q[0, 0], values)
-    if parts == 1:
+    if not key:
       pass
     elif turned:
       _place(keys.at[slot], placed, lambda i: wanted(j, i))
       found = placed[...]
       if keys.dtype != placed.dtype:
         found = pltpu.bitcast(found, keys.dtype)
-      scores += blocks.product(q_key[0, 0], found)
+      scores += blocks.product(q_key[0][0, 0], found)
     else:
-      scores += blocks.product_nt(q_key[0, 0], keys[slot])
+      scores += blocks.product_nt(q_key[0][0, 0], keys[slot])
     blocks.absorb(carried, scale * scores, seen[0, 0] > 0,
                   values.astype(q.dtype))
 

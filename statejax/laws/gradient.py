@@ -52,6 +52,8 @@ def _compare(bench, path, got, want):
   if not np.isfinite(want).all():
     bench.fail(path, expected='a finite gradient', got='NaN or infinity')
   got, want = (np.asarray(x, np.float64) for x in (got, want))
+  if not want.size:  # keys without a channel that turns
+    return
   error = np.max(np.abs(got - want)) / max(1.0, np.max(np.abs(want)))
   bench.worst = max(bench.worst, error)
   if not error <= 10 * bench.tolerance:

@@ -224,7 +224,7 @@ def _no_leak(bench, segments, start, outputs, state):
   for path, _, _, kind in st.leaves(state):
     # Slots of a store that nothing wrote keep their value, and a gradient.
     if path in d_leaves and path.startswith('layers/') and kind == 'fixed':
-      worst = np.max(np.abs(d_leaves[path]))
+      worst = np.max(np.abs(d_leaves[path]), initial=0)
       if worst != 0:
         bench.fail(path, expected=0, got=worst, note=note)
 

@@ -227,8 +227,10 @@ def _scanned(config, group, params, x, layers, used, context):
     low, whole = used[name], layers[name]
     values = {}
     for f, value in fixed[name].items():
+      # Of every repeat, of every turn; a leaf may have a dimension of 0.
+      repeats, turns, *rest = value.shape
       values[f] = _put(getattr(whole, f), low,
-                       value.reshape(-1, *value.shape[2:]))
+                       value.reshape(repeats * turns, *rest))
     layers[name] = dataclasses.replace(whole, **stores[name], **values)
   return x, layers, context, losses
 
