@@ -142,11 +142,11 @@ class Attention:
             self._spec(*tokens, dtype='int32'))
 
   def rows(self) -> tuple:
-    """Arguments of `gather_rows`: q, latent, key, ids, last."""
+    """Arguments of `gather_rows`: q, stores, ids, last."""
     tokens, store = (self.batch, self.length), (self.batch, self.slots)
     return ((self._spec(*tokens, self.heads, self.value),
              self._spec(*tokens, self.heads, self.key)),
-            self._spec(*store, self.value), self._spec(*store, self.key),
+            (self._spec(*store, self.value), self._spec(*store, self.key)),
             self._spec(*tokens, self.count, dtype='int32'),
             self._spec(*tokens, dtype='int32'))
 
