@@ -101,7 +101,7 @@ def test_one_query_may_read_blocks(latent, monkeypatch):
   last = np.array([[20], [-1]], np.int32)
   seen = np.arange(40)[None, None] <= last[..., None]
   if latent:  # keys are values, and those of no channel are left out
-    q, k = (q, normal(2, 1, 4, 0)), (k, normal(2, 1, 40, 0))
+    q, k = (q, normal(2, 1, 4, 0)), (k, normal(2, 2, 40, 0))
     v = k[0]
   else:
     v = normal(2, 2, 40, 8)
