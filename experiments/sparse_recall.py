@@ -91,7 +91,7 @@ def model(name, dense=False):
   """A window of two tokens, then the mixer; dense, if it has such a stage."""
   from statejax.model import LanguageModel
   mixer = MIXERS[name]
-  if dense and hasattr(mixer, 'stage'):
+  if dense and hasattr(mixer, 'stage') and mixer.chooses:
     mixer = dataclasses.replace(mixer, stage='warmup')
   near = c.AttentionConfig(heads=4, kv_heads=4, key=16, value=16, window=2,
                            rope=None)

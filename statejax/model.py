@@ -129,8 +129,11 @@ class LanguageModel:
         key=st.Spec((rows, 2), 'uint32'),
         logits=(st.Spec((rows, self.config.vocab), 'float32')
                 if logits else None)))
-    grows = any(kind == 'growing' for _, _, _, kind in st.leaves(schema))
-    return dataclasses.replace(schema, capacity=capacity if grows else None)
+    growing = [(path, leaf.stride) for path, leaf, _, kind in st.leaves(schema)
+               if kind == 'growing']
+    return dataclasses.replace(
+        schema, capacity=capacity if growing else None,
+        strides=tuple((path, s) for path, s in growing if s > 1))
 
   def init_state(self, rows: int, capacity: int, *, key=None,
                  logits: bool = False):

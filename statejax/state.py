@@ -99,7 +99,9 @@ class ServingState:
     logits: next-token logits after the last absorbed token, [B, P] float32,
       or None where not asked for.
     capacity: tokens that the growing leaves hold, None where there are none;
-      static. A leaf of stride s has a slot for every s of them.
+      static.
+    strides: (path, s) of the growing leaves that have a slot for every s > 1
+      tokens; static.
   """
 
   layers: dict
@@ -110,6 +112,8 @@ class ServingState:
   logits: Array | None = leaf('batch vocab')
   capacity: int | None = dataclasses.field(
       default=None, metadata=dict(static=True))
+  strides: tuple[tuple[str, int], ...] = dataclasses.field(
+      default=(), metadata=dict(static=True))
 
 
 @jax.tree_util.register_dataclass
@@ -313,22 +317,20 @@ def clear(state, index):
   return map_leaves(one, state)
 
 
-def grow(state, new: int, schema=None):
+def grow(state, new: int):
   """Returns `state` with room for `new` tokens; contents keep their slots.
 
   Args:
     state: any state.
     new: capacity in tokens, at least the present one.
-    schema: needed where a growing leaf holds one slot per several tokens.
   """
-  strides = iter([s.stride for _, s, _, _ in leaves(schema)] if schema else ())
+  strides = dict(state.strides)
   _refuse_lost(state)
   def one(path, axes, kind, x):
-    stride = next(strides, 1)
     if kind == 'fixed':
       return x
     axis = axes.index('capacity')
-    slots = -(-new // stride)
+    slots = -(-new // strides.get(path, 1))
     if slots < x.shape[axis]:
       raise ValueError(f'grow: {path} has capacity {x.shape[axis]}, asked for '
                        f'{slots}; a store never shrinks.')
@@ -425,19 +427,18 @@ def nbytes(state) -> dict[str, int]:
   return total
 
 
-def live(state, row: int, schema=None):
+def live(state, row: int):
   """Returns one row as numpy arrays, batch axis dropped, live prefix only.
 
   What an artifact stores: slots past `length` are not part of a state.
   """
   length = int(state.length[row])
   _refuse_lost(state)
-  strides = iter([s.stride for _, s, _, _ in leaves(schema)] if schema else ())
+  strides = dict(state.strides)
   def one(path, axes, kind, x):
-    stride = next(strides, 1)
     x = jax.lax.index_in_dim(x, row, axes.index('batch'))
     if kind == 'growing':
-      x = jax.lax.slice_in_dim(x, 0, length // stride,
+      x = jax.lax.slice_in_dim(x, 0, length // strides.get(path, 1),
                                axis=axes.index('capacity'))
     return np.squeeze(np.asarray(x), axes.index('batch'))
   return map_leaves(one, state)
@@ -458,7 +459,7 @@ class Difference:
             f'on the left and {self.right} on the right')
 
 
-def diff(left, right, *, tolerance: float = 0.0, schema=None):
+def diff(left, right, *, tolerance: float = 0.0):
   """Returns the first `Difference` of two states, or None.
 
   Rows are compared on their live prefix, so capacity does not matter.
@@ -468,7 +469,6 @@ def diff(left, right, *, tolerance: float = 0.0, schema=None):
     right: a state of the same config and number of rows.
     tolerance: largest accepted |a - b| / max(1, max |b|) of a float leaf;
       0 compares bits.
-    schema: needed where a growing leaf holds one slot per several tokens.
   """
   if rows(left) != rows(right):
     raise ValueError(f'diff: {rows(left)} rows against {rows(right)}.')
@@ -476,7 +476,7 @@ def diff(left, right, *, tolerance: float = 0.0, schema=None):
     if int(left.length[row]) != int(right.length[row]):
       return Difference(row, 'length', (), int(left.length[row]),
                         int(right.length[row]))
-    pair = (leaves(live(state, row, schema)) for state in (left, right))
+    pair = (leaves(live(state, row)) for state in (left, right))
     for (path, a, _, _), (_, b, _, _) in zip(*pair):
       at = _first_difference(a, b, tolerance)
       if at is not None:

@@ -306,7 +306,7 @@ def test_slots_of_several_tokens(monkeypatch):
   _, state = model.step(params, state, jnp.ones((1, 7), jnp.int32))
   with pytest.raises(ValueError, match='have room for 7; use'):
     model.step(params, state, jnp.ones((1, 1), jnp.int32))
-  grown = st.grow(state, 9, model.state_schema(1, 7))
+  grown = st.grow(state, 9)
   assert grown.layers['a'].x.shape[2] == 3 and st.capacity(grown) == 9
   model.step(params, grown, jnp.ones((1, 2), jnp.int32))
 

@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as hs
 
+from configs import tiny_compressed
 from statejax import config as c
 from statejax import model as lm
 from statejax import state as st
+from statejax.artifact import serving
 from statejax.ops import witness
 
 MODEL = lm.LanguageModel(c.ModelConfig(
@@ -173,11 +175,26 @@ def test_grow_never_shrinks():
 
 
 def test_grow_counts_tokens_by_stride():
-  schema = MODEL.state_schema(3, 5)
-  schema = st.map_leaves(
-      lambda p, a, kind, x: dataclasses.replace(x, stride=2), schema)
-  grown = st.grow(numbered(), 11, schema)
-  assert st.capacity(grown) == 11 and grown.layers['full'].k.shape[3] == 6
+  model = lm.LanguageModel(tiny_compressed.get_config().model)
+  state = model.init_state(1, 6)
+  assert dict(state.strides)['layers/csa/entries'] == 4
+  grown = st.grow(state, 11)
+  st.validate(grown, model.state_schema(1, 11))
+  assert grown.layers['csa'].entries.shape[2] == 3
+
+
+def test_what_a_state_means_counts_tokens_by_stride():
+  """Of a store with a slot per several tokens, too, only the live prefix."""
+  model = lm.LanguageModel(tiny_compressed.get_config().model)
+  params, tokens = model.init(jax.random.key(0)), jnp.arange(14)[None] % 8
+  _, state = model.step(params, model.init_state(1, 20), tokens[:, :9])
+  kept = st.snapshot(state)
+  _, after = model.step(params, state, tokens[:, 9:])
+  back = st.restore_fixed(after, kept)
+  assert st.live(back, 0).layers['csa'].entries.shape[1] == 2
+  assert st.diff(back, state) is None and st.diff(after, state) is not None
+  assert serving.state_digest(back) == serving.state_digest(state)
+  assert serving.state_digest(st.grow(state, 40)) == serving.state_digest(state)
 
 
 def test_capacity_of_a_state_without_stores():

@@ -15,15 +15,10 @@ FORMAT = 'statejax-serving-state'
 ABOUT = 'about.json'
 
 
-def state_digest(state, schema=None) -> str:
-  """Digest of what a state means: live prefixes only, whatever its capacity.
-
-  Args:
-    state: `ServingState`.
-    schema: needed where a growing leaf holds one slot per several tokens.
-  """
-  rows = {f'row_{i}': st.live(state, i, schema)
-          for i in range(st.rows(state))}
+def state_digest(state) -> str:
+  """Digest of what a `ServingState` means: live prefixes only, whatever its
+  capacity."""
+  rows = {f'row_{i}': st.live(state, i) for i in range(st.rows(state))}
   return digest.tree_digest(rows)
 
 
@@ -57,7 +52,7 @@ def save_state(path, model, params, state):
       'format': FORMAT, 'version': 1,
       'config': cfg.to_dict(model.config),
       'params': digest.tree_digest(model.stack(params)),
-      'digest': state_digest(state, schema),
+      'digest': state_digest(state),
       'rows': st.rows(state), 'capacity': capacity, 'stored': kept,
       'logits': state.logits is not None,
       'length': length.tolist(),
@@ -66,18 +61,17 @@ def save_state(path, model, params, state):
       'jax': jax.__version__,
   }
   with commit.publish(path) as folder:
-    store.write_tree(folder, _cut(state, schema, kept))
+    store.write_tree(folder, _cut(state, kept))
     (folder / ABOUT).write_text(json.dumps(about, indent=1) + '\n')
   return about['digest']
 
 
-def _cut(state, schema, tokens):
-  strides = iter([leaf.stride for _, leaf, _, _ in st.leaves(schema)])
+def _cut(state, tokens):
+  strides = dict(state.strides)
   def one(path, axes, kind, x):
-    slots = -(-tokens // next(strides))
     if kind == 'fixed':
       return x
-    axis = axes.index('capacity')
+    axis, slots = axes.index('capacity'), -(-tokens // strides.get(path, 1))
     return jax.lax.slice_in_dim(x, 0, min(slots, x.shape[axis]), axis=axis)
   cut = st.map_leaves(one, state)
   return cut if state.capacity is None else dataclasses.replace(
@@ -131,18 +125,13 @@ def load_state(path, model, params, *, capacity: int | None = None):
       facts['stored'], facts['capacity'] or 0), logits=facts['logits'])
   state = store.read_tree(path, st.abstract(target))
   if facts['capacity'] is not None:
-    state = _room(state, capacity, target)
-  got = state_digest(state, target)
+    # Every length fits; what is past it may go.
+    state = st.grow(_cut(state, capacity), capacity)
+  got = state_digest(state)
   if got != facts['digest']:
     raise ValueError(f'{path}: expected state digest {facts["digest"]}, got '
                      f'{got}; use another copy.')
   return state
-
-
-def _room(state, capacity, schema):
-  """Cuts or pads the stores to a capacity; every length fits in it."""
-  cut = _cut(state, schema, capacity)
-  return st.grow(cut, capacity, schema)
 
 
 def _same_config(path, saved, mine, where='config'):

@@ -5,6 +5,7 @@ import typing
 
 from statejax.config import checks
 from statejax.config.attention import RopeConfig
+from statejax.config.dsa import STAGES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,13 +34,19 @@ class CompressedConfig:
     heads: query heads H.
     width: width K of queries and of the shared key and value.
     q_rank: width of the queries' latent.
-    window: visible tokens including the query; below `ratio` - 1 some tokens
-      of the open block are not seen yet, and no longer.
+    window: visible tokens including the query, at least `ratio` - 1: all of the
+      open block.
     ratio: tokens per compressed entry; None keeps the window alone.
     overlap: an entry also sees the block before its own (CSA).
     index: chooses among the entries; None sees all of them (HCA).
+    index_loss: factor on the indexer's own loss; 0 leaves it out. How
+      DeepSeek-V4 trains its indexer is not published; this is V3.2's loss, over
+      entries.
+    stage: 'sparse'; or 'warmup', where attention sees all entries and the
+      indexer learns from all of them.
     rope: of queries, keys and entries; outputs are turned back. DeepSeek-V4
-      turns the trailing channels, interleaved.
+      turns the trailing channels, interleaved, with a factor of 1 on cos and
+      sin whatever the scaling.
     out_groups: groups of heads, each with its own first output projection,
     out_rank: to so many channels.
     eps: of all norms.
@@ -52,6 +59,8 @@ class CompressedConfig:
   ratio: int | None = 4
   overlap: bool = True
   index: IndexConfig | None = IndexConfig()
+  index_loss: float = 1.0
+  stage: str = 'sparse'
   rope: RopeConfig = RopeConfig(
       fraction=0.5, layout='interleaved', side='trailing')
   out_groups: int = 2
@@ -62,12 +71,30 @@ class CompressedConfig:
     checks.positive(self, 'heads', 'width', 'q_rank', 'window', 'out_groups',
                     'out_rank')
     checks.divides(self, 'heads', 'out_groups')
+    checks.no_less(self, 0, 'index_loss')
+    if self.stage not in STAGES or (
+        self.index is None and self.stage != 'sparse'):
+      raise ValueError(f'CompressedConfig.stage: expected one of {STAGES}, '
+                       f"without an index 'sparse', got {self.stage!r}.")
+    if not isinstance(self.rope, RopeConfig):
+      raise ValueError('CompressedConfig.rope: expected a RopeConfig, got '
+                       f'{self.rope!r}; fraction=0.0 turns nothing.')
+    scaling = self.rope.scaling
+    if getattr(scaling, 'attention_factor', 1.0) != 1.0:
+      raise ValueError(
+          'CompressedConfig.rope.scaling: expected attention_factor=1.0, got '
+          f'{scaling.attention_factor}: outputs are turned back, and a factor '
+          'would not cancel.')
     if self.ratio is None:
       if self.overlap or self.index is not None:
         raise ValueError('CompressedConfig: without a ratio there are no '
                          'entries; set overlap=False and index=None.')
       return
     checks.positive(self, 'ratio')
+    if self.window < self.ratio - 1:
+      raise ValueError(
+          f'CompressedConfig.window: expected >= ratio - 1 = {self.ratio - 1}, '
+          f'got {self.window}: tokens would be unseen until their block closes.')
     turning = int(self.rope.fraction * self.width)
     if self.index is not None and self.index.width < turning:
       raise ValueError(

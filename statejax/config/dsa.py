@@ -15,8 +15,9 @@ class DSAConfig:
 
   Attributes:
     mla: the attention.
-    owner: name of an earlier layer whose choice is read (IndexShare); such a
-      layer has no indexer and keeps no index keys.
+    owner: name of an earlier layer whose choice is read (IndexShare), whatever
+      that is: such a layer has no indexer, k or stage of its own, and keeps no
+      index keys.
     k: tokens that a query may see.
     index_heads: heads HI of the indexer.
     index_width: width dI of its queries and of its one key.
@@ -45,6 +46,7 @@ class DSAConfig:
   def __post_init__(self):
     checks.positive(self, 'k', 'index_heads', 'index_width')
     checks.no_less(self, 0, 'index_loss')
-    if self.stage not in STAGES:
-      raise ValueError(f'DSAConfig.stage: expected one of {STAGES}, got '
-                       f'{self.stage!r}.')
+    if self.stage not in STAGES or (
+        self.owner is not None and self.stage != 'sparse'):
+      raise ValueError(f"DSAConfig.stage: expected one of {STAGES}, 'sparse' "
+                       f'for a layer with an owner, got {self.stage!r}.')

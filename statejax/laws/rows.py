@@ -112,7 +112,7 @@ def save(bench):
     bench.same_bits(again, final, note=note)
     if st.capacity(state) is None or phase % 6:
       continue
-    larger = st.grow(loaded, bench.capacity + 9, bench.schema)
+    larger = st.grow(loaded, bench.capacity + 9)
     bench.same_state(larger, state, exact=True, note='grown')
     got, again = bench.run(larger, bench.others, 7)
     bench.same_outputs(got, want, 7, note=f'{note}, larger capacity')

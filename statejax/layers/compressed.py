@@ -11,6 +11,7 @@ from statejax.layers import common, rotary, weights
 from statejax.layers.common import Proj, RMSNorm
 from statejax.ops import attend, blocks, compress, gather, index, norm, select
 from statejax.ops import window as ring
+from statejax.ops.product import einsum
 from statejax.state import Array, Spec, leaf
 
 
@@ -67,7 +68,8 @@ class Compressed(nn.Module):
 
   An entry is seen from its block's last token on; with an indexer, if it is
   among the k best by `statejax.ops.index.scores`. See `compress.gated` and
-  `compress.gated_overlap`.
+  `compress.gated_overlap`. The indexer reads its inputs without gradient and
+  learns from the attention's own weight on each entry (`ops.index.loss`).
 
   Reference: DeepSeek-V4, as in its published code.
   """
@@ -109,7 +111,7 @@ class Compressed(nn.Module):
     changes = {'kv': ring.write(state.kv, kv, context.base, context.start,
                                 context.n_valid)}
     if c.ratio is not None:
-      more, new = self._entries(x, low, state, context)
+      more, new = self._entries(x, low, q, state, context)
       segments, changes = segments + more, changes | new
     sink = weights.weight(self, 'sink', ('heads',), (c.heads,), weights.zeros)
     y, _ = attend.attend(q, segments, scale=c.width ** -0.5, sink=sink)
@@ -117,7 +119,7 @@ class Compressed(nn.Module):
     y = turn(y, -context.positions)
     return self._output(x, y), dataclasses.replace(state, **changes)
 
-  def _entries(self, x, low, state, context):
+  def _entries(self, x, low, q, state, context):
     """Returns the segments of the entries, and the new leaves."""
     c = self.config
     plan = context.blocks(c.ratio)
@@ -126,20 +128,19 @@ class Compressed(nn.Module):
     seen = [blocks.visible_old(plan, past.shape[1]), blocks.visible_new(plan)]
     if c.index is None:
       return [_both(e[:, None], s) for e, s in zip((past, new), seen)], changes
-    old_index, new_index, more = self._compress(
-        x, plan, state, context, 'index_', c.index.width,
-        ('index', 'index_pool'))
-    q = Proj((c.index.heads, c.index.width), ('rank', 'heads', 'index'),
-             name='index_q')(low)
-    q = rotary.rotation(self._index_rope(c.index.width), c.index.width)(
-        q, context.positions)
-    w = Proj((c.index.heads,), ('embed', 'heads'), name='index_w')(
-        x.astype(jnp.promote_types(x.dtype, jnp.float32)))
-    scores = jnp.concatenate(
-        [gather.index_scores(q, w, old_index, count=context.length // c.ratio),
-         index.scores(q, w, new_index)], axis=-1)
+    scores, more = self._scores(*jax.lax.stop_gradient((x, low)), plan, state,
+                                context)
     seen, slots = jnp.concatenate(seen, axis=-1), past.shape[1]
-    chosen = select.choose(scores, seen, c.index.k)
+    chosen = seen if c.stage == 'warmup' else select.choose(
+        scores, seen, c.index.k)
+    if c.index_loss and chosen.dtype == bool:
+      # Ids are of a single token, which nobody trains on.
+      entries = jnp.concatenate([past, new], axis=1)
+      def heads(begin, size):
+        part = jax.lax.dynamic_slice_in_dim(q, begin, size, axis=1)
+        return einsum('bthk,bnk->bthn', part, entries) * c.width ** -0.5
+      common.add_loss(self, 'index', c.index_loss * index.loss(
+          scores, heads, chosen, context.valid))
     mask = (chosen if chosen.dtype == bool else
             select.to_mask(chosen, seen.shape[-1])[:, None])
     old, mine = mask[..., :slots], mask[..., slots:]
@@ -149,6 +150,22 @@ class Compressed(nn.Module):
       old = found[:, None]
     return [_both(past[:, None], old), _both(new[:, None], mine)], (
         changes | more)
+
+  def _scores(self, x, low, plan, state, context):
+    """Returns index scores [B, T, E + W] float32, and the new leaves."""
+    c = self.config
+    old, new, more = self._compress(
+        x, plan, state, context, 'index_', c.index.width,
+        ('index', 'index_pool'))
+    q = Proj((c.index.heads, c.index.width), ('rank', 'heads', 'index'),
+             name='index_q')(low)
+    q = rotary.rotation(self._index_rope(c.index.width), c.index.width)(
+        q, context.positions)
+    w = Proj((c.index.heads,), ('embed', 'heads'), name='index_w')(
+        x.astype(jnp.promote_types(x.dtype, jnp.float32)))
+    return jnp.concatenate(
+        [gather.index_scores(q, w, old, count=context.length // c.ratio),
+         index.scores(q, w, new)], axis=-1), more
 
   def _index_rope(self, width):
     """As many channels turn, of a narrower head."""

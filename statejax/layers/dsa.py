@@ -72,12 +72,10 @@ class DSA(nn.Module):
       scores, new_key = _scores(self, jax.lax.stop_gradient(x),
                                 jax.lax.stop_gradient(low), state, context)
       new = IndexedState(new.latent, new.key_rope, new_key)
-      chosen = select.choose(scores, seen, c.k)
+      chosen = seen if c.stage == 'warmup' else select.choose(scores, seen, c.k)
       common.lend(self, chosen=chosen)
     else:
       chosen = context.borrow(c.owner, 'chosen')
-    if c.stage == 'warmup':
-      chosen = seen
     y = attend(q, latent, key, maps, past, chosen, seen, scale, context)
     if scores is not None and c.index_loss:
       allowed = chosen if chosen.dtype == bool else select.to_mask(
