@@ -241,9 +241,13 @@ def causality(bench):
   Where a mixer `chooses`, the oldest token need not be among what it sees.
 
   For float inputs by gradients at every pair of places, for tokens by changing
-  one at a time. Exact.
+  one at a time; by both where a mixer `chooses`, as a choice has no gradient.
+  Exact.
   """
-  (_by_gradient if bench.floats else _by_change)(bench)
+  if bench.floats:
+    _by_gradient(bench)
+  if not bench.floats or getattr(bench.subject, 'chooses', False):
+    _by_change(bench)
 
 
 def _by_gradient(bench):
@@ -281,7 +285,8 @@ def _by_change(bench):
     if faint or getattr(bench.subject, 'chooses', False):
       continue
     differs = bench.inputs[:, s] != bench.others[:, s]
-    blind = ~moved[:, end - 1:end] & differs[:, None]
+    blind = ~moved[:, end - 1:end] & differs.reshape(len(differs), -1).any(
+        axis=1, keepdims=True)
     _no_row(bench, blind, 'a change', 'none', note)
 
 

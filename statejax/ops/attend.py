@@ -59,7 +59,8 @@ def attend(q, segments, *, scale, sink=None):
 
   Returns:
     out: [B, T, H, V] in q.dtype.
-    lse: [B, T, H] float32; -1e30 where nothing is visible.
+    lse: [B, T, H] float32; -1e30 where nothing is visible and there is no sink,
+      or one of -inf.
 
   Raises:
     ValueError: keys are in more or fewer parts than queries.
@@ -134,21 +135,24 @@ def _attend(q, segments, scale, sink):
   for s in scores:
     top = jnp.maximum(top, jnp.max(s, axis=-1))
   sees = ~(top <= 0.5 * MASKED)
-  logit = None
+  some, zero = sees, jnp.zeros((), wide)
+  logit = has_sink = None
   if sink is not None:
     logit = sink.astype(wide).reshape(1, heads, 1)
-    top = jnp.maximum(top, logit)
+    # One of -inf is none.
+    has_sink = ~(logit <= 0.5 * MASKED)
+    logit = jnp.where(has_sink, logit, jnp.asarray(MASKED, wide))
+    top, some = jnp.maximum(top, logit), sees | has_sink
   # The maximum only conditions the exponentials; no gradient runs through it.
   top = jax.lax.stop_gradient(top)
-  total = (jnp.zeros(top.shape, wide) if logit is None
-           else jnp.exp(logit - top))
+  total = (jnp.zeros(top.shape, wide) if logit is None else
+           jnp.where(has_sink, jnp.exp(logit - top), zero))
   out = jnp.zeros((batch, heads, length, value), wide)
   for segment, s in zip(segments, scores):
     p = jnp.exp(s - top[..., None])
     total = total + jnp.sum(p, axis=-1)
     out = out + product('bgrn,bgnv->bgrv', p.astype(dtype), segment.v)
-  out = jnp.where(sees[..., None], out / total[..., None],
-                  jnp.zeros((), wide))
-  some = sees if sink is None else jnp.ones_like(sees)
+  total = jnp.where(some, total, jnp.ones((), wide))
+  out = jnp.where(sees[..., None], out / total[..., None], zero)
   lse = jnp.where(some, top + jnp.log(total), jnp.asarray(MASKED, wide))
   return out.swapaxes(1, 2).astype(dtype), lse.swapaxes(1, 2)

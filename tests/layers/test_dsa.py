@@ -184,7 +184,7 @@ def test_loss_by_hand():
   np.testing.assert_allclose(grad, want, atol=1e-6)
 
 
-def test_padding_and_remat_do_not_change_the_loss():
+def test_padding_does_not_change_the_loss():
   params, x = draw(DSA_SMALL, 12)
   n_valid = jnp.array([24, 9], jnp.int32)
   _, _, said = apply(DSA_SMALL, params, x, n_valid=n_valid)
@@ -192,6 +192,56 @@ def test_padding_and_remat_do_not_change_the_loss():
       x, ((0, 0), (0, 3), (0, 0)), constant_values=5.0), n_valid=n_valid)
   np.testing.assert_allclose(said['losses']['index'], more['losses']['index'],
                              rtol=1e-6)
+
+
+def test_all_chosen_is_warmup():
+  """With k for everything the sparse loss and its gradient are the dense ones,
+  and so is what is attended to."""
+  params, x = draw(DSA_SMALL, 12)
+  def both(stage, k):
+    config = dataclasses.replace(DSA_SMALL, stage=stage, k=k)
+    def total(params):
+      y, _, said = apply(config, params, x)
+      return said['losses']['index'], (y, said['lent']['chosen'])
+    return jax.value_and_grad(total, has_aux=True)(params)
+  dense, sparse = both('warmup', 4), both('sparse', 100)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(
+      a, b, rtol=1e-6, atol=1e-6), dense, sparse)
+  # And with fewer it is not.
+  assert abs(both('sparse', 4)[0][0] - dense[0][0]) > 0.1
+
+
+def test_a_reader_attends_to_what_its_owner_chose():
+  owner = DSA_SMALL
+  reader = dataclasses.replace(owner, owner='owner', index_loss=0.0)
+  params, x = draw(owner, 12)
+  y, _, said = apply(owner, params, x)
+  mine = {n: p for n, p in params.items() if not n.startswith('index')}
+
+  def read(chosen):
+    state = empty(reader, 2, 0)
+    context = common.context(*jnp.array([[0, 0], [24, 24]], jnp.int32), None, 24)
+    context = dataclasses.replace(context, lent={'owner': {'chosen': chosen}})
+    views = jax.tree.map(lambda a: st.Store(a, jnp.int32(0)), state)
+    return DSA(reader).apply({'params': mine}, x, views, context,
+                             mutable=('lent', 'losses'))[0][0]
+
+  chosen = said['lent']['chosen']
+  np.testing.assert_allclose(read(chosen), y, rtol=1e-5, atol=1e-6)
+  # Of a query that sees one token alone, that one's value comes out.
+  one = jnp.zeros_like(chosen).at[:, 5:, 3].set(True)
+  alone = read(one)[:, 5:]
+  np.testing.assert_allclose(alone, jnp.broadcast_to(alone[:, :1], alone.shape),
+                             rtol=1e-5, atol=1e-6)
+
+
+def test_an_owner_in_warmup_lends_all_it_sees():
+  params, x = draw(DSA_SMALL, 12)
+  _, _, said = apply(dataclasses.replace(DSA_SMALL, stage='warmup'), params, x)
+  np.testing.assert_array_equal(
+      said['lent']['chosen'], np.broadcast_to(np.tri(24) > 0, (2, 24, 24)))
+  with pytest.raises(ValueError, match="'sparse' for a layer with an owner"):
+    c.DSAConfig(owner='dsa', stage='warmup')
 
 
 @functools.cache
@@ -227,6 +277,23 @@ def test_the_trainer_adds_it(pieces):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(
       a, b, rtol=1e-4, atol=1e-6), pick(grads), pick(wanted))
   assert all(np.any(g) for g in jax.tree.leaves(pick(grads)))
+
+
+@pytest.mark.parametrize('unrolled', [
+    False, pytest.param(True, marks=pytest.mark.slow)])
+def test_it_survives_remat_and_scan(unrolled):
+  config, whole, params, batch = tiny()
+  params = whole.unstack(params) if unrolled else params
+  def loss(params, remat):
+    model = lm.LanguageModel(dataclasses.replace(config.model, remat=remat))
+    *_, losses = lm.forward(model, params, model.init_state(4, 0),
+                            batch['tokens'], segment_ids=batch['segments'])
+    return losses['dsa']['index']
+  run = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+  plain, remat = run(params, False), run(params, True)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(
+      a, b, rtol=1e-5, atol=1e-6), plain, remat)
+  assert plain[0] > 0
 
 
 @pytest.mark.optimized

@@ -88,6 +88,32 @@ def test_oracle(sizes, groups, with_sink):
     assert (lse[blind] == (MASKED if sink is None else sink)).all()
 
 
+@pytest.mark.parametrize('sizes', [(7,), (0, 5, 3), (0,)])
+def test_a_sink_of_minus_infinity_is_none(sizes):
+  q, segments, _ = make(2, sizes) if sum(sizes) else (
+      make(2, (1,))[0], [jax.tree.map(lambda x: x[:, :, :0] if x.ndim == 4 else
+                                      x[..., :0], make(2, (1,))[1][0])], None)
+  none = jnp.full((4,), -jnp.inf)
+  close(run(q, segments, none, scale=0.4), run(q, segments, scale=0.4), 0)
+  def total(q, segments, sink):
+    out, lse = attend(q, segments, scale=0.4, sink=sink)
+    return jnp.sum(out ** 2) + jnp.sum(jnp.where(lse > MASKED, lse, 0.))
+  grads = jit(jax.grad(total, (0, 2)))(q, segments, none)
+  assert all(np.isfinite(g).all() for g in grads) and not grads[1].any()
+
+
+def test_a_sink_is_a_key_of_value_zero():
+  """q . k = 1 with one more channel, whose scale is the sink's logit."""
+  q, segments, sink = make(3)
+  wide = lambda x, fill: jnp.concatenate(
+      [x, jnp.broadcast_to(fill, (*x.shape[:3], 1)).astype(x.dtype)], axis=3)
+  old = [dataclasses.replace(s, k=wide(s.k, jnp.zeros(()))) for s in segments]
+  more = Segment(jnp.zeros((2, 2, 1, 7)).at[..., 6].set(1),
+                 jnp.zeros((2, 2, 1, 3)), jnp.ones((2, 4, 1), bool))
+  close(run(wide(q, sink[None, None, :, None] / 0.4), [*old, more], scale=0.4),
+        run(q, segments, sink, scale=0.4), 20 * EPS)
+
+
 @pytest.mark.parametrize('with_sink', [False, True])
 def test_no_gradient_to_the_unseen(with_sink):
   q, segments, sink = make(2)
