@@ -24,10 +24,12 @@ _V4 = dict(
     rope=cfg.RopeConfig(theta=160_000.0, fraction=0.125, layout='interleaved',
                         side='trailing'))
 
+_KSA = cfg.KSAConfig(heads=32, kv_heads=8, key=128, value=128)
+
 ROWS, CAPACITY = 8, 131_072
 # Temporary bytes of a step: no store is copied, no score of every head held.
 LIMIT = 64e6
-# Width D of the model, and its mixer.
+# Width D of the model, and its mixer, or those of two layers.
 MIXERS = {
     # Qwen3-32B.
     'GQA': (5120, cfg.AttentionConfig(
@@ -49,6 +51,12 @@ MIXERS = {
     'kpool': (7168, cfg.PooledDSAConfig(
         dataclasses.replace(_MLA, rope_width=0, rope=None), block=4,
         k=512, index_heads=64, index_width=128)),
+    # An owner alone would choose for nobody, and the compiler leave it out.
+    'HySparse': (6144, (
+        cfg.HySparseConfig(_M3),
+        cfg.HySparseConfig(_M3, owner='layer_0', window=128))),
+    # KSA-4B.
+    'KSA': (2560, (_KSA, dataclasses.replace(_KSA, chunks=None))),
 }
 
 
@@ -69,12 +77,16 @@ def measure(mixers, chips) -> list[dict]:
 
 
 def model(mixer):
-  """A language model of one layer, in bfloat16, with few words."""
-  width, config = MIXERS[mixer]
+  """A language model of one or two layers, in bfloat16, with few words."""
+  width, configs = MIXERS[mixer]
+  configs = configs if isinstance(configs, tuple) else (configs,)
+  names = tuple(f'layer_{i}' for i in range(len(configs)))
   return lm.LanguageModel(cfg.ModelConfig(
       vocab=1024, width=width, dtype='bfloat16',
-      layers=(cfg.LayerConfig('layer', config, cfg.SwiGLUConfig(width)),),
-      groups=(cfg.GroupConfig(('layer',)),)))
+      layers=tuple(cfg.LayerConfig(name, config, cfg.SwiGLUConfig(width))
+                   for name, config in zip(names, configs)),
+      groups=(cfg.GroupConfig(names),),
+      summary=getattr(configs[0], 'summary', None)))
 
 
 def state_bytes(mixer, rows, capacity) -> int:

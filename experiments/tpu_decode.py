@@ -6,7 +6,9 @@ No TPU was used: one step of one token for 8 rows, stores of 131,072 tokens in
 bfloat16, the state donated, weights in bfloat16, is compiled ahead of time for
 one device of each chip. Models have one layer, at the widths of Qwen3-32B
 (GQA), DeepSeek-V3 (MLA), V3.2 (DSA; kpool, without rope), V4-Flash (CSA, HCA)
-and MiniMax-M3 (M3, MoBA, QSA, NSA). Nothing was run, nothing was timed.
+and MiniMax-M3 (M3, MoBA, QSA, NSA); or two, an owner and a reader (HySparse, at
+those of M3), a layer of summaries and a full one (KSA-4B). Nothing was run,
+nothing was timed.
 
 Claims: every leaf of the state is replaced in place (aliased bytes are at least
 those of the state), and what a step needs beside it (temporary bytes) is below
@@ -42,10 +44,10 @@ def claims(rows, limit) -> list[report.Row]:
 
 def table(rows) -> str:
   """Returns the measurements as aligned text."""
-  head = (f'{"mixer":6}{"chip":7}{"state MB":>10}{"alias MB":>10}'
+  head = (f'{"mixer":9}{"chip":7}{"state MB":>10}{"alias MB":>10}'
           f'{"temp MB":>10}')
   return '\n'.join([head + '  ok', *(
-      f'{r["mixer"]:6}{r["chip"]:7}{r["state"] / 1e6:10.1f}'
+      f'{r["mixer"]:9}{r["chip"]:7}{r["state"] / 1e6:10.1f}'
       f'{r["alias"] / 1e6:10.1f}{r["temporary"] / 1e6:10.1f}'
       f'  {"ok" if r["ok"] else "NOT OK"}' for r in rows)])
 

@@ -9,7 +9,6 @@ from statejax.config import BlockMaxConfig
 from statejax.layers import attention, block_sparse, common, rotary
 from statejax.layers.common import Proj, RMSNorm
 from statejax.ops import candidates
-from statejax.ops.attend import MASKED
 from statejax.state import Array, Spec, leaf
 
 
@@ -59,9 +58,8 @@ class BlockMax(nn.Module):
     own_q, own_k = self._index(jax.lax.stop_gradient(x), context)
     own_k = own_k.astype(state.index_key.data.dtype)
     old, kept = context.append(state.index_key, own_k)
-    dots = block_sparse.token_scores(
-        own_q, (old[:, None], past[2]), own_k[:, None], context)
-    scores = candidates.reduce(dots, plan, tokens, 'max', MASKED)
+    scores = block_sparse.best_scores(
+        own_q, (old[:, None], past[2]), own_k[:, None], plan, context)
 
     entries = candidates.count(tokens, c.block)
     seen = candidates.visible(plan, entries)

@@ -9,21 +9,46 @@ from statejax.ops.merge import merge
 from statejax.ops.product import einsum
 
 
-def token_scores(q, past, new, context):
-  """Scores over the tokens of store and step, per group of queries' heads.
+# Tokens of a store whose scores are held at once, about.
+_PIECE = 4096
+
+
+def best_scores(q, past, new, plan, context):
+  """The best score of a token of each block, per group of queries' heads.
 
   Args:
     q: [B, T, H, K].
     past: (keys [B, G, N, K], visible [B, T, N]).
     new: keys of the step, [B, G, T, K].
+    plan: `Blocks` of the step.
     context: `Context`.
 
   Returns:
-    [B, H, T, N + T] float32, -1e30 where not seen; unscaled.
+    [B, H, T, E + W + 1] float32, see `candidates`; -1e30 where nothing is
+    seen; unscaled.
   """
   keys, seen = past
-  dots = _products(q, keys, new)
-  seen = jnp.concatenate([seen, context.visible_chunk()], axis=-1)
+  tokens, size = keys.shape[2], plan.size
+  step = max(1, _PIECE // size) * size
+  pieces = tokens // step if tokens > 2 * step else 0
+
+  def store(begin, step):
+    cut = lambda x: jax.lax.dynamic_slice_in_dim(x, begin, step, axis=2)
+    dots = _masked(_products(q, cut(keys)), cut(seen))
+    return candidates.reduce_store(dots, size, 'max', MASKED)
+
+  rest = store(pieces * step, tokens - pieces * step)
+  if pieces:
+    # Of a long store a piece at a time.
+    first = jax.lax.map(lambda i: store(i * step, step),
+                        jnp.arange(pieces, dtype=jnp.int32))
+    first = jnp.moveaxis(first, 0, 3).reshape(*rest.shape[:3], -1)
+    rest = jnp.concatenate([first, rest], axis=-1)
+  mine = _masked(_products(q, new), context.visible_chunk())
+  return candidates.reduce_step(rest, mine, plan, 'max', MASKED)
+
+
+def _masked(dots, seen):
   return jnp.where(seen[:, None], dots, jnp.asarray(MASKED, dots.dtype))
 
 

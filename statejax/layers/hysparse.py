@@ -58,10 +58,8 @@ class HySparse(nn.Module):
 
     plan = context.blocks(c.block)
     tokens = past[0].shape[2]
-    best = candidates.reduce(
-        block_sparse.token_scores(jax.lax.stop_gradient(q),
-                                  (past[0], past[2]), k, context),
-        plan, tokens, 'max', MASKED)
+    best = block_sparse.best_scores(
+        jax.lax.stop_gradient(q), (past[0], past[2]), k, plan, context)
     # Of exponentials of a common sum the largest is that of the largest score.
     lse = jax.lax.stop_gradient(lse).swapaxes(1, 2)[..., None]
     p = jnp.exp(jnp.minimum(scale * best - lse, 0.0))

@@ -10,7 +10,7 @@ from statejax.config import KSAConfig
 from statejax.layers import rotary
 from statejax.layers.attention import RingState, StoreState, remember
 from statejax.layers.common import Proj, RMSNorm
-from statejax.ops import attend, blocks
+from statejax.ops import attend, blocks, stream
 from statejax.ops import window as ring
 from statejax.state import Array, Spec, leaf
 
@@ -125,8 +125,9 @@ class KSA(nn.Module):
     k, v, own_k, own_v = (
         a.swapaxes(1, 2).astype(stored) for a in (k, v, own_k, own_v))
     step = self._full if c.chunks is None else self._near
-    segments, text, state = step(state, (k, v), (own_k, own_v), context)
-    y, _ = attend.attend(q, segments, scale=c.key ** -0.5)
+    (far, *near), last, text, state = step(
+        state, (k, v), (own_k, own_v), context)
+    y, _ = stream.attend(q, far, near, scale=c.key ** -0.5, last=last)
     own = _summarise(own_q, (own_k, own_v), text, context.summary,
                      scale=c.key ** -0.5)
     y = Proj(x.shape[-1:], ('heads', 'value', 'embed'), contract=2,
@@ -157,15 +158,16 @@ class KSA(nn.Module):
         (text, context.positions), (own, context.summary.positions))]
 
   def _full(self, state, new, own, context):
-    """Returns what text sees, the open chunk's old text, the new state."""
+    """Returns what text sees, what is far first; the last slot it sees of that,
+    if all before are seen; the open chunk's old text; the new state."""
     k, v = new
     (*old, seen), after = remember(state, k, v, context)
-    return [attend.Segment.of(old, seen),
-            attend.Segment.of(new, context.visible_chunk(), causal=True)], (
-                _chunk_text(old, new, context)), after
+    segments = [attend.Segment.of(old, seen),
+                attend.Segment.of(new, context.visible_chunk(), causal=True)]
+    return segments, context.last, _chunk_text(old, new, context), after
 
   def _near(self, state, new, own, context):
-    """Returns what text sees, the open chunk's old text, the new state."""
+    """See `_full`."""
     c, plan = self.config, context.summary.chunks
     old, size, slots = (state.k, state.v), plan.size, state.k.shape[2]
     held = ring.positions(context.length, slots)
@@ -189,12 +191,12 @@ class KSA(nn.Module):
     if context.positions.shape[1] > c.chunks * size + 1:
       far.append((made, blocks.visible_new(plan)
                   & (plan.block[:, None] < first)))
-    for kv, seen in far:
-      kv = [a.reshape(*a.shape[:2], -1, a.shape[-1]) for a in kv]
-      segments.append(attend.Segment.of(
-          kv, jnp.tile(seen, (1, 1, context.summary.count))))
+    segments = [attend.Segment.of(
+        [a.reshape(*a.shape[:2], -1, a.shape[-1]) for a in kv],
+        jnp.tile(seen, (1, 1, context.summary.count)))
+                for kv, seen in far] + segments
     where = (context.base, context.start, context.n_valid)
-    return segments, _chunk_text(old, new, context), SummaryState(
+    return segments, None, _chunk_text(old, new, context), SummaryState(
         *(ring.write(a, b, *where) for a, b in zip(old, new)), *after)
 
 
@@ -214,7 +216,7 @@ def _chunk_text(old, new, context):
   inside = jnp.arange(size, dtype=jnp.int32)
   # Only the chunk that was open has text before the step, and a token's place
   # in that chunk says where it is.
-  begin = (context.length // size * size)[:, None] + inside[None]
+  begin = context.length // size * size
   index = plan.end[..., None] + (inside - (size - 1))[None, None]
   index = jnp.where(index < 0, inside[None, None],
                     size + jnp.minimum(index, steps - 1))
@@ -222,14 +224,26 @@ def _chunk_text(old, new, context):
     if not slots:  # a fresh state without stores: no text before the step
       tail = jnp.zeros((*old.shape[:2], size, old.shape[-1]), new.dtype)
     else:
-      # A store that ends within the chunk does not hold the rest of it.
-      at = begin % slots if slots % size == 0 else jnp.minimum(begin, slots - 1)
-      tail = _take(old, at)
+      tail = _chunk_of(old, begin % slots if slots % size == 0 else begin, size)
     found = _take(jnp.concatenate([tail, new], axis=2),
                   index.reshape(index.shape[0], -1))
     rows, heads, _, width = found.shape
     return found.reshape(rows, heads, -1, size, width).swapaxes(1, 2)
   return one(old[0], new[0]), one(old[1], new[1])
+
+
+def _chunk_of(x, begin, size):
+  """x [B, G, N, K] at `begin .. begin + size - 1` of each row; anything where
+  that is past the end. Row after row: a gather would copy the store."""
+  width = min(size, x.shape[2])
+  first = jnp.clip(begin, 0, x.shape[2] - width)
+  def one(row):
+    return jax.lax.dynamic_slice(
+        x, (row, 0, first[row], 0), (1, x.shape[1], width, x.shape[3]))[0]
+  found = jax.lax.map(one, jnp.arange(x.shape[0], dtype=jnp.int32))
+  # A store that ends within the chunk does not hold the rest of it.
+  index = (begin - first)[:, None] + jnp.arange(size, dtype=jnp.int32)[None]
+  return _take(found, jnp.minimum(index, width - 1))
 
 
 def _take(x, index):

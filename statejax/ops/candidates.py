@@ -53,16 +53,29 @@ def reduce(x, plan, tokens, how, empty):
   Returns:
     [B, S, T, E + W + 1], E = count(N); `empty` where nothing is seen.
   """
-  run, join = {'max': (jnp.max, jnp.maximum), 'sum': (jnp.sum, jnp.add)}[how]
-  empty = jnp.asarray(empty, x.dtype)
-  size, entries = plan.size, count(tokens, plan.size)
-  old, new = x[..., :tokens], x[..., tokens:]
-  old = jnp.pad(old, [(0, 0)] * 3 + [(0, entries * size - tokens)],
-                constant_values=empty)
-  old = run(old.reshape(*old.shape[:3], entries, size), axis=-1)
+  old = reduce_store(x[..., :tokens], plan.size, how, empty)
+  return reduce_step(old, x[..., tokens:], plan, how, empty)
 
+
+_HOW = {'max': (jnp.max, jnp.maximum), 'sum': (jnp.sum, jnp.add)}
+
+
+def reduce_store(x, size, how, empty):
+  """Reduces the tokens of a store, [..., N], to its blocks [..., E]."""
+  entries = count(x.shape[-1], size)
+  x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, entries * size - x.shape[-1])],
+              constant_values=jnp.asarray(empty, x.dtype))
+  return _HOW[how][0](x.reshape(*x.shape[:-1], entries, size), axis=-1)
+
+
+def reduce_step(old, new, plan, how, empty):
+  """`reduce` of blocks of a store [B, S, T, E] and tokens of the step
+  [B, S, T, T]."""
+  run, join = _HOW[how]
+  empty = jnp.asarray(empty, new.dtype)
+  size, entries = plan.size, old.shape[-1]
   # What the state holds of the block that it left open.
-  begun = jnp.full(old.shape[:3], empty, x.dtype)
+  begun = jnp.full(old.shape[:3], empty, new.dtype)
   if entries:
     at = jnp.minimum(plan.length // size, entries - 1)[:, None, None, None]
     partly = (plan.length % size > 0)[:, None, None]
