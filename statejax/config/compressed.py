@@ -34,8 +34,8 @@ class CompressedConfig:
     heads: query heads H.
     width: width K of queries and of the shared key and value.
     q_rank: width of the queries' latent.
-    window: visible tokens including the query, at least `ratio` - 1: all of the
-      open block.
+    window: visible tokens including the query; below `ratio` - 1 some tokens
+      of the open block are not seen yet, and no longer.
     ratio: tokens per compressed entry; None keeps the window alone.
     overlap: an entry also sees the block before its own (CSA).
     index: chooses among the entries; None sees all of them (HCA).
@@ -91,10 +91,6 @@ class CompressedConfig:
                          'entries; set overlap=False and index=None.')
       return
     checks.positive(self, 'ratio')
-    if self.window < self.ratio - 1:
-      raise ValueError(
-          f'CompressedConfig.window: expected >= ratio - 1 = {self.ratio - 1}, '
-          f'got {self.window}: tokens would be unseen until their block closes.')
     turning = int(self.rope.fraction * self.width)
     if self.index is not None and self.index.width < turning:
       raise ValueError(

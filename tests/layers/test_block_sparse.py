@@ -217,23 +217,6 @@ def test_all_equal_scores_take_the_first_blocks():
         | (np.arange(30) == t))
 
 
-SILENT = {'moba': 'q', 'minimax_m3': 'index_q', 'qsa': 'index_q',
-          'kpool': 'index_w'}
-
-
-@pytest.mark.parametrize('name', SILENT)
-def test_ties_fall_alike_by_every_route(name):
-  """All scores equal: single tokens gather what the whole pass masks."""
-  config = MOBA if name == 'moba' else LAYERS[name]
-  params, x = single.draw(config, 24)
-  params[SILENT[name]] = jax.tree.map(jnp.zeros_like, params[SILENT[name]])
-  whole, _ = single.run(config, params, x)
-  pieces, _ = single.run(config, params, x, CUTS)
-  np.testing.assert_allclose(pieces, whole, atol=2e-6)
-  alone, _ = single.run(config, params, x[1:], CUTS)
-  np.testing.assert_allclose(alone, whole[1:], atol=2e-6)
-
-
 # The indexers learn, and nothing else learns from them.
 
 
