@@ -10,8 +10,6 @@ from statejax.ops import attend, dispatch, index, select
 
 # Numbers gathered at a time, and keys scored at a time, without a kernel.
 _GATHERED, _SCORED = 2 ** 23, 4096
-# A part of the first stage of a top-k is not shorter.
-_PART = 8192
 _KERNEL_DTYPES = {'float32', 'bfloat16'}
 
 
@@ -146,9 +144,7 @@ def index_topk(q, w, k, visible, k_count, *, relu=True, parts=None,
   scores = index_scores(q, w, k, count=count, relu=relu,
                         implementation=implementation)
   if parts is None:
-    parts = max(1, k.shape[1] // max(_PART, 4 * k_count))
-  if parts == 1:
-    return select.top(scores, visible, k_count)
+    parts = select.stages(k.shape[1], k_count)
   return select.top_two_stage(scores, visible, k_count, parts)
 
 
