@@ -51,8 +51,9 @@ def account(config: ModelConfig, tokens: int) -> dict[str, Account]:
   >>> [(name, int(a.per_token)) for name, a in found.items()]
   [('full', 384), ('kda', 0)]
   """
-  if tokens < 1:
-    raise ValueError(f'account: expected tokens >= 1, got {tokens}.')
+  if not isinstance(tokens, int) or tokens < 1:
+    raise ValueError(f'account: expected a whole number of tokens >= 1, got '
+                     f'{tokens!r}.')
   layers = LanguageModel(config).state_schema(1, tokens).layers
   return {name: _account(layers[name], config.names.count(name), tokens)
           for name in layers}

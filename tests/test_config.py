@@ -113,3 +113,21 @@ def test_refused_dict(data, text):
 def test_unknown_layer():
   with pytest.raises(ValueError, match="layer 'x' is not among layers="):
     get().model.layer('x')
+
+
+@pytest.mark.parametrize('make, text', [
+    (lambda: c.AttentionConfig(window=2.5),
+     'AttentionConfig.window: expected a whole number, got 2.5'),
+    (lambda: c.BlockMaxConfig(k='3'),
+     "BlockMaxConfig.k: expected a whole number, got '3'"),
+    (lambda: c.KSAConfig(chunks=1.5), 'chunks: expected a whole number'),
+    (lambda: c.NSAConfig(compress_block=32.0), 'expected a whole number'),
+    (lambda: c.RopeConfig(fraction=-0.5), 'expected theta > 0 and 0 <= frac'),
+    (lambda: c.RopeConfig(theta='1e4'), 'RopeConfig.theta: expected a number'),
+    (lambda: c.LoZAConfig(mla=c.DSAConfig()),
+     'LoZAConfig.mla: expected a MLAConfig'),
+    (lambda: c.AttentionConfig(heads=True), 'expected a whole number, got True'),
+])
+def test_a_field_of_the_wrong_type(make, text):
+  with pytest.raises(ValueError, match=text):
+    make()

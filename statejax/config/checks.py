@@ -1,13 +1,36 @@
 """What the fields of several configurations have to satisfy."""
 
+import dataclasses
+
+
+def types(config):
+  """Raises ValueError unless numbers and configs are what the class declares."""
+  for field in dataclasses.fields(config):
+    kind, value = field.type, getattr(config, field.name)
+    if kind in (int, int | None):
+      wanted, ok = 'a whole number', _is(value, int)
+    elif kind in (float, float | None):
+      wanted, ok = 'a number', _is(value, (int, float))
+    elif dataclasses.is_dataclass(kind):
+      wanted, ok = f'a {kind.__name__}', isinstance(value, kind)
+    else:
+      continue
+    if value is None and kind in (int | None, float | None):
+      continue
+    if not ok:
+      raise ValueError(f'{type(config).__name__}.{field.name}: expected '
+                       f'{wanted}, got {value!r}.')
+
+
+def _is(value, kind):
+  return isinstance(value, kind) and not isinstance(value, bool)
+
 
 def positive(config, *names):
-  """Raises ValueError unless every named field is a whole number >= 1."""
+  """Raises ValueError unless every named field is a whole number >= 1, and
+  all fields are of their `types`."""
+  types(config)
   no_less(config, 1, *names)
-  for name in names:
-    if not isinstance(getattr(config, name), int):
-      raise ValueError(f'{type(config).__name__}.{name}: expected a whole '
-                       f'number, got {getattr(config, name)!r}.')
 
 
 def no_less(config, least, *names):

@@ -16,7 +16,7 @@ def check(mixers, chips):
 
 
 def test_state_is_replaced_in_place():
-  check(['GQA', 'DSA'], ['v5e'])
+  check(['KSA', 'DSA'], ['v5e'])
 
 
 @pytest.mark.slow

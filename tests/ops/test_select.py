@@ -159,6 +159,21 @@ def test_rows_and_chunks_choose_alike():
       np.testing.assert_array_equal(got, want[at])
 
 
+@pytest.mark.parametrize('spec', [(None, 'd'), ('d', None)])
+def test_shards_choose_alike(spec):
+  """Columns, or rows, over eight devices: ids are those of one."""
+  mesh = jax.make_mesh((8,), ('d',), (jax.sharding.AxisType.Auto,))
+  place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+  rng = np.random.default_rng(5)
+  scores = make('relu', rng, (16, 64))
+  visible = rng.random(scores.shape) < 0.8
+  choose = jit(lambda *x: (select.top(*x, 9), select.top_mask(*x, 9),
+                           select.top_two_stage(*x, 9, 8)))
+  for got, want in zip(choose(*jax.device_put((scores, visible), place)),
+                       choose(scores, visible)):
+    np.testing.assert_array_equal(got, want)
+
+
 def test_coarser_scores_are_compared_in_float32():
   scores = jnp.asarray([[1.0, 1.001, 0.5, 3.0]], jnp.bfloat16)
   visible = np.ones((1, 4), bool)
