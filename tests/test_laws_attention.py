@@ -45,7 +45,7 @@ MIXERS = {
     # The law of causality asks for the first token, at position 13 at most.
     'loza': c.LoZAConfig(MLA, block=7, sink_blocks=2, recent_blocks=2),
     'loza_nope': c.LoZAConfig(dataclasses.replace(
-        MLA, rope_width=0, rope=None), block=4, sink_blocks=1, recent_blocks=2),
+        MLA, rope_width=0, rope=None), block=4, sink_blocks=4, recent_blocks=2),
     'loza_short_ring': c.LoZAConfig(
         dataclasses.replace(MLA, rope=YARN), block=2, sink_blocks=7,
         recent_blocks=3),
