@@ -172,7 +172,8 @@ class Compressed(nn.Module):
     c = self.config
     turning = int(c.rope.fraction * c.width)
     # Half a channel more: a fraction may not round below a whole number.
-    return dataclasses.replace(c.rope, fraction=(turning + 0.5) / width)
+    return dataclasses.replace(
+        c.rope, fraction=min(1.0, (turning + 0.5) / width))
 
   def _compress(self, x, plan, state, context, prefix, width, names):
     """Returns entries of the store, of this step, and the new leaves."""

@@ -199,3 +199,7 @@ def test_entries_need_a_ratio():
 def test_an_indexer_turns_as_many_channels():
   with pytest.raises(ValueError, match='index.width: expected >= 32'):
     c.CompressedConfig(width=64, index=c.IndexConfig(width=16))
+  # All of them, too.
+  config = dataclasses.replace(
+      LAYERS['dsv4_csa'], index=c.IndexConfig(k=3, heads=5, width=8))
+  assert np.isfinite(single.run(config, *single.draw(config, 24))[0]).all()
