@@ -4,9 +4,8 @@ r"""Sparse latent attention: an indexer and a layer that reads its choice.
         --workdir=/tmp/tiny_dsa
     pytest -m slow tests/test_laws_attention.py -k tiny_dsa
 
-Expected: twenty updates on mqar without NaN; every law of `statejax.laws` but
-`initial_gradient`, which an indexer's stopped gradients hide, within 1e-5 in
-float32, by the second command.
+Expected: twenty updates on mqar without NaN; every law of `statejax.laws`
+within 1e-5 in float32, by the second command.
 """
 
 from statejax import config as c
