@@ -121,7 +121,7 @@ class RopeConfig:
   def __post_init__(self):
     checks.types(self)
     if not (self.theta > 0 and 0 <= self.fraction <= 1):
-      raise ValueError(f'RopeConfig: expected theta > 0 and 0 <= fraction <= 1, '
+      raise ValueError('RopeConfig: expected theta > 0 and 0 <= fraction <= 1, '
                        f'got {self.theta} and {self.fraction}.')
     known = {'layout': ('half', 'interleaved'), 'side': ('leading', 'trailing')}
     for name, values in known.items():

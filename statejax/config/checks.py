@@ -4,14 +4,14 @@ import dataclasses
 
 
 def types(config):
-  """Raises ValueError unless numbers and configs are what the class declares."""
+  """Raises ValueError unless numbers and configs are what a class declares."""
   for field in dataclasses.fields(config):
     kind, value = field.type, getattr(config, field.name)
     if kind in (int, int | None):
       wanted, ok = 'a whole number', _is(value, int)
     elif kind in (float, float | None):
       wanted, ok = 'a number', _is(value, (int, float))
-    elif dataclasses.is_dataclass(kind):
+    elif isinstance(kind, type) and dataclasses.is_dataclass(kind):
       wanted, ok = f'a {kind.__name__}', isinstance(value, kind)
     else:
       continue

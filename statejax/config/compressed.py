@@ -79,11 +79,11 @@ class CompressedConfig:
     if not isinstance(self.rope, RopeConfig):
       raise ValueError('CompressedConfig.rope: expected a RopeConfig, got '
                        f'{self.rope!r}; fraction=0.0 turns nothing.')
-    scaling = self.rope.scaling
-    if getattr(scaling, 'attention_factor', 1.0) != 1.0:
+    factor = getattr(self.rope.scaling, 'attention_factor', 1.0)
+    if factor != 1.0:
       raise ValueError(
           'CompressedConfig.rope.scaling: expected attention_factor=1.0, got '
-          f'{scaling.attention_factor}: outputs are turned back, and a factor '
+          f'{factor}: outputs are turned back, and a factor '
           'would not cancel.')
     if self.ratio is None:
       if self.overlap or self.index is not None:

@@ -8,7 +8,6 @@ from statejax.ops.attend import MASKED
 from statejax.ops.merge import merge
 from statejax.ops.product import einsum
 
-
 # Tokens of a store whose scores are held at once, about.
 _PIECE = 4096
 

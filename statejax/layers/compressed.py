@@ -154,6 +154,7 @@ class Compressed(nn.Module):
   def _scores(self, x, low, plan, state, context):
     """Returns index scores [B, T, E + W] float32, and the new leaves."""
     c = self.config
+    assert c.index is not None
     old, new, more = self._compress(
         x, plan, state, context, 'index_', c.index.width,
         ('index', 'index_pool'))

@@ -10,7 +10,6 @@ from statejax.config import HySparseConfig
 from statejax.layers import attention, block_sparse, common
 from statejax.layers.common import Proj
 from statejax.ops import attend, candidates, stream
-from statejax.ops.attend import MASKED
 
 _BRANCHES = 2
 

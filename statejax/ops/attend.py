@@ -136,17 +136,17 @@ def _attend(q, segments, scale, sink):
     top = jnp.maximum(top, jnp.max(s, axis=-1))
   sees = ~(top <= 0.5 * MASKED)
   some, zero = sees, jnp.zeros((), wide)
-  logit = has_sink = None
+  total = jnp.zeros(top.shape, wide)
   if sink is not None:
     logit = sink.astype(wide).reshape(1, heads, 1)
     # One of -inf is none.
     has_sink = ~(logit <= 0.5 * MASKED)
     logit = jnp.where(has_sink, logit, jnp.asarray(MASKED, wide))
     top, some = jnp.maximum(top, logit), sees | has_sink
+    total = jnp.where(
+        has_sink, jnp.exp(logit - jax.lax.stop_gradient(top)), zero)
   # The maximum only conditions the exponentials; no gradient runs through it.
   top = jax.lax.stop_gradient(top)
-  total = (jnp.zeros(top.shape, wide) if logit is None else
-           jnp.where(has_sink, jnp.exp(logit - top), zero))
   out = jnp.zeros((batch, heads, length, value), wide)
   for segment, s in zip(segments, scores):
     p = jnp.exp(s - top[..., None])

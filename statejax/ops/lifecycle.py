@@ -180,8 +180,8 @@ def _clear(row, gone):
   lost = row.slot['oid'][None] == row.alias['oid'][:, None]
   lost = jnp.any(lost & gone[None], axis=1)
   slot = _where(gone, _FILL | {'seq': row.slot['seq'] + 1}, row.slot)
-  alias = _where(lost & (row.alias['oid'] >= 0), {'key': 0, 'oid': -1, 'at': -1},
-                 row.alias)
+  alias = _where(lost & (row.alias['oid'] >= 0),
+                 {'key': 0, 'oid': -1, 'at': -1}, row.alias)
   return _Row(slot, alias, row.next_oid)
 
 

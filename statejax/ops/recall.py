@@ -1,6 +1,6 @@
 """Reading a slot bank: the nearest slots of a query, or exactly nothing.
 
-With cosines s[m] of a query with the keys and the other names of what it may see,
+With cosines s[m] of a query with keys and other names of what it may see,
 
   a = softmax(kappa s), cut to the k best;   y = sum_m a[m] value[m]
 
@@ -85,7 +85,7 @@ def choose(bank, ask, sight, k=1):
 
 
 def look(slot, alias, ask, sight, k=1):
-  """`choose` of one row, for `lifecycle.segments`: leaves [M, ...], [T, ...]."""
+  """`choose` of a row, for `lifecycle.segments`: leaves [M, ...], [T, ...]."""
   score, seen = _scores(*jax.lax.stop_gradient((slot, alias, ask)))
   ids = select.top(score, seen, k)
   at = jnp.maximum(ids, 0)
@@ -147,7 +147,8 @@ def read(bank, ask, found, sight):
   picked = jnp.where(used[None, ..., None], picked, jnp.zeros((), value.dtype))
   y = jnp.einsum('btk,lbtkv->lbtv', a, picked.astype(jnp.float32),
                  precision=jax.lax.Precision.HIGHEST)
-  confidence = _confidence(_best(score, found.ids), found.ids[..., 0] >= 0, sight)
+  confidence = _confidence(
+      _best(score, found.ids), found.ids[..., 0] >= 0, sight)
   return y.astype(value.dtype), confidence
 
 

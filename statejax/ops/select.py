@@ -3,8 +3,8 @@
 One tie rule for the project, so that a query chooses the same whatever chunk,
 batch or shard computes it. Exact ties are common: a ReLU makes them, and text
 that repeats. Equal keys in products of other shapes have scores that differ in
-their last bits, so scores are compared to 13 bits only. Noise of 2e-7 then parts
-two equal scores in one of a thousand cases, not in every other one.
+their last bits, so scores are compared to 13 bits only. Noise of 2e-7 then
+parts two equal scores in one of a thousand cases, not in every other one.
 """
 
 import math
@@ -25,8 +25,8 @@ def top(scores, visible, k, forced=None):
 
   Forced columns come before all others, inside k, by position. Scores are
   compared as float32 rounded to 13 significant bits, -0.0 and numbers below its
-  normal range as 0.0, as accelerators do. A score of -inf is not chosen; NaN, like +inf, counts as the
-  largest number.
+  normal range as 0.0, as accelerators do. A score of -inf is not chosen; NaN,
+  like +inf, counts as the largest number.
 
   Args:
     scores: [..., N], any float dtype; anything where not visible.

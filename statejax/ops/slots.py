@@ -15,7 +15,7 @@ from statejax import state as st
 
 # Of `Bank.status`.
 EMPTY, LIVE, TOMBSTONE, QUARANTINED = range(4)
-# Of `Bank.lock`: a stream can undo what a stream has locked, not what a host has.
+# Of `Bank.lock`: a stream can undo a stream's lock, not a host's.
 OPEN, STREAM, HOST = range(3)
 # Of `Events.op`; those from PURGE on need the host's capability.
 (NULL, WRITE, LOCK, UNLOCK, DELETE, ROLLBACK, ALIAS, QUARANTINE, RESTORE, PURGE,

@@ -1,4 +1,4 @@
-"""Memory events: what was set, repeated, refused, locked or deleted, and is now?
+"""Memory events: what was set, repeated, refused, locked, deleted, and is now?
 
 Every event is one vector (operation, key, value); the last one is a question
 about one key. Eight families of items ask for one thing each that a memory may

@@ -220,7 +220,8 @@ def test_a_reader_attends_to_what_its_owner_chose():
 
   def read(chosen):
     state = empty(reader, 2, 0)
-    context = common.context(*jnp.array([[0, 0], [24, 24]], jnp.int32), None, 24)
+    both = jnp.array([[0, 0], [24, 24]], jnp.int32)
+    context = common.context(*both, None, 24)
     context = dataclasses.replace(context, lent={'owner': {'chosen': chosen}})
     views = jax.tree.map(lambda a: st.Store(a, jnp.int32(0)), state)
     return DSA(reader).apply({'params': mine}, x, views, context,

@@ -90,7 +90,8 @@ class Row:
         return None
       if s.status == sl.TOMBSTONE:
         return 1
-      return 2 if s.status == sl.LIVE and self.rules.policy != 'reject' else None
+      live = s.status == sl.LIVE and self.rules.policy != 'reject'
+      return 2 if live else None
     def score(i):
       s = self.slots[i]
       return {'lru': max(s.t_write, s.t_read), 'oldest': s.t_write,
