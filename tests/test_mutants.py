@@ -277,8 +277,8 @@ def rewound_by_length_alone(right, state, snapshot):
 
 
 @mutant('full', 'save', st, 'grow')
-def grown_at_the_front(right, state, new, schema):
-  grown = right(state, new, schema)
+def grown_at_the_front(right, state, new):
+  grown = right(state, new)
   return st.map_leaves(
       lambda path, axes, kind, x, old: x if kind == 'fixed' else jnp.roll(
           x, x.shape[-2] - old.shape[-2], axis=-2), grown, state)

@@ -185,7 +185,9 @@ def test_grow_counts_tokens_by_stride():
 
 def test_what_a_state_means_counts_tokens_by_stride():
   """Of a store with a slot per several tokens, too, only the live prefix."""
-  model = lm.LanguageModel(tiny_compressed.get_config().model)
+  config = tiny_compressed.get_config().model
+  model = lm.LanguageModel(dataclasses.replace(
+      config, groups=(c.GroupConfig(('csa',)),)))
   params, tokens = model.init(jax.random.key(0)), jnp.arange(14)[None] % 8
   _, state = model.step(params, model.init_state(1, 20), tokens[:, :9])
   kept = st.snapshot(state)

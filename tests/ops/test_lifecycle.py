@@ -176,11 +176,12 @@ def test_null_changes_no_bit():
   events = arrays(SMALL, draw(SMALL, rng, 2, 1, 30))
   events = dataclasses.replace(
       jax.tree.map(lambda x: x[:, 0], events), value=events.value[:, :, 0])
-  bank, _ = lifecycle.commit(SMALL, sl.empty(SMALL, 2), events, jnp.zeros(2))
+  run = jax.jit(lifecycle.commit, static_argnums=0)
+  bank, _ = run(SMALL, sl.empty(SMALL, 2), events, jnp.zeros(2, jnp.int32))
   bank = dataclasses.replace(bank, value=bank.value.at[0, 0, 0].set(jnp.nan),
                              expires=jnp.full_like(bank.expires, -1))
   null = dataclasses.replace(events, op=jnp.zeros_like(events.op))
-  after, receipts = lifecycle.commit(SMALL, bank, null, jnp.full(2, 99))
+  after, receipts = run(SMALL, bank, null, jnp.full(2, 99, jnp.int32))
   for (path, x, _, _), (_, y, _, _) in zip(st.leaves(bank), st.leaves(after)):
     assert np.asarray(x).tobytes() == np.asarray(y).tobytes(), path
   assert (receipts.outcome == sl.UNUSED).all()

@@ -1,6 +1,7 @@
 """Reads of a slot bank against plain numpy, and what they must not touch."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +43,11 @@ def ask(keys, principal=-1, time=10, ago=0):
 
 def read(bank, question, sight=None, k=1):
   sight = recall.Sight() if sight is None else sight
+  return run(bank, question, sight, k)
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def run(bank, question, sight, k):
   found = recall.choose(bank, question, sight, k)
   return found, *recall.read(bank, question, found, sight)
 
