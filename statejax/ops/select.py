@@ -4,7 +4,7 @@ One tie rule for the project, so that a query chooses the same whatever chunk,
 batch or shard computes it. Exact ties are common: a ReLU makes them, and text
 that repeats. Equal keys in products of other shapes have scores that differ in
 their last bits, so scores are compared to 13 bits only. Noise of 2e-7 then
-parts two equal scores in one of a thousand cases, not in every other one.
+parts equal scores only where it straddles a step of 2^-12.
 """
 
 import math

@@ -234,6 +234,29 @@ def test_the_gradient_of_a_value_goes_to_its_event():
   assert grad[0, 0, :, 0].tolist() == [10., 0., 1., 0.]
 
 
+def test_another_name_means_the_object():
+  """Written, aliased, written, deleted and asked for by the other name; once
+  the object is gone the name is free."""
+  rules = dataclasses.replace(SMALL, slots=2)
+  key = jnp.eye(8)[jnp.array([0, 0, 1, 1, 1])][None]
+  op = [[sl.WRITE, sl.ALIAS, sl.WRITE, sl.ROLLBACK, sl.DELETE]]
+  events = sl.events(
+      rules, op, key=key, name=jnp.broadcast_to(jnp.eye(8)[1], key.shape),
+      steps=[[1] * 5], span=jnp.arange(10, dtype=jnp.int32).reshape(1, 5, 2))
+  bank, receipts = lifecycle.commit(rules, sl.empty(rules, 1), events,
+                                    jnp.zeros(1, jnp.int32))
+  assert (receipts.outcome == sl.COMMITTED).all()
+  assert receipts.slot.tolist() == [[0] * 5]
+  assert receipts.version.tolist() == [[1, 1, 2, 3, 4]]
+  purge = sl.events(rules, [[sl.PURGE, sl.WRITE]], key=key[:, 2:4],
+                    host=[[True, False]],
+                    span=jnp.ones((1, 2, 2), jnp.int32))
+  bank, receipts = lifecycle.commit(rules, bank, purge,
+                                    jnp.zeros(1, jnp.int32))
+  assert receipts.oid.tolist() == [[0, 1]]
+  assert bank.alias_oid.tolist() == [[-1, -1]] and not bank.alias_key.any()
+
+
 def test_rules_say_what_is_wrong():
   with pytest.raises(ValueError, match='Rules.policy: expected one of'):
     sl.Rules(policy='fifo')

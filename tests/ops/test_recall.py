@@ -116,6 +116,8 @@ def test_what_is_not_selected_gives_no_byte_and_no_gradient():
 
 def test_a_doubtful_read_is_exactly_nothing():
   bank, _, keys = made()
+  # Not even of a value that is no number.
+  bank = dataclasses.replace(bank, value=jnp.full_like(bank.value, jnp.nan))
   far = sl.unit(keys[:1] + 3 * keys[2:3])
   found, y, confidence = read(bank, ask(far))
   assert not found.fires.any() and not y.any() and 0 < confidence[0, 0] < 0.5
