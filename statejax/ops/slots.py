@@ -258,12 +258,14 @@ def events(rules, op, **fields):
              bool if name == 'host' else jnp.int32)
     fill = 0 if name in (*floats, *zero, 'host') else -1
     given = fields.pop(name, None)
-    if given is not None and jnp.shape(given) != shape:
-      raise ValueError(f'events: {name}: expected {shape}, got '
-                       f'{jnp.shape(given)}.')
-    keep = name == 'value' and given is not None
-    out[name] = (jnp.full(shape, fill, dtype) if given is None else
-                 jnp.asarray(given, None if keep else dtype))
+    if given is None:
+      out[name] = jnp.full(shape, fill, dtype)
+      continue
+    # A value is narrowed by the bank that takes it, not here.
+    given = jnp.asarray(given, None if name == 'value' else dtype)
+    if given.shape != shape:
+      raise ValueError(f'events: {name}: expected {shape}, got {given.shape}.')
+    out[name] = given
   if fields:
     raise ValueError(f'events: unknown fields {sorted(fields)}.')
   return Events(**out | {n: unit(out[n]) for n in ('key', 'name')})
