@@ -115,8 +115,8 @@ def test_model(name):
 def test_bfloat16_mixer(name):
   layer = c.LayerConfig(name, MIXERS[name], c.SwiGLUConfig(32))
   # The two forms of latent attention round in different places, each several
-  # times: single steps and one pass were up to 1.6e-2 apart.
-  latent = 4 if name.startswith(('mla', 'dsa', 'loza')) else 1
+  # times: single steps and one pass were up to 2e-2 apart.
+  latent = 4 if name.startswith(('mla', 'dsa', 'loza', 'kpool')) else 1
   laws.check(laws.MixerSubject(layer, dtype='bfloat16'),
              tolerance=latent * HALF_LAYER)
 
@@ -135,7 +135,7 @@ def test_bfloat16_store():
 @pytest.mark.parametrize('name', MODELS)
 def test_bfloat16_model(name):
   config = dataclasses.replace(model(name), dtype='bfloat16')
-  if name == 'tiny_dsa':  # see COARSE
+  if name in ('tiny_dsa', 'tiny_sharing'):  # see COARSE
     config = dataclasses.replace(config, layers=tuple(
         dataclasses.replace(x, mixer=dataclasses.replace(x.mixer, k=100))
         for x in config.layers))
