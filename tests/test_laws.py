@@ -64,8 +64,8 @@ def model(name):
 
 
 # The kinds; the others differ in a detail, and run whole with -m slow.
-WHOLE = ('kda', 'full_rope')
-QUICKLY = ('gdn', 'window_1', 'window_sink', 'kda_lower_bound', 'post_norm')
+WHOLE = ('kda',)
+QUICKLY = ('full_rope', 'gdn', 'window_sink')
 
 
 @pytest.mark.optimized

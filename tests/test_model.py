@@ -219,6 +219,7 @@ def test_stacked_and_unstacked_agree():
   assert st.diff(same, state, tolerance=1e-5) is None
 
 
+@pytest.mark.slow
 @pytest.mark.optimized
 def test_remat_changes_no_gradient():
   def loss(model, params):

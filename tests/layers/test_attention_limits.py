@@ -40,6 +40,7 @@ def test_a_window_of_everything_is_attention():
     np.testing.assert_allclose(y, want, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_enough_entries_need_no_index():
   params, x = single.draw(CSA, 24)
   plain = dataclasses.replace(CSA, index=None)

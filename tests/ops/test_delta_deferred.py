@@ -346,6 +346,7 @@ def test_empty_mistake():
     dd.empty(1, 1, 1, 4, 4, chunk_size=4, decay='chan')
 
 
+@pytest.mark.slow
 def test_more_valid_tokens_than_there_are():
   want, got = call(), call(n_valid=np.array([5, 9]))
   jax.tree.map(np.testing.assert_array_equal, want, got)
