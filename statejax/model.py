@@ -337,8 +337,13 @@ def apply(model, params, state, tokens, n_valid=None, segment_ids=None, *,
 
 
 def forward(model, params, state, tokens, n_valid=None, segment_ids=None, *,
-            keep='all'):
+            keep='all', hints=None):
   """`apply` with the losses of layers that have one of their own.
+
+  Args:
+    model, params, state, tokens, n_valid, segment_ids, keep: as for `step`.
+    hints: {name: [B, T] int32}, -1 for none, what layers with a loss of that
+      name are to learn; see `statejax.layers.common.Context`.
 
   Returns:
     logits, state, and {layer: {name: total}} of float32 scalars, summed over
@@ -352,9 +357,14 @@ def forward(model, params, state, tokens, n_valid=None, segment_ids=None, *,
   lost = (n_valid < 0) | (n_valid > steps)
   n_valid = jnp.clip(n_valid, 0, steps)
   document = back = None
+  hints = {} if hints is None else hints
   if segment_ids is not None:
+    hints = {name: pack(hint, n_valid, segment_ids)[0]
+             for name, hint in hints.items()}
     tokens, n_valid, document, back = pack(tokens, n_valid, segment_ids)
-  context = common.context(state.length, n_valid, document, steps)
+  context = dataclasses.replace(
+      common.context(state.length, n_valid, document, steps), tokens=tokens,
+      hints=hints)
   x = _embed(params['embed'], tokens, context.valid, c.dtype)
   if st.capacity(state) is not None:
     # A row that has outgrown its stores must not answer from a part of them.

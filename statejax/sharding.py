@@ -33,6 +33,13 @@ RULES = {
     'block': None,
     'entry': None,
     'capacity': None,
+    'slots': None,
+    'versions': None,
+    'tokens': None,
+    'aliases': None,
+    'events': None,
+    'wants': None,
+    'parts': None,
     'lanes': None,
     'words': None,
 }

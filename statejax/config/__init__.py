@@ -48,6 +48,7 @@ from statejax.config.model import (
 )
 from statejax.config.nsa import NSAConfig
 from statejax.config.override import override
+from statejax.config.slots import SlotRules, SlotsConfig
 from statejax.config.train import Config, TaskConfig, TrainConfig
 from statejax.config.tree import from_dict, to_dict
 
@@ -59,6 +60,6 @@ __all__ = [
   'LayerConfig', 'LightningConfig', 'Llama3RopeConfig', 'LoZAConfig',
   'LongRopeConfig', 'MLAConfig', 'Mamba2Config', 'MoBAConfig', 'ModelConfig',
   'NSAConfig', 'NormConfig', 'PooledDSAConfig', 'QSAConfig', 'RetNetConfig',
-  'RopeConfig', 'SummaryConfig', 'SwiGLUConfig', 'TaskConfig', 'TrainConfig',
-  'YarnConfig', 'from_dict', 'override', 'to_dict',
+  'RopeConfig', 'SlotRules', 'SlotsConfig', 'SummaryConfig', 'SwiGLUConfig',
+  'TaskConfig', 'TrainConfig', 'YarnConfig', 'from_dict', 'override', 'to_dict',
 ]

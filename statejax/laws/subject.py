@@ -30,11 +30,11 @@ from statejax.layers import block, common, groups
 
 # Chunks and windows that do not end within a few tokens are cut to these: no
 # parameter depends on them, and what is never reached is never checked.
-_SHORT = {'chunk': 8, 'window': 5}
+_SHORT = {'chunk': 8, 'window': 5, 'segment': 4}
 _LONGEST = 12
 # Fields and properties of a mixer's config that say where something begins.
 _LENGTHS = ('window', 'conv', 'chunk', 'ratio', 'block', 'stride',
-            'compress_block', 'select_block')
+            'compress_block', 'select_block', 'segment')
 
 # Per layer and for a whole tiny model, float32; see `statejax.laws`.
 LAYER, MODEL = 2e-6, 1e-5

@@ -28,6 +28,7 @@ from statejax.layers.nsa import NSA
 from statejax.layers.pooled_dsa import PooledDSA
 from statejax.layers.qsa import QSA
 from statejax.layers.retnet import RetNet
+from statejax.layers.slots import Slots
 
 # A new mixer is one file and one line here. It is a Linen module with a
 # `config` field, `state(config, rows, capacity, dtype)` that returns its state
@@ -58,6 +59,7 @@ MIXERS = {
     cfg.PooledDSAConfig: PooledDSA,
     cfg.QSAConfig: QSA,
     cfg.RetNetConfig: RetNet,
+    cfg.SlotsConfig: Slots,
 }
 MLPS = {cfg.SwiGLUConfig: SwiGLU}
 

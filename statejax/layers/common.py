@@ -28,6 +28,9 @@ class Context:
     start: index of the first token of the row's last document, [B].
     base: position of that token; `length` or, past a border, 0, [B].
     All are int32.
+    tokens: of the step, [B, T] int32; None where a layer runs alone.
+    hints: {name: [B, T] int32}, what is to be learned of a token besides the
+      next, -1 where nothing; for a layer that has a loss of that name.
     lent: what earlier layers of this step lend, {layer: {name: array}}; see
       `lend` and `borrow`.
     summary: `statejax.layers.ksa.Summaries`, the summary tokens that run with
@@ -40,6 +43,8 @@ class Context:
   document: jax.Array | None
   start: jax.Array
   base: jax.Array
+  tokens: jax.Array | None = None
+  hints: dict = dataclasses.field(default_factory=dict)
   lent: dict = dataclasses.field(default_factory=dict)
   summary: typing.Any = None
 

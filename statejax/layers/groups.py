@@ -238,4 +238,4 @@ def _scanned(config, group, params, x, layers, used, context):
 def _only(layer, kind):
   """The leaves of one kind, as a dict by field name."""
   return {f.name: getattr(layer, f.name) for f in dataclasses.fields(layer)
-          if f.metadata['kind'] == kind}
+          if f.metadata['kind'] == kind and getattr(layer, f.name) is not None}

@@ -15,6 +15,7 @@ together, and the gradient of a value goes straight to the event it came from.
 | DELETE | open and LIVE | values and tokens gone, key stays, version + 1 |
 | ROLLBACK n | open and LIVE, n values in the ring | like writing that value |
 | ALIAS | LIVE, name unused | another name |
+| EXPIRE | open or host, LIVE | hidden from a position on |
 | QUARANTINE, RESTORE | open or host | out of reads and writes, and back |
 | PURGE, REKEY, HOST_LOCK, HOST_UNLOCK | host | slot empty; new key; lock |
 """
@@ -31,7 +32,8 @@ from statejax.ops import slots as sl
 _MOST = jnp.iinfo(jnp.int32).max
 # A slot in the scan: the fields of a bank that a slot has, without values.
 SLOT = tuple(f.name for f in dataclasses.fields(sl.Bank)
-             if f.metadata['axes'][:2] == ('batch', 'slots'))
+             if f.metadata['axes'][:2] == ('batch', 'slots')
+             and f.name != 'value')
 
 
 @jax.tree_util.register_dataclass
@@ -58,7 +60,7 @@ def commit(rules, bank, events, now):
   Slots that have expired become empty first.
 
   Args:
-    rules: `slots.Rules`, static.
+    rules: `statejax.config.SlotRules`, static.
     bank: `slots.Bank` of B rows.
     events: `slots.Events` [B, E].
     now: tokens absorbed by each row, [B] int32.
@@ -66,18 +68,16 @@ def commit(rules, bank, events, now):
   Returns:
     The bank after, and `slots.Receipts` [B, E].
   """
-  one = dataclasses.replace(
-      jax.tree.map(lambda x: x[:, None], events),
-      value=jnp.expand_dims(events.value, 2))
+  one = jax.tree.map(lambda x: x[:, None], events)
   last, _, receipts, _ = segments(rules, bank, one, now[:, None])
   return last, jax.tree.map(lambda x: x[:, 0], receipts)
 
 
-def segments(rules, bank, events, now, turn=None, inputs=()):
+def segments(rules, bank, events, now, turn=None, inputs=(), fresh=None):
   """`commit` of S segments, one after the other.
 
   Args:
-    rules: `slots.Rules`, static.
+    rules: `statejax.config.SlotRules`, static.
     bank: `slots.Bank` of B rows.
     events: `slots.Events` with a segment axis, [B, S, E].
     now: tokens absorbed at the end of each segment, [B, S] int32.
@@ -85,6 +85,8 @@ def segments(rules, bank, events, now, turn=None, inputs=()):
       row's slots {field: [M, ...]}, its aliases and its part of `inputs`, that
       returns fields to replace and anything else.
     inputs: pytree of [B, S, ...].
+    fresh: whether a document begins between the turn and the events of a
+      segment, which then find an empty bank, [B, S] bool; None is never.
 
   Returns:
     The bank after all; the bank before each segment, with an axis S behind that
@@ -92,8 +94,9 @@ def segments(rules, bank, events, now, turn=None, inputs=()):
   """
   steer = (*parts(bank), bank.next_oid, dataclasses.replace(events, value=None))
   run = functools.partial(_segments, rules, turn or (lambda *_: ({}, ())))
+  fresh = jnp.zeros(now.shape, bool) if fresh is None else fresh
   last, before, receipts, found = jax.vmap(run)(
-      *jax.lax.stop_gradient(steer), now, jax.lax.stop_gradient(inputs))
+      *jax.lax.stop_gradient(steer), now, jax.lax.stop_gradient(inputs), fresh)
   return (_fill(bank, events, last), _fill(bank, events, before), receipts,
           found)
 
@@ -104,7 +107,7 @@ def parts(bank):
   return slot, {'key': bank.alias_key, 'oid': bank.alias_oid}
 
 
-def _segments(rules, turn, slot, alias, next_oid, events, now, inputs):
+def _segments(rules, turn, slot, alias, next_oid, events, now, inputs, fresh):
   """One row: events [S, E]."""
   row = _Row(
       slot | {'value_at': _count(slot['span'].shape[:2]),
@@ -112,15 +115,16 @@ def _segments(rules, turn, slot, alias, next_oid, events, now, inputs):
       alias | {'at': _count(alias['oid'].shape)}, next_oid)
 
   def segment(row, xs):
-    events, number, now, inputs = xs
+    events, number, now, inputs, fresh = xs
     read, found = turn(row.slot, row.alias, inputs)
-    after = _expire(dataclasses.replace(row, slot=row.slot | read), now)
+    after = dataclasses.replace(row, slot=row.slot | read)
+    after = _expire(_begin(after, fresh), now)
     after, receipts = jax.lax.scan(
         functools.partial(_event, rules), after, (events, number))
     return after, (row, receipts, found)
 
   last, (before, receipts, found) = jax.lax.scan(
-      segment, row, (events, _count(events.op.shape), now, inputs))
+      segment, row, (events, _count(events.op.shape), now, inputs, fresh))
   return last, before, receipts, found
 
 
@@ -132,9 +136,8 @@ def _count(shape):
 def _fill(bank, events, row):
   """The bank of a `_Row` with leaves [B, ...] or [B, S, ...]."""
   flat = lambda x: x.reshape(x.shape[0], -1, x.shape[-1])
-  value = jax.vmap(lambda old, new: _pick(
-      flat(old), flat(new).astype(old.dtype), row.slot['value_at']))(
-          bank.value, events.value)
+  value = _pick(flat(bank.value), flat(events.value).astype(bank.value.dtype),
+                row.slot['value_at'])
   key = _pick(bank.key, flat(events.key), row.slot['key_at'])
   alias = _pick(bank.alias_key, flat(events.name), row.alias['at'])
   integers = {n: x for n, x in row.slot.items()
@@ -168,6 +171,16 @@ def _where(mask, new, old):
   return {name: one(new[name], old[name]) for name in old}
 
 
+_NO_NAME = {'key': 0, 'oid': -1, 'at': -1}
+
+
+def _begin(row, fresh):
+  """An empty row where a document begins."""
+  return _Row(_where(fresh[None], _FILL, row.slot),
+              _where(fresh[None], _NO_NAME, row.alias),
+              jnp.where(fresh, 0, row.next_oid))
+
+
 def _expire(row, now):
   """Empties slots whose time has come."""
   s = row.slot
@@ -180,8 +193,7 @@ def _clear(row, gone):
   lost = row.slot['oid'][None] == row.alias['oid'][:, None]
   lost = jnp.any(lost & gone[None], axis=1)
   slot = _where(gone, _FILL | {'seq': row.slot['seq'] + 1}, row.slot)
-  alias = _where(lost & (row.alias['oid'] >= 0),
-                 {'key': 0, 'oid': -1, 'at': -1}, row.alias)
+  alias = _where(lost & (row.alias['oid'] >= 0), _NO_NAME, row.alias)
   return _Row(slot, alias, row.next_oid)
 
 
@@ -341,9 +353,10 @@ def _outcome(row, event, old, at, new, name_free, alias_room):
   empty = (event.span[0] < 0) | ~jnp.isfinite(event.salience)
   written = op_is(sl.WRITE)
   same = written & live & ~new & sl.same_span(old['span'][0], event.span)
-  needs_live = op_is(sl.LOCK, sl.DELETE, sl.ROLLBACK, sl.ALIAS, sl.QUARANTINE)
+  needs_live = op_is(sl.LOCK, sl.DELETE, sl.ROLLBACK, sl.ALIAS, sl.EXPIRE,
+                     sl.QUARANTINE)
   needs_open = op_is(sl.WRITE, sl.LOCK, sl.DELETE, sl.ROLLBACK) & ~new
-  needs_open |= op_is(sl.QUARANTINE, sl.RESTORE) & ~event.host
+  needs_open |= op_is(sl.EXPIRE, sl.QUARANTINE, sl.RESTORE) & ~event.host
   missing = jnp.where(new, sl.FULL, sl.MISSING)
   checks = (
       (op == sl.NULL, sl.UNUSED),
@@ -417,7 +430,7 @@ def _changed(rules, row, event, number, old, new, refresh):
       't_read': jnp.where(new, -1, old['t_read']),
       'reads': jnp.where(new, 0, old['reads']),
       'owner': jnp.where(new, event.principal, old['owner']),
-      'expires': jnp.where(write, event.expires,
+      'expires': jnp.where(write | (op == sl.EXPIRE), event.expires,
                            jnp.where(delete, -1, old['expires'])),
       'salience': jnp.where(write | refresh, event.salience,
                             jnp.where(delete, 0., old['salience']))}

@@ -119,7 +119,7 @@ def note(slot, ask, found):
           't_read': jnp.maximum(slot['t_read'], last)}
 
 
-def read(bank, ask, found, sight):
+def read(bank, ask, found, sight, pull=None):
   """The values that were found.
 
   Args:
@@ -127,9 +127,11 @@ def read(bank, ask, found, sight):
     ask: `Ask`.
     found: of `choose`, or of `look` inside `lifecycle.segments`.
     sight: `Sight`; gradients reach all but `threshold`.
+    pull: probabilities of which `ask.ago` is the largest, [B, T, R + 1], or
+      None: they change no bit of what is read, and are what gradients see.
 
   Returns:
-    y: [L, B, T, V] in the values' dtype; exactly 0 where no read fires.
+    y: [B, T, V] in the values' dtype; exactly 0 where no read fires.
     confidence: [B, T] float32.
   """
   value = bank.value
@@ -142,10 +144,17 @@ def read(bank, ask, found, sight):
   used = (found.ids >= 0) & found.fires[..., None]
   a = jnp.where(used, a, 0.)
   rows = jnp.arange(at.shape[0], dtype=jnp.int32)[:, None, None]
-  ago = jnp.clip(ask.ago, 0, value.shape[3] - 1)[..., None]
-  picked = value[:, rows, at, jnp.broadcast_to(ago, at.shape)]
-  picked = jnp.where(used[None, ..., None], picked, jnp.zeros((), value.dtype))
-  y = jnp.einsum('btk,lbtkv->lbtv', a, picked.astype(jnp.float32),
+  ago = jnp.clip(ask.ago, 0, value.shape[2] - 1)[..., None]
+  picked = value[rows, at, jnp.broadcast_to(ago, at.shape)]
+  picked = jnp.where(used[..., None], picked, jnp.zeros((), value.dtype))
+  picked = picked.astype(jnp.float32)
+  if pull is not None:
+    all_of = jnp.where(used[..., None, None], value[rows, at],
+                       jnp.zeros((), value.dtype))
+    picked = picked + jnp.einsum(
+        'btr,btkrv->btkv', pull - jax.lax.stop_gradient(pull),
+        all_of.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+  y = jnp.einsum('btk,btkv->btv', a, picked,
                  precision=jax.lax.Precision.HIGHEST)
   confidence = _confidence(
       _best(score, found.ids), found.ids[..., 0] >= 0, sight)

@@ -18,76 +18,16 @@ EMPTY, LIVE, TOMBSTONE, QUARANTINED = range(4)
 # Of `Bank.lock`: a stream can undo a stream's lock, not a host's.
 OPEN, STREAM, HOST = range(3)
 # Of `Events.op`; those from PURGE on need the host's capability.
-(NULL, WRITE, LOCK, UNLOCK, DELETE, ROLLBACK, ALIAS, QUARANTINE, RESTORE, PURGE,
- REKEY, HOST_LOCK, HOST_UNLOCK) = range(13)
+(NULL, WRITE, LOCK, UNLOCK, DELETE, ROLLBACK, ALIAS, EXPIRE, QUARANTINE,
+ RESTORE, PURGE, REKEY, HOST_LOCK, HOST_UNLOCK) = range(14)
 OPS = ('null', 'write', 'lock', 'unlock', 'delete', 'rollback', 'alias',
-       'quarantine', 'restore', 'purge', 'rekey', 'host_lock', 'host_unlock')
+       'expire', 'quarantine', 'restore', 'purge', 'rekey', 'host_lock',
+       'host_unlock')
 # Of `Receipts.outcome`: the two first of COMMITTED changed the bank.
 (UNUSED, COMMITTED, REFRESHED, MISSING, LOCKED, FULL, CONFLICT, FORBIDDEN,
  INVALID) = range(9)
 OUTCOMES = ('unused', 'committed', 'refreshed', 'missing', 'locked', 'full',
             'conflict', 'forbidden', 'invalid')
-
-MODES = ('content', 'hashed', 'router')
-POLICIES = ('lru', 'oldest', 'low_salience', 'reject')
-
-
-@dataclasses.dataclass(frozen=True)
-class Rules:
-  """Sizes of a bank and the rules of its events; static.
-
-  Attributes:
-    slots: M.
-    key: width of a key.
-    value: width of a value.
-    layers: memory layers, each with a value of its own in every slot.
-    ring: R, earlier values kept.
-    span: tokens of a value.
-    key_span: tokens of a key.
-    aliases: A.
-    mode: which slot an event means. 'content': that of the nearest key, if its
-      cosine is above `threshold`; 'hashed': that of the same key tokens, in a
-      set of `ways` slots chosen by their hash; 'router': the slot it names,
-      whatever that holds.
-    threshold: of cosines.
-    ways: slots of a set, for 'hashed'.
-    policy: which open slot a new object takes when none is free. 'lru': the one
-      not written or read for longest; 'oldest': not written for longest;
-      'low_salience'; 'reject': none.
-  """
-
-  slots: int = 32
-  key: int = 64
-  value: int = 128
-  layers: int = 1
-  ring: int = 1
-  span: int = 16
-  key_span: int = 8
-  aliases: int = 8
-  mode: str = 'content'
-  threshold: float = 0.9
-  ways: int = 1
-  policy: str = 'lru'
-
-  def __post_init__(self):
-    small = {'ring': 0}
-    for name in ('slots', 'key', 'value', 'layers', 'ring', 'span', 'key_span',
-                 'aliases', 'ways'):
-      least, value = small.get(name, 1), getattr(self, name)
-      if not isinstance(value, int) or value < least:
-        raise ValueError(f'Rules.{name}: expected a whole number >= {least}, '
-                         f'got {value!r}.')
-    for name, known in (('mode', MODES), ('policy', POLICIES)):
-      if getattr(self, name) not in known:
-        raise ValueError(f'Rules.{name}: expected one of {known}, got '
-                         f'{getattr(self, name)!r}.')
-    if self.slots % self.ways:
-      raise ValueError(f'Rules: slots={self.slots} must be a multiple of '
-                       f'ways={self.ways}.')
-    if not -1 <= self.threshold <= 1:
-      raise ValueError('Rules.threshold: expected a cosine, got '
-                       f'{self.threshold}.')
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +58,7 @@ class Bank:
   """
 
   key: st.Array = st.leaf('batch slots key')
-  value: st.Array = st.leaf('memory batch slots versions value')
+  value: st.Array = st.leaf('batch slots versions value')
   span: st.Array = st.leaf('batch slots versions tokens', fill=-1)
   key_span: st.Array = st.leaf('batch slots tokens', fill=-1)
   source: st.Array = st.leaf('batch slots words', fill=-1)
@@ -149,13 +89,14 @@ class Events:
     key: of the object, unit vectors, [B, E, K] float32; of a REKEY the new one,
       and the slot has to be named by number.
     name: of an ALIAS the other name, [B, E, K].
-    value: of a WRITE, for every memory layer, [L, B, E, V].
+    value: of a WRITE, [B, E, V].
     span, key_span: tokens, [B, E, Ls] and [B, E, Lk] int32, padded with -1.
     source: [B, E, 2] int32, -1 where a host writes.
     time: position of the event, [B, E] int32.
     salience: [B, E] float32.
     principal: who acts, [B, E] int32; sees and changes only what it owns.
-    expires: of a WRITE the position from which it is hidden, -1 never, [B, E].
+    expires: of a WRITE or EXPIRE the position from which it is hidden, -1
+      never, [B, E].
     slot: the slot meant, [B, E] int32; -1 asks the key.
     expect: version that the slot must have, or nothing happens; -1 any, [B, E].
     steps: of a ROLLBACK, versions back, [B, E] int32.
@@ -204,14 +145,20 @@ class Receipts:
 
 
 def specs(rules, rows, dtype):
-  """Returns the `Bank` of `Spec` for so many rows; values are of `dtype`."""
+  """Returns the `Bank` of `Spec` for so many rows.
+
+  Args:
+    rules: `statejax.config.SlotRules`, here and below.
+    rows: B.
+    dtype: of values.
+  """
   r, m, versions = rules, rules.slots, rules.ring + 1
   ints = {name: st.Spec((rows, m), 'int32') for name in (
       'oid', 'version', 'seq', 't_write', 't_first', 't_read', 'reads', 'owner',
       'expires')}
   return Bank(
       key=st.Spec((rows, m, r.key), 'float32'),
-      value=st.Spec((r.layers, rows, m, versions, r.value), dtype),
+      value=st.Spec((rows, m, versions, r.value), dtype),
       span=st.Spec((rows, m, versions, r.span), 'int32'),
       key_span=st.Spec((rows, m, r.key_span), 'int32'),
       source=st.Spec((rows, m, 2), 'int32'),
@@ -225,7 +172,8 @@ def specs(rules, rows, dtype):
 def empty(rules, rows, dtype='float32'):
   """Returns an empty bank.
 
-  >>> empty(Rules(slots=4), rows=2).status.shape
+  >>> from statejax.config import SlotRules
+  >>> empty(SlotRules(slots=4), rows=2).status.shape
   (2, 4)
   """
   return st.allocate(st.describe(specs(rules, rows, dtype)))
@@ -247,7 +195,7 @@ def events(rules, op, **fields):
     raise ValueError(f'events: expected op of shape [B, E], got {op.shape}.')
   shapes = {
       'key': (*op.shape, rules.key), 'name': (*op.shape, rules.key),
-      'value': (rules.layers, *op.shape, rules.value),
+      'value': (*op.shape, rules.value),
       'span': (*op.shape, rules.span), 'key_span': (*op.shape, rules.key_span),
       'source': (*op.shape, 2)}
   floats, zero = ('key', 'name', 'value', 'salience'), ('time', 'steps')

@@ -23,7 +23,7 @@ class Row:
   """A bank of one row.
 
   Args:
-    rules: `slots.Rules`.
+    rules: `SlotRules`.
   """
 
   def __init__(self, rules):
@@ -205,6 +205,14 @@ class Row:
     self.aliases[free[0]] = (e['name'], s.oid)
     return sl.COMMITTED
 
+  def expire(self, e, s, at):
+    if s.lock and not e['host']:
+      return sl.LOCKED
+    if s.status != sl.LIVE:
+      return sl.INVALID
+    s.expires, s.seq = e['expires'], s.seq + 1
+    return sl.COMMITTED
+
   def quarantine(self, e, s, at):
     if s.lock and not e['host']:
       return sl.LOCKED
@@ -242,11 +250,11 @@ class Row:
     return sl.COMMITTED
 
   def arrays(self):
-    """The bank's leaves of this row, as numpy, values [L, M, R + 1, V]."""
+    """The bank's leaves of this row, as numpy, values [M, R + 1, V]."""
     r = self.rules
     out = {
         'key': np.zeros((r.slots, r.key), np.float32),
-        'value': np.zeros((r.layers, r.slots, r.ring + 1, r.value), np.float32),
+        'value': np.zeros((r.slots, r.ring + 1, r.value), np.float32),
         'span': np.full((r.slots, r.ring + 1, r.span), -1),
         'key_span': np.full((r.slots, r.key_span), -1)}
     for name in ('status', 'lock', 'oid', 'version', 'seq', 't_write',
@@ -258,7 +266,7 @@ class Row:
       if s.key is not None:
         out['key'][i], out['key_span'][i] = s.key, s.key_span
       for v, (value, span) in enumerate(s.content):
-        out['value'][:, i, v], out['span'][i, v] = value, span
+        out['value'][i, v], out['span'][i, v] = value, span
     out['alias_key'] = np.stack([
         a[0] if a else np.zeros(r.key, np.float32) for a in self.aliases])
     out['alias_oid'] = np.array([a[1] if a else -1 for a in self.aliases])

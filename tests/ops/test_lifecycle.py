@@ -8,16 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from statejax import config as c
 from statejax import ops
 from statejax import state as st
+from statejax.config.slots import MODES, POLICIES
 from statejax.ops import lifecycle, recall
 from statejax.ops import slots as sl
 from tests.ops import slot_oracle
 
-SMALL = sl.Rules(slots=4, key=8, value=3, layers=2, ring=2, span=2, key_span=2,
-                 aliases=2)
-FIELDS = ('op', 'key', 'name', 'span', 'key_span', 'source', 'time', 'salience',
-          'principal', 'expires', 'slot', 'expect', 'steps', 'host')
+SMALL = c.SlotRules(slots=4, key=8, value=3, ring=2, span=2, key_span=2,
+                    aliases=2)
+FIELDS = ('op', 'key', 'name', 'value', 'span', 'key_span', 'source', 'time',
+          'salience', 'principal', 'expires', 'slot', 'expect', 'steps', 'host')
 
 
 def draw(rules, rng, rows, segments, count, busy=()):
@@ -27,7 +29,7 @@ def draw(rules, rng, rows, segments, count, busy=()):
   keys[1] = keys[0] + 0.02 * keys[1]
   keys /= np.linalg.norm(keys, axis=1, keepdims=True)
   keys[-1] = 0
-  ops = np.array([sl.WRITE] * 12 + [sl.DELETE] * 2 + list(range(14)) + [
+  ops = np.array([sl.WRITE] * 12 + [sl.DELETE] * 2 + list(range(15)) + [
       *busy])
   named = 0.9 if rules.mode == 'router' else 0.2
   def one(time):
@@ -36,7 +38,7 @@ def draw(rules, rng, rows, segments, count, busy=()):
         rng.integers(low, high) if rng.random() < p else -1)
     return {
         'op': int(rng.choice(ops)), 'key': keys[which], 'name': keys[other],
-        'value': np.float32(rng.normal(size=(rules.layers, rules.value))),
+        'value': np.float32(rng.normal(size=rules.value)),
         'span': np.array([rare(0.95, 0, 3), rare(0.5, 0, 2)]),
         'key_span': np.array([which, 0]), 'source': rng.integers(9, size=2),
         'time': time, 'salience': np.float32(rng.random()),
@@ -53,11 +55,10 @@ def arrays(rules, found):
   stack = lambda name: np.array(
       [[[e[name] for e in s] for s in row] for row in found])
   given = {n: jnp.asarray(stack(n)) for n in FIELDS}
-  value = jnp.asarray(np.moveaxis(stack('value'), 3, 0))
-  shaped = {n: x if n in ('key', 'name', 'salience') else
+  shaped = {n: x if n in ('key', 'name', 'value', 'salience') else
             x.astype(bool if n == 'host' else jnp.int32)
             for n, x in given.items()}
-  return sl.Events(value=value, **shaped)
+  return sl.Events(**shaped)
 
 
 def same(bank, row, oracle):
@@ -70,7 +71,7 @@ def same(bank, row, oracle):
 
 CASES = [pytest.param(m, p, marks=pytest.mark.slow if p in (
     'oldest', 'reject') else [])
-         for m, p in itertools.product(sl.MODES, sl.POLICIES)
+         for m, p in itertools.product(MODES, POLICIES)
          if m == 'content' or p == 'lru']
 
 
@@ -85,15 +86,14 @@ def test_every_event_does_what_plain_python_does(mode, policy):
   seen = set()
   for s in range(12):
     events = arrays(rules, [[row[s]] for row in found])
-    events = dataclasses.replace(
-        jax.tree.map(lambda x: x[:, 0], events), value=events.value[:, :, 0])
+    events = jax.tree.map(lambda x: x[:, 0], events)
     now = 10 * s + 8
     bank, receipts = run(rules, bank, events, jnp.full(len(found), now))
     for b, oracle in enumerate(oracles):
       want = [sl.OUTCOMES[0] if o is None else o
               for o in oracle.commit(found[b][s], now)]
       got = [sl.OUTCOMES[i] for i in np.asarray(receipts.outcome[b])]
-      assert got == want, (s, b, [sl.OPS[min(e['op'], 12)]
+      assert got == want, (s, b, [sl.OPS[min(e['op'], 13)]
                                   for e in found[b][s]])
       seen |= set(got)
       same(bank, b, oracle)
@@ -119,9 +119,8 @@ def test_one_pass_over_segments_is_segment_after_segment():
   bank, together = start, []
   for s in range(6):
     for field in dataclasses.fields(bank):
-      at = (slice(None),) * (2 if field.name == 'value' else 1) + (s,)
       np.testing.assert_array_equal(
-          getattr(before, field.name)[at], getattr(bank, field.name),
+          getattr(before, field.name)[:, s], getattr(bank, field.name),
           err_msg=f'{s} {field.name}')
     here = jax.tree.map(lambda x, s=s: x[:, s], ask)
     chosen = recall.choose(bank, here, sight, 2)
@@ -129,7 +128,6 @@ def test_one_pass_over_segments_is_segment_after_segment():
                  found, chosen)
     bank = recall.noted(bank, here, chosen)
     part = jax.tree.map(lambda x, s=s: x[:, s], events)
-    part = dataclasses.replace(part, value=events.value[:, :, s])
     bank, receipt = lifecycle.commit(rules, bank, part, now[:, s])
     together.append(receipt)
   assert not _different(bank, last)
@@ -159,10 +157,8 @@ def test_a_row_is_its_own():
   """Row permutation, and one row alone, to the bit."""
   rng = np.random.default_rng(2)
   events = arrays(SMALL, draw(SMALL, rng, 4, 1, 30))
-  events = dataclasses.replace(
-      jax.tree.map(lambda x: x[:, 0], events), value=events.value[:, :, 0])
-  pick = lambda tree, rows: dataclasses.replace(
-      jax.tree.map(lambda x: x[rows], tree), value=tree.value[:, rows])
+  events = jax.tree.map(lambda x: x[:, 0], events)
+  pick = lambda tree, rows: jax.tree.map(lambda x: x[rows], tree)
   run = jax.jit(lifecycle.commit, static_argnums=0)
   whole, _ = run(SMALL, sl.empty(SMALL, 4), events, jnp.full(4, 9))
   for rows in ([2, 0, 3, 1], [3]):
@@ -174,11 +170,10 @@ def test_a_row_is_its_own():
 def test_null_changes_no_bit():
   rng = np.random.default_rng(3)
   events = arrays(SMALL, draw(SMALL, rng, 2, 1, 30))
-  events = dataclasses.replace(
-      jax.tree.map(lambda x: x[:, 0], events), value=events.value[:, :, 0])
+  events = jax.tree.map(lambda x: x[:, 0], events)
   run = jax.jit(lifecycle.commit, static_argnums=0)
   bank, _ = run(SMALL, sl.empty(SMALL, 2), events, jnp.zeros(2, jnp.int32))
-  bank = dataclasses.replace(bank, value=bank.value.at[0, 0, 0].set(jnp.nan),
+  bank = dataclasses.replace(bank, value=bank.value.at[0, 0].set(jnp.nan),
                              expires=jnp.full_like(bank.expires, -1))
   null = dataclasses.replace(events, op=jnp.zeros_like(events.op))
   after, receipts = run(SMALL, bank, null, jnp.full(2, 99, jnp.int32))
@@ -189,12 +184,12 @@ def test_null_changes_no_bit():
 
 def test_slots_are_the_delta_rule_with_one_hot_keys():
   """S (I - beta k k^T) + beta v k^T with k = e_slot, beta = not protected."""
-  rules = sl.Rules(slots=5, key=4, value=6, ring=0, span=1, key_span=1,
+  rules = c.SlotRules(slots=5, key=4, value=6, ring=0, span=1, key_span=1,
                    mode='router')
   rng = np.random.default_rng(4)
   count = 60
   slot = jnp.asarray(rng.integers(5, size=(1, count)), jnp.int32)
-  v = jnp.asarray(rng.normal(size=(1, 1, count, 6)), jnp.float32)
+  v = jnp.asarray(rng.normal(size=(1, count, 6)), jnp.float32)
   lock = rng.random((1, count)) < 0.1
   events = sl.events(
       rules, np.where(lock, sl.LOCK, sl.WRITE), slot=slot, value=v,
@@ -207,19 +202,19 @@ def test_slots_are_the_delta_rule_with_one_hot_keys():
   k = jax.nn.one_hot(slot, 5, dtype=jnp.float32)
   beta = written[..., None].astype(jnp.float32)
   _, state = ops.delta_rule_recurrent(
-      *(x[:, :, None] for x in (k, k, v[0])), jnp.zeros_like(beta), beta, beta,
+      *(x[:, :, None] for x in (k, k, v)), jnp.zeros_like(beta), beta, beta,
       jnp.zeros((1, 1, 5, 6)))
-  got = np.asarray(bank.value[0, 0, :, 0])
+  got = np.asarray(bank.value[0, :, 0])
   # Our op adds the residual v - S k to S, which rounds once more.
   np.testing.assert_allclose(got, state[0, 0], atol=1e-6)
   want = np.zeros((5, 6), np.float32)
-  for one, new, gate in zip(*map(np.asarray, (k[0], v[0, 0], beta[0]))):
+  for one, new, gate in zip(*map(np.asarray, (k[0], v[0], beta[0]))):
     want = want - np.outer(gate * one, one @ want) + np.outer(gate * one, new)
   np.testing.assert_array_equal(got, want)
 
 
 def test_the_gradient_of_a_value_goes_to_its_event():
-  rules = sl.Rules(slots=2, key=4, value=3, ring=1, span=1, key_span=1)
+  rules = c.SlotRules(slots=2, key=4, value=3, ring=1, span=1, key_span=1)
   key = jnp.eye(4)[jnp.array([0, 1, 0, 0])][None]
   tokens = jnp.array([1, 2, 3, 3])[None, :, None]
   def total(value):
@@ -227,11 +222,11 @@ def test_the_gradient_of_a_value_goes_to_its_event():
                        span=tokens)
     bank, _ = lifecycle.commit(rules, sl.empty(rules, 1), events,
                                jnp.zeros(1, jnp.int32))
-    now, before = bank.value[0, 0, 0]
+    now, before = bank.value[0, 0]
     return jnp.sum(now) + 10 * jnp.sum(before)
-  grad = jax.grad(total)(jnp.ones((1, 1, 4, 3)))
+  grad = jax.grad(total)(jnp.ones((1, 4, 3)))
   # The third event replaced the first; the fourth says the same again.
-  assert grad[0, 0, :, 0].tolist() == [10., 0., 1., 0.]
+  assert grad[0, :, 0].tolist() == [10., 0., 1., 0.]
 
 
 def test_another_name_means_the_object():
@@ -258,11 +253,11 @@ def test_another_name_means_the_object():
 
 
 def test_rules_say_what_is_wrong():
-  with pytest.raises(ValueError, match='Rules.policy: expected one of'):
-    sl.Rules(policy='fifo')
+  with pytest.raises(ValueError, match='SlotRules.policy: expected one of'):
+    c.SlotRules(policy='fifo')
   with pytest.raises(ValueError, match='multiple of ways'):
-    sl.Rules(slots=5, ways=2)
+    c.SlotRules(slots=5, ways=2)
   with pytest.raises(ValueError, match=r'events: key: expected \(1, 1, 64\)'):
-    sl.events(sl.Rules(), [[sl.WRITE]], key=jnp.zeros((1, 64)))
+    sl.events(c.SlotRules(), [[sl.WRITE]], key=jnp.zeros((1, 64)))
   with pytest.raises(ValueError, match="unknown fields \\['keys'\\]"):
-    sl.events(sl.Rules(), [[sl.WRITE]], keys=1)
+    sl.events(c.SlotRules(), [[sl.WRITE]], keys=1)

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from statejax import config as c
 from statejax.ops import lifecycle, recall
 from statejax.ops import slots as sl
 
-RULES = sl.Rules(slots=6, key=8, value=5, layers=2, ring=1, span=1, key_span=1,
-                 aliases=2)
+RULES = c.SlotRules(slots=6, key=8, value=5, ring=1, span=1, key_span=1,
+                    aliases=2)
 
 
 def made(seed=0):
@@ -24,7 +25,7 @@ def made(seed=0):
   op = [[sl.WRITE] * 6 + [sl.DELETE, sl.ALIAS]]
   events = sl.events(
       RULES, op, key=keys[which], name=keys[jnp.full((1, 8), 5)],
-      value=jnp.asarray(rng.normal(size=(2, 1, 8, 5)), jnp.float32),
+      value=jnp.asarray(rng.normal(size=(1, 8, 5)), jnp.float32),
       span=jnp.arange(8, dtype=jnp.int32)[None, :, None],
       principal=jnp.where(which == 2, 7, -1),
       expires=jnp.where(which == 3, 20, -1))
@@ -71,10 +72,10 @@ def test_the_value_is_that_of_the_slot_and_version():
   bank, value, keys = made()
   sharp = recall.Sight(kappa=1e4)
   _, y, confidence = read(bank, ask(keys[:2]), sharp)
-  np.testing.assert_array_equal(y[:, 0], value[:, 0, jnp.array([1, 2])])
+  np.testing.assert_array_equal(y[0], value[0, jnp.array([1, 2])])
   assert (confidence > 0.99).all()
   _, y, _ = read(bank, ask(keys[:1], ago=1), sharp)
-  np.testing.assert_array_equal(y[:, 0, 0], value[:, 0, 0])
+  np.testing.assert_array_equal(y[0, 0], value[0, 0])
 
 
 @pytest.mark.parametrize('k', [1, 3, 6])
@@ -93,15 +94,15 @@ def test_weights_are_a_softmax_over_all_that_is_cut(k):
     a = np.exp(3 * score) / np.exp(3 * score).sum()
     best = sorted(range(4), key=lambda m: (-score[m], m))[:k]
     assert [i for i in found.ids[0, t].tolist() if i >= 0] == best
-    want = sum(a[m] * np.asarray(bank.value[:, 0, m, 0]) for m in best)
-    np.testing.assert_allclose(y[:, 0, t], want, atol=1e-6)
+    want = sum(a[m] * np.asarray(bank.value[0, m, 0]) for m in best)
+    np.testing.assert_allclose(y[0, t], want, atol=1e-6)
     np.testing.assert_allclose(
         confidence[0, t], 1 / (1 + np.exp(-(score[best[0]] + 5))), rtol=1e-5)
 
 
 def test_what_is_not_selected_gives_no_byte_and_no_gradient():
   bank, _, keys = made()
-  poisoned = bank.value.at[:, :, 1:].set(jnp.nan)
+  poisoned = bank.value.at[:, 1:].set(jnp.nan)
   bad = dataclasses.replace(bank, value=poisoned)
   def total(value, query):
     held = dataclasses.replace(bad, value=value)
@@ -110,8 +111,8 @@ def test_what_is_not_selected_gives_no_byte_and_no_gradient():
   np.testing.assert_array_equal(read(bad, ask(keys[:1]))[1],
                                 read(bank, ask(keys[:1]))[1])
   assert jnp.isfinite(grads[1]).all() and jnp.any(grads[1] != 0)
-  assert not jnp.any(grads[0][:, :, 1:] != 0) and jnp.all(
-      grads[0][:, 0, 0, 0] > 0)
+  assert not jnp.any(grads[0][:, 1:] != 0) and jnp.all(
+      grads[0][0, 0, 0] > 0)
 
 
 def test_a_doubtful_read_is_exactly_nothing():

@@ -1,0 +1,118 @@
+"""A journal of edits: who did what to which slot, and never what it said.
+
+    entry = H("statejax.memjournal.v1\0" + previous + u32 length + CJ{...})
+    commitment = H("statejax.slot.v1\0" + salt + CJ{row})
+
+A commitment proves later what a slot held, to whoever has its salt. Salts lie
+beside the journal, one for each object, and go when the object is purged: a
+short value can be guessed from a hash without one.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+import secrets
+
+from statejax.artifact import digest
+
+_GENESIS = '0' * 64
+
+
+class Journal:
+  """An append-only chain of entries in a directory.
+
+  Attributes:
+    path: directory of `journal.jsonl` and `slots.json`.
+    entries: dicts, oldest first; see `statejax.memory`.
+  """
+
+  def __init__(self, path):
+    """Opens a journal, or begins one; its parent must exist.
+
+    Raises:
+      ValueError: the chain is broken: an entry was changed, lost or inserted.
+    """
+    self.path = pathlib.Path(path)
+    self.path.mkdir(exist_ok=True)
+    self._log, self._salts = (self.path / n for n in (
+        'journal.jsonl', 'slots.json'))
+    lines = self._log.read_text().splitlines() if self._log.exists() else []
+    self.entries, self._head = [], _GENESIS
+    for number, line in enumerate(lines):
+      try:
+        entry = json.loads(line)
+        found = entry.pop('hash')
+      except (ValueError, KeyError, AttributeError):
+        entry, found = None, None
+      if entry is None or found != _link(self._head, entry):
+        raise ValueError(f'{self._log}:{number + 1}: expected an entry that '
+                         'follows the one before it, got a changed, lost or '
+                         'inserted one; what stands above it is intact.')
+      self.entries.append(entry)
+      self._head = found
+    self._salt = (json.loads(self._salts.read_text())
+                  if self._salts.exists() else {})
+
+  @property
+  def head(self):
+    """Hash of the last entry, 64 hex digits."""
+    return self._head
+
+  def append(self, entry):
+    """Adds an entry of integers, strings and dicts of them; on disk when it
+    returns."""
+    entry = json.loads(digest.canonical(entry))
+    link = _link(self._head, entry)
+    with open(self._log, 'a') as f:
+      f.write(json.dumps(entry | {'hash': link}, sort_keys=True) + '\n')
+      f.flush()
+      os.fsync(f.fileno())
+    self.entries.append(entry)
+    self._head = link
+
+  def commitment(self, name, row):
+    """Returns the commitment to a slot's row, 64 hex digits.
+
+    Args:
+      name: of the object, such as '0/17'; its salt is made at first use.
+      row: dict without floats.
+    """
+    if name not in self._salt:
+      self._salt[name] = secrets.token_hex(16)
+      self._write_salts()
+    return commitment(self._salt[name], row)
+
+  def forget(self, name):
+    """Destroys the salt of an object."""
+    if self._salt.pop(name, None) is not None:
+      self._write_salts()
+
+  def salt(self, name):
+    """Returns the salt of an object, 32 hex digits, or None where forgotten."""
+    return self._salt.get(name)
+
+  def _write_salts(self):
+    new = self._salts.with_suffix('.new')
+    with open(new, 'w') as f:
+      json.dump(self._salt, f, sort_keys=True)
+      f.flush()
+      os.fsync(f.fileno())
+    os.replace(new, self._salts)
+
+
+def commitment(salt, row):
+  """Returns the commitment to a row under a salt, both as `Journal` has them.
+
+  >>> commitment('00' * 16, {'value': [1, 2]})[:16]
+  '64840eef1c941e7d'
+  """
+  return hashlib.sha256(b'statejax.slot.v1\0' + bytes.fromhex(salt)
+                        + digest.canonical(row)).hexdigest()
+
+
+def _link(previous, entry):
+  body = digest.canonical(entry)
+  return hashlib.sha256(
+      b'statejax.memjournal.v1\0' + bytes.fromhex(previous)
+      + len(body).to_bytes(4, 'little') + body).hexdigest()

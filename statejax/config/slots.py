@@ -1,0 +1,103 @@
+"""Configuration of a slot bank, and of the layer that writes and reads it."""
+
+import dataclasses
+
+from statejax.config import checks
+from statejax.config.block_sparse import MoBAConfig
+
+MODES = ('content', 'hashed', 'router')
+POLICIES = ('lru', 'oldest', 'low_salience', 'reject')
+
+
+@dataclasses.dataclass(frozen=True)
+class SlotRules:
+  """Sizes of a bank and the rules of its events; static.
+
+  Attributes:
+    slots: M.
+    key: width K of a key.
+    value: width V of a value.
+    ring: R, earlier values kept.
+    span: tokens of a value.
+    key_span: tokens of a key.
+    aliases: A.
+    mode: which slot an event means. 'content': that of the nearest key, if its
+      cosine is above `threshold`; 'hashed': that of the same key tokens, in a
+      set of `ways` slots chosen by their hash; 'router': the slot it names,
+      whatever that holds.
+    threshold: of cosines.
+    ways: slots of a set, for 'hashed'.
+    policy: which open slot a new object takes when none is free. 'lru': the one
+      not written or read for longest; 'oldest': not written for longest;
+      'low_salience'; 'reject': none.
+  """
+
+  slots: int = 32
+  key: int = 64
+  value: int = 128
+  ring: int = 1
+  span: int = 16
+  key_span: int = 8
+  aliases: int = 8
+  mode: str = 'content'
+  threshold: float = 0.9
+  ways: int = 1
+  policy: str = 'lru'
+
+  def __post_init__(self):
+    checks.positive(self, 'slots', 'key', 'value', 'span', 'key_span',
+                    'aliases', 'ways')
+    checks.no_less(self, 0, 'ring')
+    checks.divides(self, 'slots', 'ways')
+    for name, known in (('mode', MODES), ('policy', POLICIES)):
+      if getattr(self, name) not in known:
+        raise ValueError(f'SlotRules.{name}: expected one of {known}, got '
+                         f'{getattr(self, name)!r}.')
+    if not -1 <= self.threshold <= 1:
+      raise ValueError('SlotRules.threshold: expected a cosine, got '
+                       f'{self.threshold}.')
+
+
+@dataclasses.dataclass(frozen=True)
+class SlotsConfig:
+  """Memory slots that a model writes and reads: see `statejax.layers.slots`.
+
+  Attributes:
+    rules: of the bank.
+    segment: tokens after which events are committed, counted from the
+      document's first.
+    events: E, events of a segment that are kept, the strongest.
+    statement: tokens back, its own included, where an event finds the tokens of
+      its key and value.
+    top: slots per read.
+    kappa: inverse temperature of reads, as it begins.
+    confidence: least cosine of a read; below it nothing is read.
+    fallback: attention in place of a read that found nothing; None has none.
+  """
+
+  rules: SlotRules = SlotRules()
+  segment: int = 256
+  events: int = 4
+  statement: int = 32
+  top: int = 1
+  kappa: float = 20.0
+  confidence: float = 0.7
+  fallback: MoBAConfig | None = None
+
+  def __post_init__(self):
+    checks.positive(self, 'segment', 'events', 'statement', 'top')
+    if self.top > self.rules.slots:
+      raise ValueError(f'SlotsConfig: expected top <= rules.slots, got top='
+                       f'{self.top}, slots={self.rules.slots}.')
+    if self.rules.mode == 'router':
+      raise ValueError("SlotsConfig.rules.mode: expected 'content' or 'hashed' "
+                       "in a layer, got 'router'.")
+    if not self.kappa > 0 or not -1 <= self.confidence <= 1:
+      raise ValueError(
+          'SlotsConfig: expected kappa > 0 and confidence a cosine, got '
+          f'kappa={self.kappa}, confidence={self.confidence}.')
+
+  @property
+  def chooses(self):
+    """See `statejax.laws`."""
+    return True

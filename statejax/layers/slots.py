@@ -1,0 +1,308 @@
+"""Editable memory: slots that a model writes, locks, deletes and reads."""
+
+import dataclasses
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from statejax.config import SlotsConfig
+from statejax.layers import common, moba, weights
+from statejax.layers.common import Proj
+from statejax.ops import lifecycle, recall, writer
+from statejax.ops import slots as sl
+from statejax.state import Array, Spec, leaf
+
+# What a token may want, in the order of its logits, and what it may be part of.
+WANTS = (sl.NULL, sl.WRITE, sl.LOCK, sl.UNLOCK, sl.DELETE, sl.ALIAS)
+PARTS = ('none', 'key', 'value')
+_KEY, _VALUE = 1, 2
+# Steepness of the confidence around its threshold.
+_SCALE = 20.0
+# The principal of what a stream writes.
+STREAM = 0
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SlotsState(sl.Bank):
+  """A bank, what waits to be committed, and what a fallback keeps.
+
+  Attributes beside those of `statejax.ops.slots.Bank`:
+    want: events of the open segment in order, NULL behind the last, [B, E].
+    want_strength: by which they were chosen, -1 behind the last, [B, E].
+    want_key, want_name, want_value, want_span, want_key_span, want_source,
+      want_time: see `statejax.ops.slots.Events`.
+    near: the last tokens, oldest first, -1 before the document, [B, N - 1].
+    near_part: what they are part of, [B, N - 1].
+    k, v, mean, open: see `statejax.layers.moba`; None without a fallback.
+  """
+
+  want: Array = leaf('batch events')
+  want_strength: Array = leaf('batch events', fill=-1)
+  want_key: Array = leaf('batch events key')
+  want_name: Array = leaf('batch events key')
+  want_value: Array = leaf('batch events value')
+  want_span: Array = leaf('batch events tokens', fill=-1)
+  want_key_span: Array = leaf('batch events tokens', fill=-1)
+  want_source: Array = leaf('batch events words', fill=-1)
+  want_time: Array = leaf('batch events')
+  near: Array = leaf('batch tokens', fill=-1)
+  near_part: Array = leaf('batch tokens', fill=-1)
+  k: Array | None = leaf('batch kv_heads capacity key', 'growing')
+  v: Array | None = leaf('batch kv_heads capacity value', 'growing')
+  mean: Array | None = leaf('batch capacity channels', 'growing')
+  open: Array | None = leaf('batch channels')
+
+
+_BANK = tuple(f.name for f in dataclasses.fields(sl.Bank))
+_WAITING = ('key', 'name', 'value', 'span', 'key_span', 'source', 'time')
+_FALLBACK = ('k', 'v', 'mean', 'open')
+
+
+class Slots(nn.Module):
+  """Writes events to a bank of slots, and reads the slot nearest to a query.
+
+    want(t)  = argmax(W_o x_t): nothing, write, lock, unlock, delete, alias
+    event(t) = (unit(W_k x_t), W_v x_t, its tokens, want(t)), if it is among the
+               E strongest of its segment, 1 - p(nothing)
+    y_t      = W_r sum_m a_tm value_m of the bank as the segment found it, with
+               a = softmax(kappa q . key) cut to the best, q = unit(W_q x_t)
+
+  The events of a segment are committed when its last token is absorbed, in
+  their order, by `statejax.ops.lifecycle`. So what is written in a segment is
+  read from the next on, and any split of a sequence leaves the same bank. The
+  bank itself is hard: events happen or not, in training as in service. Hints
+  'want' (an index of `WANTS`), 'part' (of `PARTS`) and 'version' (0 is now) add
+  cross-entropies `want_loss` and so on; without them the strength of an event
+  learns straight through the value that it has written. A hint 'force' (of
+  `WANTS`) makes a token want something.
+
+  A read whose best cosine is below `confidence` is exactly 0, and then
+  `fallback`, attention to the best blocks of all tokens, answers in its place.
+
+  Laws: split (L1), start (L2), padding (L3), packed (L4).
+  Reference: the lifecycle memory of arXiv 2606.28876; spec sources of the rules
+  are in `statejax.ops.lifecycle`.
+  """
+
+  config: SlotsConfig
+
+  @staticmethod
+  def state(config, rows, capacity, dtype):
+    """Returns a `SlotsState` of `Spec`."""
+    c, r, e = config, config.rules, config.events
+    shapes = {'key': (r.key,), 'name': (r.key,), 'span': (r.span,),
+              'key_span': (r.key_span,), 'source': (2,), 'time': ()}
+    wants = {f'want_{name}': Spec(
+        (rows, e, *shape), 'float32' if name in ('key', 'name') else 'int32')
+             for name, shape in shapes.items()}
+    fallback = dict.fromkeys(_FALLBACK)
+    if c.fallback is not None:
+      held = moba.MoBA.state(c.fallback, rows, capacity, dtype)
+      fallback = {name: getattr(held, name) for name in _FALLBACK}
+    bank = sl.specs(r, rows, dtype)
+    tail = Spec((rows, c.statement - 1), 'int32')
+    return SlotsState(
+        **{name: getattr(bank, name) for name in _BANK},
+        want=Spec((rows, e), 'int32'),
+        want_strength=Spec((rows, e), 'float32'),
+        want_value=Spec((rows, e, r.value), dtype), **wants,
+        near=tail, near_part=tail, **fallback)
+
+  @nn.compact
+  def __call__(self, x, state, context):
+    c, plan = self.config, context.blocks(self.config.segment)
+    bank = sl.Bank(**{name: getattr(state, name) for name in _BANK})
+    events, waiting = self._events(x, state, context, plan)
+    ask, pull, sight = self._ask(x, context)
+
+    cells, here, at = _readers(plan, context)
+    asked = writer.pick(vars(ask) | {'pull': pull}, cells)
+    pull = asked.pop('pull')
+    asked = recall.Ask(**asked | {'real': asked['real'] & here})
+
+    def turn(slot, alias, ask):
+      found = recall.look(slot, alias, ask, sight, c.top)
+      return recall.note(slot, ask, found), found
+
+    now, fresh = _borders(plan, context)
+    bank, before, receipts, found = lifecycle.segments(
+        c.rules, bank, events, now, turn, asked, fresh)
+    flat = lambda tree: jax.tree.map(
+        lambda a: a.reshape(-1, *a.shape[2:]), tree)
+    y, confidence = recall.read(
+        flat(before), flat(asked), flat(found), sight, flat(pull))
+
+    # Back from segments to tokens.
+    back = lambda a: a.reshape(x.shape[0], -1, *a.shape[cells.ndim:])
+    seen = writer.pick(jax.tree.map(back, {
+        'y': y.reshape(*cells.shape, -1), 'ids': found.ids,
+        'fires': found.fires, 'confidence': confidence.reshape(cells.shape)}),
+                       at)
+    y, fires = seen.pop('y').astype(x.dtype), seen['fires']
+    common.lend(self, receipts=receipts, **seen)
+    y = Proj((x.shape[-1],), ('value', 'embed'), name='out')(y)
+
+    held = dict.fromkeys(_FALLBACK)
+    if c.fallback is not None:
+      other, new = moba.MoBA(c.fallback, name='fallback')(
+          x, moba.MoBAState(**{n: getattr(state, n) for n in _FALLBACK}),
+          context)
+      y = jnp.where(fires[..., None], y, other)
+      held = {name: getattr(new, name) for name in _FALLBACK}
+    return y, SlotsState(**{n: getattr(bank, n) for n in _BANK}, **waiting,
+                         **held)
+
+  def _ask(self, x, context):
+    """What each token asks of the bank, and how."""
+    c, r = self.config, self.config.rules
+    query = sl.unit(Proj((r.key,), ('embed', 'key'), name='query')(x).astype(
+        jnp.float32))
+    which = Proj((r.ring + 1,), ('embed', 'versions'), name='version')(x)
+    pull = jax.nn.softmax(which.astype(jnp.float32))
+    self._learn('version', which, context)
+    kappa = weights.weight(self, 'kappa', ('words',), (1,), weights.constant(
+        math.log(c.kappa)))
+    ask = recall.Ask(
+        query=query, principal=jnp.full_like(context.positions, STREAM),
+        time=context.positions,
+        ago=jnp.argmax(which, axis=-1).astype(jnp.int32), real=context.valid)
+    sight = recall.Sight(kappa=jnp.exp(kappa[0]), scale=_SCALE,
+                         shift=_SCALE * c.confidence, threshold=0.5)
+    return ask, pull, sight
+
+  def _events(self, x, state, context, plan):
+    """The events of the segments that are completed, and what waits after."""
+    c, r = self.config, self.config.rules
+    wide = lambda a: a.astype(jnp.float32)
+    logits = Proj((len(WANTS),), ('embed', 'wants'), name='want')(x)
+    self._learn('want', logits, context)
+    parts = Proj((len(PARTS),), ('embed', 'parts'), name='part')(x)
+    self._learn('part', parts, context)
+    strength = 1 - jax.nn.softmax(wide(logits))[..., 0]
+    force = context.hints.get('force', jnp.full_like(context.positions, -1))
+    choice = jnp.where(force < 0, jnp.argmax(logits, axis=-1), force)
+    want = jnp.array(WANTS, jnp.int32)[choice]
+    part = jnp.argmax(parts, axis=-1).astype(jnp.int32)
+    key, name = (sl.unit(wide(Proj((r.key,), ('embed', 'key'), name=n)(x)))
+                 for n in ('key', 'name'))
+    value = wide(Proj((r.value,), ('embed', 'value'), name='value')(x))
+    # Adds 0, and lets the strength learn by how welcome the value is.
+    pull = strength - jax.lax.stop_gradient(strength)
+    value = value + pull[..., None] * jax.lax.stop_gradient(value)
+
+    wanted = (want != sl.NULL) & context.valid
+    # What is forced comes before all that is only wanted.
+    score = jnp.where(wanted, jnp.where(force > 0, 2., strength), -1.)
+    done, left = writer.strongest(state.want_strength, score, plan, c.events)
+    tokens = (context.positions if context.tokens is None else context.tokens)
+    fields = {'op': want, 'strength': score, 'key': key, 'name': name,
+              'value': value.astype(state.want_value.dtype),
+              'time': context.positions}
+    fields |= self._statement(state, context, tokens, part)
+    held = {'op': state.want, 'strength': state.want_strength} | {
+        n: getattr(state, f'want_{n}') for n in _WAITING}
+    both = {n: jnp.concatenate([held[n], new], axis=1)
+            for n, new in fields.items()}
+
+    fill = dict.fromkeys(('strength', 'span', 'key_span', 'source'), -1)
+    # A row without a token keeps its bits, also those that mean nothing.
+    moved = context.n_valid > 0
+    waits = {('want' if n == 'op' else f'want_{n}'): jnp.where(
+        moved.reshape(-1, *(1,) * (a.ndim - 1)), a, held[n])
+             for n, a in writer.pick(both, left, fill).items()}
+    tails = {name: writer.keep(getattr(state, name), new, context.start,
+                               context.n_valid)
+             for name, new in (('near', tokens), ('near_part', part))}
+    return self._committed(writer.pick(both, done, fill)), waits | tails
+
+  def _statement(self, state, context, tokens, part):
+    """The tokens of the key and of the value that each token would write."""
+    r, steps = self.config.rules, tokens.shape[1]
+    at = jnp.broadcast_to(jnp.arange(steps, dtype=jnp.int32)[None],
+                          tokens.shape)
+    look = lambda tail, new: writer.window(tail, new, at, context.positions)
+    back, of = look(state.near, tokens), look(state.near_part, part)
+    size = back.shape[-1]
+    span, begin, count = writer.last_run(back, of == _VALUE, r.span)
+    key_span, _, _ = writer.last_run(back, of == _KEY, r.key_span)
+    # A value without tokens of its own stands for the token itself.
+    none = count == 0
+    alone = jnp.full_like(span, -1).at[..., 0].set(tokens)
+    first = jnp.where(none, context.positions,
+                      context.positions - (size - 1) + begin)
+    return {'span': jnp.where(none[..., None], alone, span),
+            'key_span': key_span,
+            'source': jnp.stack([first, jnp.maximum(count, 1)], axis=-1)}
+
+  def _committed(self, fields):
+    """`Events` of the segments, and one without any for what stays open."""
+    closed = {n: jnp.pad(a, [(0, 0), (0, 1), *[(0, 0)] * (a.ndim - 2)])
+              for n, a in fields.items()}
+    op, value = closed['op'], closed['value']
+    salience = jnp.clip(closed.pop('strength'), 0., 1.) * jnp.linalg.norm(
+        jax.lax.stop_gradient(value).astype(jnp.float32), axis=-1)
+    none = jnp.full_like(op, -1)
+    return sl.Events(
+        **closed, salience=jax.lax.stop_gradient(salience),
+        principal=jnp.full_like(op, STREAM), expires=none, slot=none,
+        expect=none, steps=jnp.zeros_like(op), host=jnp.zeros(op.shape, bool))
+
+  def _learn(self, name, logits, context):
+    """Adds the cross-entropy of what a hint says."""
+    if name not in context.hints:
+      return
+    hint = context.hints[name]
+    known = (hint >= 0) & context.valid
+    logp = jax.nn.log_softmax(logits.astype(jnp.float32))
+    cost = -jnp.take_along_axis(
+        logp, jnp.maximum(hint, 0)[..., None], axis=-1)[..., 0]
+    common.add_loss(self, f'{name}_loss', jnp.sum(jnp.where(known, cost, 0.)))
+
+
+def _readers(plan, context):
+  """Which tokens read the bank as each segment finds it.
+
+  Behind the w-th commit stand at most `size` tokens of its document until the
+  next; what stands behind a border of documents reads an empty bank.
+
+  Returns:
+    cells: indices of tokens, [B, W + 1, M]; here: whether they read it, of the
+    same shape; and the cell of each token, counted through, [B, T].
+  """
+  steps = context.positions.shape[1]
+  width = min(plan.size, steps)
+  begin = jnp.pad(plan.end + 1, ((0, 0), (1, 0)))
+  end = jnp.pad(plan.end, ((0, 0), (0, 1)), constant_values=steps)
+  cells = begin[..., None] + jnp.arange(width, dtype=jnp.int32)[None, None]
+  here = (cells <= end[..., None]) & (cells < steps)
+  index = jnp.arange(steps, dtype=jnp.int32)[None]
+  which = jnp.sum(plan.end[:, None, :] < index[..., None], axis=-1,
+                  dtype=jnp.int32)
+  inside = index - jnp.take_along_axis(begin, which, axis=1)
+  cells = jnp.minimum(cells, steps - 1)
+  if context.document is not None:
+    of = jnp.take_along_axis(
+        context.document, cells.reshape(cells.shape[0], -1), axis=1)
+    mine = jnp.pad(plan.document, ((0, 0), (1, 0)))
+    here &= of.reshape(cells.shape) == mine[..., None]
+  return cells, here, which * width + jnp.minimum(inside, width - 1)
+
+
+def _borders(plan, context):
+  """When each segment ends, -1 for none, and whether a document begins in it;
+  [B, W + 1], the last is what stays open."""
+  now = jnp.where(plan.exists, (plan.block + 1) * plan.size, -1)
+  now = jnp.pad(now, ((0, 0), (0, 1)), constant_values=-1)
+  if context.document is None:
+    return now, None
+  # The document of the last commit before, and of the next.
+  done = jnp.where(plan.exists, plan.document, -1)
+  before = jax.lax.cummax(jnp.pad(done, ((0, 0), (1, 0))), axis=1)
+  last = jnp.take_along_axis(
+      context.document, jnp.maximum(context.n_valid - 1, 0)[:, None], axis=1)
+  fresh = jnp.pad(plan.exists & (plan.document != before[:, :-1]),
+                  ((0, 0), (0, 1)))
+  return now, fresh.at[:, -1].set(last[:, 0] != before[:, -1])

@@ -1,0 +1,279 @@
+"""The slot layer against plain Python, token by token, and what it promises."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from statejax import config as c
+from statejax import model as lm
+from statejax import state as st
+from statejax.layers import common, slots
+from statejax.ops import slots as sl
+from tests.ops import slot_oracle
+
+RULES = c.SlotRules(slots=3, key=4, value=5, ring=1, span=3, key_span=2,
+                    aliases=2)
+SLOTS = c.SlotsConfig(RULES, segment=5, events=3, statement=6, top=2,
+                      confidence=0.2)
+WIDTH, VOCAB = 12, 9
+
+
+def params_of(config, seed=0):
+  model = lm.LanguageModel(c.ModelConfig(
+      1, WIDTH, (c.LayerConfig('m', config),), (c.GroupConfig(('m',)),)))
+  found = model.init(jax.random.key(seed))['group_0']['layer_0']['mixer']
+  return jax.tree.map(lambda p: p[0], found)
+
+
+def inputs(rows, steps, seed=1):
+  """x and tokens; x depends on few things, so that keys come again."""
+  rng = np.random.default_rng(seed)
+  table = rng.normal(size=(7, WIDTH))
+  which = rng.integers(7, size=(rows, steps))
+  x = table[which] + 0.02 * rng.normal(size=(rows, steps, WIDTH))
+  return (jnp.asarray(x, jnp.float32),
+          jnp.asarray(rng.integers(VOCAB, size=(rows, steps)), jnp.int32))
+
+
+def empty(config, rows):
+  return st.allocate(st.describe(slots.Slots.state(config, rows, 0, 'float32')))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def step(config, params, x, tokens, state, length, n_valid, document=None,
+         hints=None):
+  context = common.context(length, n_valid, document, x.shape[1])
+  context = dataclasses.replace(context, tokens=tokens, hints=hints or {})
+  (y, state), said = slots.Slots(config).apply(
+      {'params': params}, x, state, context, mutable=('lent', 'losses'))
+  return y, state, said, context.new_length
+
+
+def run(config, params, x, tokens, cuts=()):
+  """Pieces of rows, from the empty state."""
+  state, outputs = empty(config, x.shape[0]), []
+  length = jnp.zeros(x.shape[0], jnp.int32)
+  for part, ids in zip(np.split(x, cuts, axis=1), np.split(tokens, cuts, 1)):
+    y, state, _, length = step(
+        config, params, part, ids, state, length,
+        jnp.full(x.shape[0], part.shape[1], jnp.int32))
+    outputs.append(y)
+  return np.concatenate(outputs, axis=1), state
+
+
+class Oracle:
+  """One row of the layer, in plain Python."""
+
+  def __init__(self, config, params):
+    self.config, self.weights = config, jax.tree.map(np.asarray, params)
+    self.begin()
+
+  def begin(self):
+    self.bank = slot_oracle.Row(self.config.rules)
+    self.log, self.wants = [], []
+
+  def project(self, name, x):
+    return x @ self.weights[name]['kernel']
+
+  def token(self, x, token):
+    """Absorbs one token; returns y."""
+    unit = lambda a: a / np.linalg.norm(a)
+    position = len(self.log)
+    logits, parts = self.project('want', x), self.project('part', x)
+    self.log.append((token, int(np.argmax(parts))))
+    y = self.read(unit(self.project('query', x)),
+                  int(np.argmax(self.project('version', x))), position)
+    want = slots.WANTS[int(np.argmax(logits))]
+    if want != sl.NULL:
+      p = np.exp(logits - logits.max())
+      self.wants.append((1 - p[0] / p.sum(), -position, self.event(
+          want, x, position, 1 - p[0] / p.sum())))
+    if (position + 1) % self.config.segment == 0:
+      best = sorted(self.wants, key=lambda w: w[:2], reverse=True)
+      chosen = [w[2] for w in best[:self.config.events]]
+      self.bank.commit(sorted(chosen, key=lambda e: e['time']), position + 1)
+      self.wants = []
+    return y
+
+  def event(self, want, x, position, strength):
+    unit = lambda a: (a / np.linalg.norm(a)).astype(np.float32)
+    near = self.log[-self.config.statement:]
+    r = self.config.rules
+    def run_of(part, size):
+      end = max((i for i, t in enumerate(near) if t[1] == part), default=-1)
+      begin = end
+      while begin >= 0 and near[begin][1] == part and end - begin < size:
+        begin -= 1
+      found = [t[0] for t in near[begin + 1:end + 1]]
+      found += [-1] * (size - len(found))
+      return found, position - len(near) + 2 + begin
+    span, first = run_of(2, r.span)
+    count = sum(t >= 0 for t in span)
+    if not count:
+      span, first = [self.log[-1][0], *[-1] * (r.span - 1)], position
+    value = self.project('value', x).astype(np.float32)
+    return {'op': want, 'key': unit(self.project('key', x)),
+            'name': unit(self.project('name', x)), 'value': value,
+            'span': np.array(span), 'key_span': np.array(
+                run_of(1, r.key_span)[0]),
+            'source': np.array([first, max(count, 1)]), 'time': position,
+            'salience': np.float32(strength * np.linalg.norm(value)),
+            'principal': 0, 'expires': -1, 'slot': -1, 'expect': -1,
+            'steps': 0, 'host': False}
+
+  def read(self, query, ago, position):
+    config, bank = self.config, self.bank
+    seen = [i for i, s in enumerate(bank.slots) if s.status == sl.LIVE]
+    score = {i: float(bank.slots[i].key @ query) for i in seen}
+    for alias in bank.aliases:
+      for i in seen if alias else ():
+        if bank.slots[i].oid == alias[1]:
+          score[i] = max(score[i], float(alias[0] @ query))
+    total = sum(np.exp(config.kappa * s) for s in score.values())
+    best = sorted(seen, key=lambda i: (-score[i], i))[:config.top]
+    kept = [i for i in best if ago < len(bank.slots[i].content)]
+    if not kept or kept[0] != best[0] or score[best[0]] < config.confidence:
+      return np.zeros(WIDTH)
+    value = 0
+    for i in kept:
+      s = bank.slots[i]
+      value += np.exp(config.kappa * score[i]) / total * s.content[ago][0]
+      s.reads += 1
+      s.t_read = position
+      s.t_first = position if s.t_first < 0 else s.t_first
+    return self.project('out', value)
+
+
+def same(state, row, oracle):
+  want = oracle.bank.arrays()
+  for path, x, axes, _ in st.leaves(state):
+    if path not in want:
+      continue
+    got = np.take(np.asarray(x), row, axis=axes.index('batch'))
+    np.testing.assert_allclose(got, want[path], atol=2e-5, err_msg=path)
+
+
+@pytest.mark.parametrize('mode', ['content', 'hashed'])
+def test_layer_does_what_plain_python_does(mode):
+  config = dataclasses.replace(SLOTS, rules=dataclasses.replace(
+      RULES, mode=mode, ways=3))
+  params, (x, tokens) = params_of(config), inputs(3, 60)
+  oracles = [Oracle(config, params) for _ in range(3)]
+  y, state = run(config, params, x, tokens, cuts=(1, 2, 31))
+  want = np.array([[o.token(np.asarray(a), int(t)) for a, t in zip(*row)]
+                   for o, row in zip(oracles, zip(x, tokens))])
+  np.testing.assert_allclose(y, want, atol=2e-5)
+  for row, oracle in enumerate(oracles):
+    same(state, row, oracle)
+  # Something of everything has happened.
+  assert (np.asarray(state.version) > 2).any() and np.any(y != 0)
+  assert np.asarray(state.reads).any() and (np.asarray(state.seq) > 3).any()
+
+
+def test_documents_begin_with_an_empty_bank():
+  params, (x, tokens) = params_of(SLOTS), inputs(2, 40)
+  # Short ones, one that ends with its segment, and one across the call.
+  ids = np.repeat([0, 1, 2, 3, 4], [7, 5, 3, 17, 8])
+  document = jnp.asarray(np.stack([ids, np.repeat([0, 1], [33, 7])]), jnp.int32)
+  n = jnp.full((2,), 9, jnp.int32)
+  _, start, _, length = step(SLOTS, params, *inputs(2, 9, 3),
+                             empty(SLOTS, 2), 0 * n, n)
+  y, state, _, _ = step(SLOTS, params, x, tokens, start, length,
+                        jnp.full((2,), 40, jnp.int32), document)
+  for row in range(2):
+    oracle, (before, ids) = Oracle(SLOTS, params), inputs(2, 9, 3)
+    for a, t in zip(before[row], ids[row]):
+      oracle.token(np.asarray(a), int(t))
+    want = []
+    for t in range(40):
+      if t and document[row, t] != document[row, t - 1]:
+        oracle.begin()
+      want.append(oracle.token(np.asarray(x[row, t]), int(tokens[row, t])))
+    np.testing.assert_allclose(y[row], want, atol=2e-5)
+    same(state, row, oracle)
+
+
+def test_one_pass_is_token_after_token():
+  """Integers to the bit, at every phase of a segment."""
+  params, (x, tokens) = params_of(SLOTS), inputs(2, 21)
+  y, whole = run(SLOTS, params, x, tokens)
+  for cuts in (range(1, 21), (7, 14)):
+    z, parts = run(SLOTS, params, x, tokens, cuts)
+    np.testing.assert_allclose(y, z, atol=1e-5)
+    for (path, a, _, _), (_, b, _, _) in zip(st.leaves(whole),
+                                             st.leaves(parts)):
+      np.testing.assert_allclose(
+          a, b, atol=1e-5 * (a.dtype.kind == 'f'), err_msg=path)
+
+
+def test_hints_teach_what_a_token_wants():
+  """Cross-entropy summed over the labelled tokens, gradient to those alone."""
+  params, (x, tokens) = params_of(SLOTS), inputs(1, 6)
+  hints = {'want': jnp.array([[1, -1, 0, -1, 4, 2]]),
+           'part': jnp.array([[-1, -1, 2, -1, -1, 1]])}
+  def losses(x):
+    n = jnp.full((1,), 5, jnp.int32)
+    return step(SLOTS, params, x, tokens, empty(SLOTS, 1), 0 * n, n,
+                hints=hints)[2]['losses']
+  got = losses(x)
+  for name, hint in hints.items():
+    logp = jax.nn.log_softmax(x[0] @ params[name]['kernel'])
+    want = -sum(logp[t, int(h)] for t, h in enumerate(hint[0][:5]) if h >= 0)
+    np.testing.assert_allclose(got[f'{name}_loss'], want, rtol=1e-5)
+  grad = jax.grad(lambda x: losses(x)['want_loss'])(x)
+  assert np.any(np.asarray(grad) != 0, axis=-1).tolist() == [
+      [True, False, True, False, True, False]]
+
+
+def test_without_hints_a_write_learns_from_its_reader():
+  """Gradient of what is read reaches the strength of its write, straight
+  through, and no token whose event is not read."""
+  params, (x, tokens) = params_of(SLOTS), inputs(1, 10)
+  n = jnp.full((1,), 10, jnp.int32)
+  def total(kernel):
+    changed = params | {'want': {'kernel': kernel}}
+    y, *_ = step(SLOTS, changed, x, tokens, empty(SLOTS, 1), 0 * n, n)
+    return jnp.sum(y ** 2)
+  value, grad = jax.value_and_grad(total)(params['want']['kernel'])
+  assert value > 0 and np.isfinite(grad).all() and np.any(grad != 0)
+
+
+def test_a_doubtful_read_falls_back():
+  """Where slots say something the fallback is not heard, and the other way."""
+  moba = c.MoBAConfig(c.AttentionConfig(2, 1, 4, 4), block=4, k=2)
+  config = dataclasses.replace(SLOTS, confidence=0.0, fallback=moba)
+  subject = lm.LanguageModel(c.ModelConfig(
+      VOCAB, WIDTH, (c.LayerConfig('m', config, c.SwiGLUConfig(8)),),
+      (c.GroupConfig(('m',)),)))
+  params = subject.init(jax.random.key(5))  # with which it writes and reads
+  tokens = inputs(1, 20)[1]
+  def outputs(params, config):
+    model = lm.LanguageModel(dataclasses.replace(subject.config, layers=(
+        c.LayerConfig('m', config, c.SwiGLUConfig(8)),)))
+    state = model.init_state(1, 20)
+    logits, state = model.step(params, state, tokens)
+    return np.asarray(logits), np.asarray(state.layers['m'].reads)
+  both, reads = outputs(params, config)
+  assert reads.any()
+  zero = jax.tree.map(jnp.zeros_like, params['group_0']['layer_0']['mixer'][
+      'fallback'])
+  silent = jax.tree.map(lambda x: x, params)
+  silent['group_0']['layer_0']['mixer']['fallback'] = zero
+  off, _ = outputs(silent, config)
+  alike = (both == off).all(axis=-1)[0]
+  assert alike.any() and not alike.all()
+  never, reads = outputs(params, dataclasses.replace(config, confidence=1.0))
+  assert not reads.any() and (never != both).any(axis=-1)[0][alike].all()
+
+
+@pytest.mark.parametrize('change, message', [
+    (dict(top=9), 'top <= rules.slots'), (dict(segment=0), 'segment: expected'),
+    (dict(kappa=0.0), 'kappa > 0'),
+    (dict(rules=c.SlotRules(mode='router')), "got 'router'")])
+def test_configs_say_what_is_wrong(change, message):
+  with pytest.raises(ValueError, match=message):
+    dataclasses.replace(SLOTS, **change)

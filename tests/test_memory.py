@@ -1,0 +1,236 @@
+"""Edits of a live memory: they do what they say, to one slot, or nothing."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from statejax import config as c
+from statejax import memory as mem
+from statejax import model as lm
+from statejax import state as st
+from statejax.artifact import journal as jn
+from statejax.artifact import serving
+from statejax.ops import slots as sl
+
+RULES = c.SlotRules(slots=4, key=8, value=6, span=3, key_span=2, aliases=2)
+SLOTS = c.SlotsConfig(RULES, segment=8, events=2, statement=4, confidence=0.9)
+MODEL = lm.LanguageModel(c.ModelConfig(
+    vocab=32, width=16,
+    layers=(c.LayerConfig('memory', SLOTS, c.SwiGLUConfig(16)),
+            c.LayerConfig('kda', c.KDAConfig(heads=2, key=4, value=4, chunk=4),
+                          c.SwiGLUConfig(16))),
+    groups=(c.GroupConfig(('memory', 'kda')),)))
+
+
+@functools.cache
+def params():
+  """The memory comes first and asks as it writes, so that a token reads what a
+  statement that ends with it has written; on its own it writes nothing."""
+  found = MODEL.init(jax.random.key(0))
+  mixer = found['group_0']['layer_0']['mixer']
+  mixer['query'] = mixer['key']
+  mixer['want'] = jax.tree.map(jnp.zeros_like, mixer['want'])
+  # Of all versions the present one.
+  mixer['version'] = jax.tree.map(jnp.zeros_like, mixer['version'])
+  return found
+
+
+def begun(memory=None, journal=None):
+  """Two rows; the first knows of the tokens 10, 11 and 12, by edits."""
+  memory = mem.Memory(MODEL, journal=journal) if memory is None else memory
+  _, state = MODEL.step(params(), MODEL.init_state(2, 32, logits=True),
+                        jnp.ones((2, 2), jnp.int32))
+  for token in (10, 11, 12):
+    state, receipt = memory.write(
+        params(), state, [3, token], key=[token], value=[token + 10, 7])
+    assert receipt.outcome == 'committed' and receipt.slot == token - 10
+  return memory, state
+
+
+def answers(state):
+  """Logits of the first row after each of three questions, asked apart."""
+  return [np.asarray(MODEL.step(params(), state, jnp.full((2, 1), token))[0][0])
+          for token in (10, 11, 12)]
+
+
+def changed(old, new):
+  """{(path, row, slot or -1)} of what differs in any bit."""
+  out = set()
+  for (path, a, axes, _), (_, b, _, _) in zip(st.leaves(old), st.leaves(new)):
+    a, b = np.asarray(a), np.asarray(b)
+    bits = f'u{a.itemsize}'
+    at = [axes.index(n) for n in ('batch', 'slots') if n in axes]
+    for index in zip(*np.nonzero(a.view(bits) != b.view(bits))):
+      out.add((path.split('/')[-1], *([int(index[i]) for i in at] + [-1])[:2]))
+  return out
+
+
+def test_one_answer_flips_and_comes_back_bit_for_bit(tmp_path):
+  memory, state = begun(journal=jn.Journal(tmp_path / 'edits'))
+  before = answers(state)
+  new, receipt = memory.write(params(), state, [3, 25], key=[11], value=[29],
+                              slot=1, expect=1)
+  assert receipt.outcome == 'committed' and receipt.version == 2
+  after = answers(new)
+  assert [np.array_equal(a, b) for a, b in zip(before, after)] == [
+      True, False, True]
+  assert memory.read(new, 1)[0] == (29,)
+  assert memory.read(new, 1, version=1)[0] == (21, 7)
+  back, receipt = memory.rollback(new, 1)
+  assert receipt.version == 3
+  assert all(map(np.array_equal, before, answers(back)))
+  # The old states are what they were.
+  assert all(map(np.array_equal, before, answers(state)))
+  ops = [e['op'] for e in memory.journal.entries]
+  assert ops == ['write'] * 4 + ['rollback']
+  last, edit = memory.journal.entries[-1], memory.journal.entries[-2]
+  assert last['before'] == edit['after'] != last['after']
+
+
+EDITS = {
+    'overwrite': lambda m, s: m.write(params(), s, [20], key=[11], value=[5],
+                                      slot=1),
+    'new': lambda m, s: m.write(params(), s, [20], key=[20], value=[5], ttl=9),
+    'lock': lambda m, s: m.lock(s, 1), 'delete': lambda m, s: m.delete(s, 1),
+    'alias': lambda m, s: m.alias(params(), s, 1, [20]),
+    'expire': lambda m, s: m.expire(s, 1, ttl=3),
+    'quarantine': lambda m, s: m.quarantine(s, 1),
+    'purge': lambda m, s: dataclasses.replace(m, host=True).purge(s, 1)}
+
+
+@pytest.mark.parametrize('name', EDITS)
+def test_an_edit_changes_its_slot_and_the_witness(name):
+  memory, state = begun()
+  new, receipt = EDITS[name](memory, state)
+  assert receipt.changed
+  found = changed(state, new)
+  rest = {x for x in found if x[0] != 'witness'}
+  assert {x[1] for x in found} == {0} and len(found) > len(rest)
+  if name == 'alias':
+    assert {x[0] for x in rest} == {'alias_key', 'alias_oid'}
+  else:
+    assert {x[2] for x in rest if x[0] != 'next_oid'} == {
+        3 if name == 'new' else 1}
+    assert ('next_oid' in {x[0] for x in rest}) == (name == 'new')
+
+
+def test_what_is_refused_changes_nothing():
+  memory, state = begun()
+  locked, _ = memory.lock(state, 1)
+  gone, _ = memory.delete(state, 2)
+  host = dataclasses.replace(memory, host=True)
+  kept, _ = host.lock(state, 0)
+  other = dataclasses.replace(memory, principal=5)
+  write = functools.partial(memory.write, params(), statement=[20], key=[1],
+                            value=[2])
+  for edit, why in (
+      (lambda: write(state, slot=1, expect=2), 'conflict'),
+      (lambda: write(locked, slot=1), 'locked'),
+      (lambda: memory.delete(locked, 1), 'locked'),
+      (lambda: memory.delete(gone, 2), 'invalid'),
+      (lambda: memory.unlock(kept, 0), 'locked'),
+      (lambda: memory.rollback(state, 1), 'invalid'),
+      (lambda: memory.delete(state, 3), 'missing'),
+      (lambda: other.delete(state, 1), 'missing'),
+      (lambda: memory.purge(state, 1), 'forbidden')):
+    new, receipt = edit()
+    assert receipt.outcome == why and not receipt.changed
+    assert any(new is s for s in (state, locked, gone, kept))
+
+
+def test_saved_restored_and_edited_is_edited_saved_and_restored(tmp_path):
+  memory, state = begun()
+  there = serving.save_state(tmp_path / 'a', MODEL, params(), state)
+  restored = serving.load_state(tmp_path / 'a', MODEL, params())
+  assert there == serving.state_digest(restored)
+  for name in ('overwrite', 'delete', 'lock'):
+    one, _ = EDITS[name](memory, restored)
+    two, _ = EDITS[name](memory, state)
+    assert serving.state_digest(one) == serving.state_digest(two)
+  serving.save_state(tmp_path / 'b', MODEL, params(), two)
+  assert not changed(serving.load_state(tmp_path / 'b', MODEL, params()), two)
+
+
+def test_the_model_goes_on_from_an_edit_as_from_its_own():
+  """A segment later the bank still has it, and expiry is kept."""
+  memory, state = begun()
+  state, _ = memory.expire(state, 0, ttl=5)
+  _, state = MODEL.step(params(), state, jnp.full((2, 10), 12))
+  assert [s.slot for s in memory.list(state)] == [1, 2]
+  slot = memory.list(state)[1]
+  assert slot.reads == 10 and slot.t_first == 2 and slot.t_read == 11
+  assert memory.list(state, row=1) == []
+
+
+def test_the_journal_knows_its_order_and_no_content(tmp_path):
+  book = jn.Journal(tmp_path / 'edits')
+  memory, state = begun(journal=book)
+  name, row = '0/1', mem._plain(jax.device_get(memory.bank(
+      st.take(state, 0))), 1)
+  salt, shown = book.salt(name), book.entries[1]['after']
+  assert jn.commitment(salt, row) == shown
+  host = dataclasses.replace(memory, host=True)
+  new, receipt = host.purge(state, 1)
+  assert book.salt(name) is None and book.salt('0/2') is not None
+  assert receipt.changed and memory.list(new)[1].slot == 2
+  text = (tmp_path / 'edits/journal.jsonl').read_text()
+  assert not {'key', 'value', 'values', 'bits', 'span'} & set(
+      json.loads(text.splitlines()[0]))
+  again = jn.Journal(tmp_path / 'edits')
+  assert again.entries == book.entries and again.head == book.head
+  lines = text.splitlines()
+  for bad in (lines[:1] + lines[2:], [lines[1], lines[0], *lines[2:]],
+              [lines[0].replace('write', 'delete'), *lines[1:]]):
+    (tmp_path / 'edits/journal.jsonl').write_text('\n'.join(bad) + '\n')
+    with pytest.raises(ValueError, match='changed, lost or inserted'):
+      jn.Journal(tmp_path / 'edits')
+
+
+def test_edits_run_inside_a_jitted_program():
+  memory, state = begun()
+  @jax.jit
+  def forget(state):
+    events = sl.events(RULES, [[sl.DELETE], [sl.NULL]], slot=[[1], [-1]],
+                       principal=[[0], [0]])
+    return mem.commit(MODEL, 'memory', state, events)
+  new, receipts = forget(state)
+  want, _ = memory.delete(state, 1)
+  assert {x[0] for x in changed(new, want)} <= {'witness', 't_write'}
+  assert receipts.outcome.tolist() == [[sl.COMMITTED], [sl.UNUSED]]
+
+
+def test_what_can_be_seen():
+  memory, state = begun()
+  new, _ = memory.delete(state, 1)
+  (before, after), = memory.diff(state, new).values()
+  assert before.status == 'live' and after.status == 'tombstone'
+  assert after.values == () and after.key == (11,) and after.version == 2
+  assert memory.carriers(state, 0, 1) == ()
+  _, asked = MODEL.step(params(), state, jnp.full((2, 1), 11))
+  assert 'layers/kda/matrix' in memory.carriers(asked, 0, 1)
+  whole = memory.export(state)
+  assert json.loads(json.dumps(whole))['slots'][0]['values'] == [[20, 7]]
+  assert 'values' not in memory.export(state, redact=True)['slots'][0]
+
+
+def test_mistakes_are_named():
+  memory, state = begun()
+  with pytest.raises(ValueError, match='expected a version of 1 down to 1'):
+    memory.read(state, 1, version=0)
+  with pytest.raises(ValueError, match='slot: expected 0 to 3, got 4'):
+    memory.delete(state, 4)
+  with pytest.raises(ValueError, match='row: expected 0 to 1, got 2'):
+    memory.delete(state, 1, row=2)
+  with pytest.raises(ValueError, match='expected 1 to 7 tokens'):
+    memory.write(params(), state, [1] * 8, key=[1], value=[1])
+  with pytest.raises(ValueError, match='value: expected 1 to 3 tokens'):
+    memory.write(params(), state, [1], key=[1], value=[1] * 4)
+  plain = lm.LanguageModel(dataclasses.replace(
+      MODEL.config, groups=(c.GroupConfig(('kda',)),)))
+  with pytest.raises(ValueError, match='expected the name of one slot layer'):
+    mem.Memory(plain)
