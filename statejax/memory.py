@@ -14,6 +14,7 @@ state is never taken for one that has only read its tokens.
 import dataclasses
 import functools
 import hashlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -109,7 +110,7 @@ class Memory:
 
   Attributes:
     model: with a slot layer.
-    layer: its name; None takes the only one.
+    layer: its name; '' takes the only one.
     journal: where edits are written down; None for nowhere.
     principal: who acts; None is the model's own stream, so that it may change
       what is written here. What nobody owns, -1, everybody reads.
@@ -117,7 +118,7 @@ class Memory:
   """
 
   model: lm.LanguageModel
-  layer: str | None = None
+  layer: str = ''
   journal: Journal | None = None
   principal: int | None = None
   host: bool = False
@@ -126,7 +127,7 @@ class Memory:
     have = [x.name for x in self.model.config.layers
             if isinstance(x.mixer, layer.SlotsConfig)
             and x.name in self.model.config.names]
-    want = have if self.layer is None else [self.layer]
+    want = [self.layer] if self.layer else have
     if len(want) != 1 or want[0] not in have:
       raise ValueError(f'memory: expected the name of one slot layer, got '
                        f'{self.layer!r}; this model has {have}.')
@@ -319,9 +320,8 @@ class Memory:
     if receipt.changed:
       receipt = dataclasses.replace(
           receipt, carriers=self.carriers(old, row, receipt.slot))
-    if self.journal is not None:
-      receipt = dataclasses.replace(receipt, **self._commitments(
-          old, new, receipt))
+    before, after = self._commitments(old, new, receipt)
+    receipt = dataclasses.replace(receipt, before=before, after=after)
     entry = dataclasses.asdict(receipt)
     if self.journal is not None:
       self.journal.append(entry)
@@ -337,13 +337,14 @@ class Memory:
         jnp.asarray(count))), receipt
 
   def _commitments(self, old, new, receipt):
-    if receipt.slot < 0 or receipt.oid < 0:
-      return {}
+    if self.journal is None or receipt.slot < 0 or receipt.oid < 0:
+      return '', ''
     rows = [jax.device_get(self.bank(st.take(s, receipt.row)))
             for s in (old, new)]
     name = _name(receipt)
-    return {when: self.journal.commitment(name, _plain(bank, receipt.slot))
-            for when, bank in zip(('before', 'after'), rows)}
+    before, after = (self.journal.commitment(name, _plain(
+        bank, receipt.slot)) for bank in rows)
+    return before, after
 
   def carriers(self, state, row, slot):
     """Where else what a slot holds may be: a deletion of the slot is not one of
@@ -407,13 +408,13 @@ def _scratch(model, name, params, tokens):
 def _slot(bank, m):
   """A `Slot` of a bank of one row in numpy."""
   cut = lambda x: tuple(int(t) for t in x if t >= 0)
-  facts = {n: int(getattr(bank, n)[0, m]) for n in _FACTS}
-  oid = facts['oid']
+  facts: dict[str, Any] = {n: int(getattr(bank, n)[0, m]) for n in _FACTS}
+  oid, (begin, count) = facts['oid'], bank.source[0, m]
   facts |= {'status': STATUS[facts['status']], 'lock': LOCKS[facts['lock']]}
   values = tuple(cut(x) for x in bank.span[0, m])
   return Slot(slot=m, key=cut(bank.key_span[0, m]),
               values=tuple(v for v in values if v),
-              source=tuple(map(int, bank.source[0, m])),
+              source=(int(begin), int(count)),
               names=int((bank.alias_oid[0] == oid).sum()) * (oid >= 0), **facts)
 
 

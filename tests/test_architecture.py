@@ -42,7 +42,7 @@ ALLOWED = {
     'serve': f'{MODEL} artifact generate starlette uvicorn',
     'train': f'{MODEL} artifact tasks parallel optax',
     'train/plot': f'{MODEL} artifact matplotlib',
-    'main': f'{MODEL} artifact tasks metrics generate train serve absl '
+    'main': f'{MODEL} artifact tasks metrics generate memory train serve absl '
             'pallas_kernels',
     'pallas_kernels': 'jax numpy',
     'configs': 'config',

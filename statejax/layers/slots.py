@@ -80,7 +80,8 @@ class Slots(nn.Module):
   `WANTS`) makes a token want something.
 
   A read whose best cosine is below `confidence` is exactly 0, and then
-  `fallback`, attention to the best blocks of all tokens, answers in its place.
+  `fallback`, attention to the best blocks of all tokens, answers in its place;
+  the gradient of the cosine is that of a soft choice between the two.
 
   Laws: split (L1), start (L2), padding (L3), packed (L4).
   Reference: the lifecycle memory of arXiv 2606.28876; spec sources of the rules
@@ -133,7 +134,8 @@ class Slots(nn.Module):
     flat = lambda tree: jax.tree.map(
         lambda a: a.reshape(-1, *a.shape[2:]), tree)
     y, confidence = recall.read(
-        flat(before), flat(asked), flat(found), sight, flat(pull))
+        flat(before), flat(asked), flat(found), sight, flat(pull),
+        doubtful=True)
 
     # Back from segments to tokens.
     back = lambda a: a.reshape(x.shape[0], -1, *a.shape[cells.ndim:])
@@ -141,17 +143,21 @@ class Slots(nn.Module):
         'y': y.reshape(*cells.shape, -1), 'ids': found.ids,
         'fires': found.fires, 'confidence': confidence.reshape(cells.shape)}),
                        at)
-    y, fires = seen.pop('y').astype(x.dtype), seen['fires']
+    y, fires, sure = seen.pop('y'), seen['fires'][..., None], seen['confidence']
     common.lend(self, receipts=receipts, **seen)
-    y = Proj((x.shape[-1],), ('value', 'embed'), name='out')(y)
+    y = Proj((x.shape[-1],), ('value', 'embed'), name='out')(y.astype(x.dtype))
 
-    held = dict.fromkeys(_FALLBACK)
+    other, held = jnp.zeros_like(y), dict.fromkeys(_FALLBACK)
     if c.fallback is not None:
       other, new = moba.MoBA(c.fallback, name='fallback')(
           x, moba.MoBAState(**{n: getattr(state, n) for n in _FALLBACK}),
           context)
-      y = jnp.where(fires[..., None], y, other)
       held = {name: getattr(new, name) for name in _FALLBACK}
+    # The gate is hard, and learns as if the confidence mixed the two.
+    mix = (sure - jax.lax.stop_gradient(sure))[..., None].astype(y.dtype)
+    gain = jax.lax.stop_gradient(y - other)
+    gain = jnp.where(jnp.isfinite(gain), gain, jnp.zeros((), y.dtype))
+    y = jnp.where(fires, y, other) + mix * gain
     return y, SlotsState(**{n: getattr(bank, n) for n in _BANK}, **waiting,
                          **held)
 

@@ -119,7 +119,7 @@ def note(slot, ask, found):
           't_read': jnp.maximum(slot['t_read'], last)}
 
 
-def read(bank, ask, found, sight, pull=None):
+def read(bank, ask, found, sight, pull=None, doubtful=False):
   """The values that were found.
 
   Args:
@@ -129,9 +129,11 @@ def read(bank, ask, found, sight, pull=None):
     sight: `Sight`; gradients reach all but `threshold`.
     pull: probabilities of which `ask.ago` is the largest, [B, T, R + 1], or
       None: they change no bit of what is read, and are what gradients see.
+    doubtful: whether to return what does not fire too.
 
   Returns:
-    y: [B, T, V] in the values' dtype; exactly 0 where no read fires.
+    y: [B, T, V] in the values' dtype; exactly 0 where no read fires, or with
+      `doubtful` where there is nothing to read.
     confidence: [B, T] float32.
   """
   value = bank.value
@@ -141,7 +143,7 @@ def read(bank, ask, found, sight, pull=None):
   a = jax.nn.softmax(logits, axis=-1)
   at = jnp.maximum(found.ids, 0)
   a = jnp.take_along_axis(a, at, axis=-1)
-  used = (found.ids >= 0) & found.fires[..., None]
+  used = (found.ids >= 0) & (found.fires[..., None] | doubtful)
   a = jnp.where(used, a, 0.)
   rows = jnp.arange(at.shape[0], dtype=jnp.int32)[:, None, None]
   ago = jnp.clip(ask.ago, 0, value.shape[2] - 1)[..., None]
