@@ -16,10 +16,12 @@ written is lost and nothing else, without locks what was protected.
 
 import dataclasses
 import functools
+import pathlib
 import time
 
 from absl import app, flags, logging
 
+from experiments import report
 from statejax import config as c
 
 OUT = flags.DEFINE_string('out', 'experiments/results/lifecycle_events.json',
@@ -129,7 +131,7 @@ def train(mixers, seed, steps):
   return jax.block_until_ready(params), time.perf_counter() - begin
 
 
-def test(mixers, params, seed):
+def test(mixers, params, seed, locks=True):
   """Right answers per family, of 75 each."""
   import jax
   import numpy as np
@@ -137,28 +139,92 @@ def test(mixers, params, seed):
   from statejax.model import LanguageModel
   from statejax.tasks import lifecycle_events as task
   model = LanguageModel(config(mixers))
-  run = jax.jit(lambda p, e: answers(model, p, e, {})[0])
+  run = jax.jit(lambda p, e, hints: answers(model, p, e, hints)[0])
   right = dict.fromkeys(task.FAMILIES, 0)
   for events, answer, family in batches(TEST, 2000 + seed, 60):
-    found = np.argmax(run(params, events), axis=-1) == answer
+    force = np.where(events[..., 0] == task.LOCK, 0, -1)
+    hints = {} if locks else {'force': force}
+    found = np.argmax(run(params, events, hints), axis=-1) == answer
     for i, name in enumerate(task.FAMILIES):
       right[name] += int(found[family == i].sum())
   return right
+
+
+def cut(params):
+  """Parameters of the slots without their fallback."""
+  layer = params['group_0']['layer_0']
+  mixer = {k: v for k, v in layer['mixer'].items() if k != 'fallback'}
+  return params | {'group_0': {'layer_0': layer | {'mixer': mixer}}}
+
+
+def size(name):
+  """Parameters of a model."""
+  import math
+
+  import jax
+
+  from statejax.model import LanguageModel
+  model = LanguageModel(config(MIXERS[name]))
+  return sum(math.prod(x.shape) for x in jax.tree.leaves(
+      jax.eval_shape(model.init, jax.random.key(0))))
+
+
+def claims(counts):
+  """Rows of the report, from {system: [{family: right} of each seed]}."""
+  total = lambda name: [sum(x.values()) for x in counts[name]]
+  family = lambda name, which: [x[which] for x in counts[name]]
+  show = lambda numbers: ', '.join(map(str, numbers))
+  rows = [report.Row('slots: right of 600, each seed', 'all 600',
+                     show(total('slots')), min(total('slots')) == TEST),
+          report.Row('slots: parameters', '<= 250,000', f'{size("slots"):,}',
+                     size('slots') <= 250_000)]
+  for name in MIXERS:
+    if name != 'slots':
+      rows.append(report.Row(
+          f'{name}: right of 600, {size(name):,} parameters', '< 600',
+          show(total(name)), max(total(name)) < TEST))
+  lost = {'fallback off': ('pressure', 'no_write'),
+          'lock ignored': ('protected',)}
+  for name, where in lost.items():
+    for which in where:
+      rows.append(report.Row(f'{name}: {which}, of 75', '<= 8',
+                             show(family(name, which)),
+                             max(family(name, which)) <= 8))
+    rest = [sum(n for k, n in x.items() if k not in where)
+            for x in counts[name]]
+    most = 75 * (8 - len(where))
+    rows.append(report.Row(f'{name}: all else, of {most}', f'>= {most - 8}',
+                           show(rest), min(rest) >= most - 8))
+  return rows
 
 
 def main(argv):
   """Trains, tests, prints the table and the claims."""
   del argv
   steps = 20 if SMOKE.value else STEPS.value
-  counts, seconds = {}, []
-  for seed in range(1 if SMOKE.value else SEEDS.value):
+  seeds = 1 if SMOKE.value else SEEDS.value
+  counts, seconds = {}, {}
+  for seed in range(seeds):
     for name, mixers in MIXERS.items():
       params, took = train(mixers, seed, steps)
-      seconds.append(took)
-      found = test(mixers, params, seed)
-      counts.setdefault(name, []).append(found)
-      logging.info('%s, seed %d: %d of %d in %.0f s: %s', name, seed,
-                   sum(found.values()), TEST, took, found)
+      found = {name: test(mixers, params, seed)}
+      if name == 'slots':
+        off = (dataclasses.replace(SLOTS, fallback=None),)
+        found['fallback off'] = test(off, cut(params), seed)
+        found['lock ignored'] = test(mixers, params, seed, locks=False)
+      for which, right in found.items():
+        counts.setdefault(which, []).append(right)
+        logging.info('%s, seed %d: %d of %d: %s', which, seed,
+                     sum(right.values()), TEST, right)
+      seconds.setdefault(name, []).append(round(took))
+  rows = claims(counts)
+  print(report.table(rows))
+  out = pathlib.Path('runs/lifecycle_events.json' if SMOKE.value
+                     else OUT.value)
+  out.parent.mkdir(parents=True, exist_ok=True)
+  command = (f'python -m experiments.lifecycle_events --seeds={seeds} '
+             f'--steps={steps}')
+  report.write(out, rows, command, counts=counts, seconds=seconds)
 
 
 if __name__ == '__main__':

@@ -285,7 +285,8 @@ def finish(carried, sink, out, lse):
     before, top = top, jnp.maximum(top, sink)
     fade = jnp.exp(before - top)
     total, weighted = fade * total + jnp.exp(sink - top), fade * weighted
-  some = total > 0
+  # What is no number has been seen too, and has to be passed on.
+  some = ~(total <= 0)
   safe = jnp.where(some, total, 1.0)
   out[...] = (weighted / safe).astype(out.dtype)
   column = jnp.where(some, top + jnp.log(safe), MASKED)

@@ -52,7 +52,8 @@ def gather_attend(q, k, v, ids, last, sink=None, *, block, scale):
   total = jnp.sum(p, axis=-1, keepdims=True)
   if sink is not None:
     total = total + jnp.exp(sink - top)
-  some = total > 0
+  # What is no number has been seen too, and has to be passed on.
+  some = ~(total <= 0)
   safe = jnp.where(some, total, jnp.ones((), wide))
   # What is not seen may hold anything.
   v = jnp.where(jnp.swapaxes(seen, 3, 4), v, jnp.zeros((), v.dtype))

@@ -14,7 +14,8 @@ def initial_gradient(bench):
   One pass equals the chain over a split, within ten times the tolerance; its
   product with a direction equals the finite difference, to two digits and what
   rounding the outputs does to that difference. Where a choice might change
-  within a step, a difference to one side is enough.
+  within a step, a difference to one side is enough. In a model, index keys have
+  no cotangent: what they come from is read without gradient.
   """
   cut, rest = 10, bench.steps - 10
   # Not from a fresh row: at S = 0 the norm of what is read has a kink.

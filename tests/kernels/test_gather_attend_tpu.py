@@ -163,6 +163,20 @@ def test_gradients_of_rows():
   gradients(rows(count=9), 1)
 
 
+@pytest.mark.parametrize('bad', [np.nan, np.inf])
+def test_what_is_no_number_is_passed_on(bad):
+  """Not taken for nothing, which a merge would leave out."""
+  for args, block in ((make(), 8), (rows(), 1)):
+    q, k, v, ids, last, sink = args
+    k = (np.full_like(k[0], bad), *k[1:])
+    for form in forms(block)[:2]:
+      out, lse = form(q, k, v, ids, last, sink)
+      seen = np.asarray(forms(block)[2](
+          q, args[1], v, ids, last, None)[1]) > -1e29
+      assert seen.any() and np.isnan(np.asarray(lse)[seen]).all()
+      assert np.isnan(np.asarray(out)[seen]).all()
+
+
 def test_rows_of_which_most_are_none():
   q, k, v, ids, last, sink = rows()
   sink[:] = -np.inf

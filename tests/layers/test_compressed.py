@@ -16,7 +16,7 @@ from statejax import model as lm
 from statejax import state as st
 from statejax.layers import common
 from statejax.layers.compressed import Compressed
-from statejax.ops import index
+from statejax.ops import attend, index
 
 GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
 FAR = c.RopeConfig(
@@ -158,9 +158,17 @@ def test_the_loss_is_that_of_the_mass_on_entries():
   _, _, said = single.step(config, params, x, state, jnp.zeros(2, jnp.int32))
   seen = {}
   def spy(scores, heads, allowed, valid):
-    seen.update(scores=scores, s=heads(0, scores.shape[1]), allowed=allowed)
+    seen.update(scores=scores, allowed=allowed)
     return jnp.float32(0)
-  with mock.patch.object(index, 'loss', spy):
+  true = attend.attend
+  def look(q, segments, **rest):
+    # What attention itself is given: behind the two of the window, entries.
+    keys = np.concatenate([x.k[:, 0] for x in segments[2:]], axis=1)
+    seen['s'] = np.einsum('bthk,bnk->bthn', np.float64(q), np.float64(keys)
+                          ) * config.width ** -0.5
+    return true(q, segments, **rest)
+  with mock.patch.object(index, 'loss', spy), mock.patch.object(
+      attend, 'attend', look):
     n = jnp.full((2,), 30, jnp.int32)
     Compressed(config).apply(
         {'params': params}, x, dataclasses.replace(state, **{

@@ -32,6 +32,7 @@ def oracle(scores, visible, k, forced=None):
   largest = coarse(np.float32(1.9998 * 2.0 ** 127))
   with np.errstate(invalid='ignore'):
     key[np.isnan(key) | (key > largest)] = largest
+    key[(key < -largest) & (np.asarray(scores) > -np.inf)] = -largest
     key[np.abs(key) < info.tiny] = 0
   first = np.zeros(key.shape, bool) if forced is None else forced
   key[first] = np.inf
@@ -117,6 +118,13 @@ def test_noise_of_rounding_makes_no_choice():
     want = check(scores.astype(np.float32), visible, k)
     got = check((scores * noise).astype(np.float32), visible, k)
     np.testing.assert_array_equal(got, want)
+
+
+def test_the_least_number_is_still_a_number():
+  least = np.finfo(np.float32).min
+  scores = np.float32([[-np.inf, least, np.float32(-3.4e38), least, 0]])
+  want = check(np.repeat(scores, 2, axis=0), np.ones((2, 5), bool), 5)
+  assert want[0].tolist() == [4, 2, 1, 3, -1]
 
 
 def test_hidden_scores_leave_no_trace():
