@@ -111,6 +111,7 @@ def test_repeats(name, unstacked):
              tolerance=2e-5)
 
 
+@pytest.mark.slow
 def test_repeats_quick():
   config = dataclasses.replace(
       model('tiny_window'), groups=(c.GroupConfig(('window', 'full'), 2),))
@@ -230,6 +231,7 @@ def test_a_phase_that_no_law_reaches():
     laws.check(subject, laws='schema')
 
 
+@pytest.mark.slow
 def test_long_windows_and_chunks_are_cut(monkeypatch):
   """A fault beyond a window or chunk of real size is found all the same."""
   attention = c.AttentionConfig(heads=1, kv_heads=1, key=4, value=4, window=64)

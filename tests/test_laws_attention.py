@@ -73,7 +73,7 @@ MIXERS = {
 MODELS = ('tiny_mla', 'tiny_dsa', 'tiny_compressed', 'tiny_sharing',
           'tiny_hyper', 'tiny_ksa')
 QUICK = ('schema', 'split', 'packed')
-KINDS = ('dsa', 'csa', 'moba')
+KINDS = ('dsa', 'moba')
 # Of ranks near a tie no digits are left in bfloat16.
 COARSE = tuple(n for n in MIXERS if n not in (
     'dsa', 'dsa_no_relu', 'nsa', 'moba', 'block_max', 'block_max_local', 'qsa',

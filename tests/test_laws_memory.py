@@ -1,7 +1,9 @@
 """Memory slots obey every law.
 
-    pytest tests/test_laws_memory.py            a few laws
-    pytest tests/test_laws_memory.py -m slow    all, a model, bfloat16
+    pytest tests/test_laws_memory.py -m slow
+
+What they say of splits, documents and reads is in `layers/test_slots.py` too,
+against plain Python.
 """
 
 import dataclasses
@@ -32,10 +34,6 @@ def test_every_axis_has_a_rule():
   names = {axis for _, _, axes, _ in st.leaves(subject.state_schema(1, 8))
            for axis in axes}
   assert names <= set(sharding.RULES)
-
-
-def test_mixer_quick():
-  laws.check(MIXERS['slots'], laws=('schema', 'split', 'packed'))
 
 
 @pytest.mark.slow

@@ -15,11 +15,12 @@ from statejax.config import (
   mla,
   model,
   nsa,
+  slots,
   train,
 )
 
 _MODULES = (attention, block_sparse, compressed, delta, dsa, ksa, linear, loza,
-            mla, model, nsa, train)
+            mla, model, nsa, slots, train)
 _KNOWN = {name: value for module in _MODULES
           for name, value in vars(module).items()
           if dataclasses.is_dataclass(value)}

@@ -3,9 +3,9 @@
 One tie rule for the project, so that a query chooses the same whatever chunk,
 batch or shard computes it. Exact ties are common: a ReLU makes them, and text
 that repeats. Equal keys in products of other shapes have scores that differ in
-their last bits, so scores are compared to 13 bits only. Noise of 2e-7 of a score then
-parts equal ones only where it straddles a step of 2^-12; where weighted heads
-cancel it is larger, and 3 of 1,000 scores were seen on either side of a step.
+their last bits, so scores are compared to 13 bits only. Noise of 2e-7 of a
+score then parts equal ones only where it straddles a step of 2^-12; where
+weighted heads cancel it is larger, and 3 of 1,000 fell on two sides of a step.
 """
 
 import math

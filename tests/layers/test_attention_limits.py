@@ -101,8 +101,10 @@ def test_an_overlapping_entry_reaches_one_block_back():
 
 @pytest.mark.parametrize('config', [
     c.DSAConfig(MLA, k=4, **INDEX),
-    c.PooledDSAConfig(MLA, block=3, k=2, **INDEX),
-    c.QSAConfig(dataclasses.replace(A, sink=False), block=3, k=2, **INDEX),
+    pytest.param(c.PooledDSAConfig(MLA, block=3, k=2, **INDEX),
+                 marks=pytest.mark.slow),
+    pytest.param(c.QSAConfig(dataclasses.replace(A, sink=False), block=3, k=2,
+                             **INDEX), marks=pytest.mark.slow),
     dataclasses.replace(CSA, index=c.IndexConfig(k=3, heads=5, width=12)),
 ], ids=lambda x: type(x).__name__)
 def test_scores_past_the_count_do_not_matter(config, fresh, monkeypatch):
@@ -121,7 +123,8 @@ def test_scores_past_the_count_do_not_matter(config, fresh, monkeypatch):
 
 
 @pytest.mark.parametrize('config', [
-    A, MLA, dataclasses.replace(MLA, rope_width=0, rope=None)], ids=str)
+    A, MLA, pytest.param(dataclasses.replace(MLA, rope_width=0, rope=None),
+                         marks=pytest.mark.slow)], ids=str)
 def test_long_stores_are_read_in_pieces_and_blocks(config, fresh, monkeypatch):
   """With the TPU kernel, interpreted, for the single token."""
   params, x = single.draw(config, 24)

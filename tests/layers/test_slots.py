@@ -157,7 +157,8 @@ def same(state, row, oracle):
     np.testing.assert_allclose(got, want[path], atol=2e-5, err_msg=path)
 
 
-@pytest.mark.parametrize('mode', ['content', 'hashed'])
+@pytest.mark.parametrize('mode', [
+    'content', pytest.param('hashed', marks=pytest.mark.slow)])
 def test_layer_does_what_plain_python_does(mode):
   config = dataclasses.replace(SLOTS, rules=dataclasses.replace(
       RULES, mode=mode, ways=3))
@@ -251,23 +252,19 @@ def test_a_doubtful_read_falls_back():
       (c.GroupConfig(('m',)),)))
   params = subject.init(jax.random.key(5))  # with which it writes and reads
   tokens = inputs(1, 20)[1]
-  def outputs(params, config):
-    model = lm.LanguageModel(dataclasses.replace(subject.config, layers=(
-        c.LayerConfig('m', config, c.SwiGLUConfig(8)),)))
-    state = model.init_state(1, 20)
-    logits, state = model.step(params, state, tokens)
+  def outputs(params):
+    state = subject.init_state(1, 20)
+    logits, state = subject.step(params, state, tokens)
     return np.asarray(logits), np.asarray(state.layers['m'].reads)
-  both, reads = outputs(params, config)
+  both, reads = outputs(params)
   assert reads.any()
   zero = jax.tree.map(jnp.zeros_like, params['group_0']['layer_0']['mixer'][
       'fallback'])
   silent = jax.tree.map(lambda x: x, params)
   silent['group_0']['layer_0']['mixer']['fallback'] = zero
-  off, _ = outputs(silent, config)
+  off, _ = outputs(silent)
   alike = (both == off).all(axis=-1)[0]
   assert alike.any() and not alike.all()
-  never, reads = outputs(params, dataclasses.replace(config, confidence=1.0))
-  assert not reads.any() and (never != both).any(axis=-1)[0][alike].all()
 
 
 @pytest.mark.parametrize('change, message', [

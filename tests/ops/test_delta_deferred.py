@@ -352,6 +352,7 @@ def test_more_valid_tokens_than_there_are():
   jax.tree.map(np.testing.assert_array_equal, want, got)
 
 
+@pytest.mark.slow
 def test_truncate_takes_an_int():
   _, state = call(n_valid=np.array([3, 3]))
   one = dd.truncate(state, 1, chunk_size=CHUNK)

@@ -102,7 +102,7 @@ def test_no_tokens(decay):
 
 
 @pytest.mark.parametrize('decay', [
-    pytest.param('head', marks=pytest.mark.slow), 'channel'])
+    'head', pytest.param('channel', marks=pytest.mark.slow)])
 def test_chunk_sizes_agree(decay):
   args = make(decay, length=130, batch=1, key_heads=1, heads=1, width=4)
   want = delta_rule(**args, implementation='reference')

@@ -100,6 +100,7 @@ def test_every_event_does_what_plain_python_does(mode, policy):
   assert seen == set(sl.OUTCOMES)
 
 
+@pytest.mark.slow
 def test_one_pass_over_segments_is_segment_after_segment():
   """Banks, receipts, reads and their effect on what is evicted, to the bit."""
   rules = dataclasses.replace(SMALL, slots=3)
@@ -153,6 +154,7 @@ def _different(a, b):
           if not np.array_equal(x, y)]
 
 
+@pytest.mark.slow
 def test_a_row_is_its_own():
   """Row permutation, and one row alone, to the bit."""
   rng = np.random.default_rng(2)
