@@ -103,7 +103,8 @@ def train(mixers, seed, steps):
   from statejax.model import LanguageModel
   model = LanguageModel(config(mixers))
   params = model.init(jax.random.key(seed))
-  rate = optax.warmup_cosine_decay_schedule(0., 4e-3, 100, steps, 1e-5)
+  rate = optax.warmup_cosine_decay_schedule(
+      0., 4e-3, min(100, steps // 4), steps, 1e-5)
   optimizer = optax.chain(optax.clip_by_global_norm(1.), optax.adam(rate))
 
   @functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))

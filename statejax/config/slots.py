@@ -101,3 +101,8 @@ class SlotsConfig:
   def chooses(self):
     """See `statejax.laws`."""
     return True
+
+  @property
+  def straight_through(self):
+    """See `statejax.laws`: hard events and reads learn as soft ones."""
+    return True

@@ -71,13 +71,13 @@ def _pairs(bench, state, new):
 def dtype(bench):
   """L9: what accumulates is float32, and matrices hold what float32 can.
 
-  That is every fixed leaf of floats but copies of inputs: tails of `taps` and
-  rings of a `window`. A matrix whose every number fits in bfloat16 has been
-  rounded on its way.
+  That is every fixed leaf of floats but copies of inputs: tails of `taps`,
+  rings of a `window`, `slots` and `events`. A matrix whose every number fits in
+  bfloat16 has been rounded on its way.
   """
   found = False
   for path, x, axes, kind in st.leaves(bench.warm):
-    if (kind == 'growing' or {'taps', 'window'} & set(axes)
+    if (kind == 'growing' or {'taps', 'window', 'slots', 'events'} & set(axes)
         or not jnp.issubdtype(x.dtype, jnp.floating)):
       continue
     found = True

@@ -12,6 +12,7 @@ say more about itself:
 
   reach: tokens that an output can see, itself included; None for all.
   chooses: whether outputs see a part of their reach that depends on values.
+  straight_through: whether gradients are not those of what is computed.
   phases: chunk lengths worth trying, such as a window and its neighbours.
   grid: chunk length such that splits at its multiples are exact; None for none.
   tolerance: largest relative error where a law is not exact.
@@ -72,6 +73,11 @@ class ModelSubject:
   @property
   def chooses(self):
     return any(_chooses(layer.mixer) for layer in self.model.config.layers)
+
+  @property
+  def straight_through(self):
+    return any(getattr(layer.mixer, 'straight_through', False)
+               for layer in self.model.config.layers)
 
   @property
   def phases(self):
@@ -138,6 +144,10 @@ class MixerSubject:
   @property
   def chooses(self):
     return _chooses(self.layer.mixer)
+
+  @property
+  def straight_through(self):
+    return getattr(self.layer.mixer, 'straight_through', False)
 
   @property
   def phases(self):
