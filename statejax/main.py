@@ -187,12 +187,16 @@ def memory(verb):
   model, params = restore.from_workdir(_workdir())
   state = serving.load_state(RESUME.value, model, params)
   bank = mem.Memory(model, host=HOST.value, journal=(
-      journal.Journal(JOURNAL.value) if JOURNAL.value else None))
-  if verb in LOOKS:
-    slots = bank.export(state, ROW.value)['slots']
-    for slot in slots if verb == 'list' else [
-        s for s in slots if s['slot'] == SLOT.value]:
+      journal.Journal(JOURNAL.value) if JOURNAL.value and verb in EDITS
+      else None))
+  if verb == 'list':
+    for slot in bank.export(state, ROW.value)['slots']:
       print(json.dumps(slot))
+    return
+  if verb == 'read':
+    tokens, _ = bank.read(state, SLOT.value, ROW.value)
+    print(json.dumps({'slot': SLOT.value, 'value': tokens,
+                      'text': text.decode(tokens)}))
     return
   where = dict(row=ROW.value, expect=EXPECT.value)
   if verb == 'write':

@@ -8,7 +8,8 @@ Every edit is a function of a state that returns a new one and a `Receipt`; the
 old state stays what it was. An edit is an event of `statejax.ops.lifecycle`,
 exactly as the model's own are: it replaces one slot of one row or changes no
 bit. What has changed something enters the row's witness, so that an edited
-state is never taken for one that has only read its tokens.
+state is not taken for one that has only read its tokens. No content enters it:
+without a journal, edits that differ in content only leave the same witness.
 """
 
 import dataclasses
@@ -77,12 +78,13 @@ class Receipt:
     row: of the state.
     op: of `statejax.ops.slots.OPS`.
     outcome: of `statejax.ops.slots.OUTCOMES`; all but 'committed' and
-      'refreshed' have changed no bit.
+      'refreshed' have changed no bit. 'refreshed' is a write of the tokens that
+      are there: it sets the time and the salience, nothing else.
     slot, oid, version, old_version, seq, evicted: see
       `statejax.ops.slots.Receipts`.
     length: tokens that the row had absorbed.
     before, after: commitments to the slot's row, '' without a journal.
-    carriers: where else what was edited may still be: see `Memory.carriers`.
+    carriers: where else what was edited may still be.
   """
 
   row: int
@@ -113,7 +115,8 @@ class Memory:
     layer: its name; '' takes the only one.
     journal: where edits are written down; None for nowhere.
     principal: who acts; None is the model's own stream, so that it may change
-      what is written here. What nobody owns, -1, everybody reads.
+      what is written here. What nobody owns, -1, everybody reads. It limits
+      edits: whoever holds a state can look at all of it.
     host: whether this holds the host's capability: purge, rekey, host locks.
   """
 
@@ -150,10 +153,11 @@ class Memory:
                       for f in dataclasses.fields(sl.Bank)})
 
   def list(self, state, row=0):
-    """Returns a `Slot` for each that is not empty."""
+    """Returns a `Slot` for each that is neither empty nor expired."""
     bank = jax.device_get(self.bank(st.take(state, row)))
     found = [_slot(bank, m) for m in range(self.config.rules.slots)]
-    return [s for s in found if s.status != 'empty']
+    return [s for s in found
+            if s.status != 'empty' and not _expired(s, state, row)]
 
   def read(self, state, slot, row=0, version=None):
     """Returns the tokens of a slot's value, and the value [V].
@@ -165,10 +169,14 @@ class Memory:
       version: of the object; None is the present one.
 
     Raises:
-      ValueError: an empty or deleted slot, or a version that is not kept.
+      ValueError: an empty, deleted or expired slot, or a version that is not
+        kept.
     """
     bank = jax.device_get(self.bank(st.take(state, row)))
     held = _slot(bank, self._number(slot))
+    if _expired(held, state, row):
+      raise ValueError(f'slot {slot}, row {row}: expected a live one, got one '
+                       f'that has expired at {held.expires} tokens.')
     ago = 0 if version is None else held.version - version
     if not 0 <= ago < len(held.values):
       raise ValueError(
@@ -208,33 +216,40 @@ class Memory:
       params: of the model.
       state: `ServingState`.
       statement: tokens, fewer than a segment.
-      key, value: the tokens in it that name the object, and what it is.
+      key, value: tokens that are kept of what names the object, and of what it
+        is; `read` shows them.
       row: of the state.
       slot: the slot to overwrite; None finds it by its key, or takes a new one.
       expect: the version that the slot must have.
-      ttl: tokens after which it expires; None never.
+      ttl: tokens after which it expires; None never. Where the slot holds these
+        tokens already, its expiry stays as it is: see `expire`.
 
     Returns:
       The state and a `Receipt`.
+
+    Raises:
+      ValueError: tokens that are not the model's, or parameters that make no
+        finite key and value of them.
     """
-    found = self.encode(params, statement)
-    r = self.config.rules
-    spans = {'span': _padded(value, r.span, 'value'),
-             'key_span': _padded(key, r.key_span, 'key')}
-    until = -1 if ttl is None else int(state.length[row]) + ttl
+    found, r = self.encode(params, statement), self.config.rules
+    spans = {'span': self._padded(value, r.span, 'value'),
+             'key_span': self._padded(key, r.key_span, 'key')}
+    until = -1 if ttl is None else self._until(state, row, ttl)
     return self._edit(state, row, sl.WRITE, slot, expect, expires=until,
+                      salience=jnp.linalg.norm(jnp.float32(found['value'])),
                       **found, **spans)
 
   def encode(self, params, statement):
     """Returns {'key': [K], 'value': [V]} of the statement's last token."""
-    tokens = np.asarray(statement)
-    if tokens.ndim != 1 or not 0 < tokens.size < self.config.segment:
-      raise ValueError(
-          f'statement: expected 1 to {self.config.segment - 1} tokens, fewer '
-          f'than a segment, got shape {tokens.shape}.')
+    # More than this would be committed, and no longer wait to be seen.
+    tokens = self._tokens(statement, self.config.segment - 1, 'statement')
     held = _scratch(self.model, self.layer, params, jnp.asarray(
         tokens[None], jnp.int32))
-    return {'key': held.want_key[0, 0, 0], 'value': held.want_value[0, 0, 0]}
+    found = {'key': held.want_key[0, 0, 0], 'value': held.want_value[0, 0, 0]}
+    if not all(np.isfinite(np.float32(x)).all() for x in found.values()):
+      raise ValueError('statement: expected a finite key and value, the model '
+                       'makes NaN or infinity of it; look at its parameters.')
+    return found
 
   def lock(self, state, slot, **where):
     """Protects a slot from being changed or evicted; with the host's
@@ -264,7 +279,7 @@ class Memory:
   def expire(self, state, slot, ttl, row=0, **where):
     """Hides a slot when the row has absorbed `ttl` more tokens."""
     return self._simple(sl.EXPIRE, state, slot, row=row,
-                        expires=int(state.length[row]) + ttl, **where)
+                        expires=self._until(state, row, ttl), **where)
 
   def quarantine(self, state, slot, **where):
     """Keeps a slot from being read or written, without losing it."""
@@ -283,6 +298,27 @@ class Memory:
   def _simple(self, op, state, slot, row=0, expect=None, **fields):
     return self._edit(state, row, op, slot, expect, **fields)
 
+  def _until(self, state, row, ttl):
+    if ttl < 1:
+      raise ValueError(f'ttl: expected 1 token or more, got {ttl}; to hide a '
+                       'slot now, quarantine or delete it.')
+    return int(state.length[row]) + ttl
+
+  def _tokens(self, tokens, most, what):
+    tokens = np.asarray(tokens)
+    vocab = self.model.config.vocab
+    if (tokens.ndim != 1 or not 0 < tokens.size <= most
+        or tokens.dtype.kind not in 'iu' or (tokens < 0).any()
+        or (tokens >= vocab).any()):
+      raise ValueError(f'{what}: expected 1 to {most} tokens, integers below '
+                       f'{vocab}, got {tokens.tolist()}.')
+    return tokens
+
+  def _padded(self, tokens, size, what):
+    tokens = self._tokens(tokens, size, what)
+    return np.pad(tokens.astype(np.int32), (0, size - tokens.size),
+                  constant_values=-1)
+
   def _number(self, slot):
     if not 0 <= slot < self.config.rules.slots:
       raise ValueError(f'slot: expected 0 to {self.config.rules.slots - 1}, '
@@ -294,6 +330,8 @@ class Memory:
       raise ValueError(f'row: expected 0 to {st.rows(state) - 1}, got {row}.')
     if slot is not None:
       self._number(slot)
+    if expect is not None and expect < 0:
+      raise ValueError(f'expect: expected a version, got {expect}.')
     rules, rows = self.config.rules, st.rows(state)
     mine = np.arange(rows)[:, None] == row
     given = {'time': jnp.broadcast_to(state.length[:, None], (rows, 1)),
@@ -318,15 +356,16 @@ class Memory:
         **{n: getattr(found, n) for n in (
             'slot', 'oid', 'version', 'old_version', 'seq', 'evicted')})
     if receipt.changed:
-      receipt = dataclasses.replace(
-          receipt, carriers=self.carriers(old, row, receipt.slot))
+      receipt = dataclasses.replace(receipt, carriers=self._carriers(old))
     before, after = self._commitments(old, new, receipt)
     receipt = dataclasses.replace(receipt, before=before, after=after)
-    entry = dataclasses.asdict(receipt)
+    entry = dataclasses.asdict(receipt) | {
+        'layer': self.layer, 'host': int(self.host), 'forgets': '',
+        'principal': layer.STREAM if self.principal is None else self.principal}
+    if receipt.changed and op == sl.PURGE:
+      entry['forgets'] = self._object(row, receipt.oid)
     if self.journal is not None:
       self.journal.append(entry)
-      if receipt.changed and op == sl.PURGE:
-        self.journal.forget(_name(receipt))
     if not receipt.changed:
       return old, receipt
     mark = hashlib.sha256(b'statejax.ext.v1\0' + digest.canonical(entry))
@@ -341,33 +380,31 @@ class Memory:
       return '', ''
     rows = [jax.device_get(self.bank(st.take(s, receipt.row)))
             for s in (old, new)]
-    name = _name(receipt)
-    before, after = (self.journal.commitment(name, _plain(
-        bank, receipt.slot)) for bank in rows)
+    # A new object has no before, but the one whose slot it took.
+    names = [receipt.evicted if not receipt.old_version else receipt.oid,
+             receipt.oid]
+    before, after = (
+        self.journal.commitment(self._object(receipt.row, oid),
+                                _plain(bank, receipt.slot)) if oid >= 0 else ''
+        for oid, bank in zip(names, rows))
     return before, after
 
-  def carriers(self, state, row, slot):
-    """Where else what a slot holds may be: a deletion of the slot is not one of
-    these.
+  def _object(self, row, oid):
+    return f'{self.layer}/{row}/{oid}'
 
-    Args:
-      state: before the edit.
-      row: of the state.
-      slot: its number.
+  def _carriers(self, state):
+    """Where what a slot held may be besides it.
+
+    All that the row's stream has left anywhere, whoever wrote the slot, and
+    what waits to be committed: what a slot has been through is not known for
+    certain, so that nothing is left out.
     """
-    held = _slot(jax.device_get(self.bank(st.take(state, row))), slot)
-    out = []
-    if held.source[0] >= 0 or held.reads:
-      # The stream that stated it, or what was computed from reading it.
-      out = sorted({path for path, _, _, _ in st.leaves(state)
-                    if path.startswith('layers/')
-                    and path.split('/')[1] != self.layer})
-      out += [f'layers/{self.layer}/{n}' for n in (
-          'k', 'v', 'mean', 'open') if getattr(
-              state.layers[self.layer], n) is not None]
-      out += ['logits'] if state.logits is not None else []
-      out += ['token log', 'forks and artifacts']
-    return tuple(out)
+    bank = {f'layers/{self.layer}/{f.name}' for f in dataclasses.fields(
+        sl.Bank)}
+    return (*sorted(path for path, _, _, _ in st.leaves(state)
+                    if path.startswith('layers/') and path not in bank),
+            f'layers/{self.layer}: other slots', 'logits', 'pending',
+            'token log', 'forks and artifacts')
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -426,13 +463,5 @@ def _plain(bank, m):
   return held | {'bits': bits}
 
 
-def _name(receipt):
-  return f'{receipt.row}/{receipt.oid}'
-
-
-def _padded(tokens, size, what):
-  tokens = np.asarray(tokens).reshape(-1)
-  if not 0 < tokens.size <= size or (tokens < 0).any():
-    raise ValueError(f'{what}: expected 1 to {size} tokens, got '
-                     f'{tokens.tolist()}.')
-  return np.pad(tokens, (0, size - tokens.size), constant_values=-1)
+def _expired(slot, state, row):
+  return 0 <= slot.expires <= int(state.length[row])

@@ -56,6 +56,8 @@ def test_edits_from_the_command_line(saved, run):  # noqa: F811
   assert bytes(slot['values'][0]) == b'blue' and bytes(slot['key']) == b'sky'
   assert memory('delete', 's1', 's2', '--slot=0', '--expect=1')[0] == 0
   assert memory('list', 's2')[1][0]['status'] == 'tombstone'
+  assert memory('read', 's1', None, '--slot=0')[1][0]['text'] == 'blue'
+  assert memory('read', 's1', None, '--slot=2')[0] == 2
   # What is refused saves nothing, and says why.
   code, (receipt,), err = memory('delete', 's2', 's3', '--slot=0')
   assert code == 2 and receipt['outcome'] == 'invalid'

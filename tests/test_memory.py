@@ -170,17 +170,22 @@ def test_the_model_goes_on_from_an_edit_as_from_its_own():
 def test_the_journal_knows_its_order_and_no_content(tmp_path):
   book = jn.Journal(tmp_path / 'edits')
   memory, state = begun(journal=book)
-  name, row = '0/1', mem._plain(jax.device_get(memory.bank(
-      st.take(state, 0))), 1)
+  bank = jax.device_get(memory.bank(st.take(state, 0)))
+  name, row = 'memory/0/1', mem._plain(bank, 1)
   salt, shown = book.salt(name), book.entries[1]['after']
   assert jn.commitment(salt, row) == shown
   host = dataclasses.replace(memory, host=True)
   new, receipt = host.purge(state, 1)
-  assert book.salt(name) is None and book.salt('0/2') is not None
+  assert book.salt(name) is None and book.salt('memory/0/2') is not None
   assert receipt.changed and memory.list(new)[1].slot == 2
   text = (tmp_path / 'edits/journal.jsonl').read_text()
-  assert not {'key', 'value', 'values', 'bits', 'span'} & set(
-      json.loads(text.splitlines()[0]))
+  both = text + (tmp_path / 'edits/slots.json').read_text()
+  assert salt not in both and '[21, 7]' not in both
+  for x in (bank.value[0, 1, 0], bank.key[0, 1]):
+    assert x.tobytes().hex() not in both
+    assert all(not (a == x).all(axis=-1).any()
+               for path, a, _, _ in st.leaves(jax.device_get(new))
+               if a.ndim and a.shape[-1] == x.size)
   again = jn.Journal(tmp_path / 'edits')
   assert again.entries == book.entries and again.head == book.head
   lines = text.splitlines()
@@ -189,6 +194,45 @@ def test_the_journal_knows_its_order_and_no_content(tmp_path):
     (tmp_path / 'edits/journal.jsonl').write_text('\n'.join(bad) + '\n')
     with pytest.raises(ValueError, match='changed, lost or inserted'):
       jn.Journal(tmp_path / 'edits')
+
+
+def test_a_journal_survives_a_crash_and_another_writer(tmp_path):
+  book = jn.Journal(tmp_path / 'a')
+  name = 'memory/0/3'
+  assert book.commitment(name, {'x': 1}) != book.commitment(name, {'x': 2})
+  book.append({'op': 'write'})
+  log = tmp_path / 'a/journal.jsonl'
+  kept = log.read_bytes()
+  # Torn at any byte, the newline too, a line was never acknowledged.
+  book.append({'op': 'purge', 'forgets': name})
+  whole = log.read_bytes()
+  for size in range(len(kept), len(whole)):
+    log.write_bytes(whole[:size])
+    again = jn.Journal(tmp_path / 'a')
+    assert [e['op'] for e in again.entries] == ['write']
+    assert log.read_bytes() == kept
+  again.append({'op': 'lock'})
+  assert [e['op'] for e in jn.Journal(tmp_path / 'a').entries] == [
+      'write', 'lock']
+  with pytest.raises(ValueError, match='but another one has appended'):
+    book.append({'op': 'late'})
+  # Between an entry and what it says: the salt goes when it is opened.
+  log.write_bytes(whole)
+  (tmp_path / 'a/slots.json').write_text(json.dumps({name: '00' * 16}))
+  assert jn.Journal(tmp_path / 'a').salt(name) is None
+  assert name not in (tmp_path / 'a/slots.json').read_text()
+
+
+def test_who_is_pushed_out_keeps_a_salt_of_its_own(tmp_path):
+  memory, state = begun(journal=jn.Journal(tmp_path / 'edits'))
+  for token in (13, 14):
+    state, receipt = memory.write(params(), state, [3, token], key=[token],
+                                  value=[1])
+  assert receipt.evicted == 0 and receipt.oid == 4
+  last = memory.journal.entries[-1]
+  assert memory.journal.entries[-2]['before'] == ''
+  salts = [memory.journal.salt(f'memory/0/{i}') for i in (0, 4)]
+  assert len(set(salts)) == 2 and last['before'] != last['after']
 
 
 def test_edits_run_inside_a_jitted_program():
@@ -210,9 +254,16 @@ def test_what_can_be_seen():
   (before, after), = memory.diff(state, new).values()
   assert before.status == 'live' and after.status == 'tombstone'
   assert after.values == () and after.key == (11,) and after.version == 2
-  assert memory.carriers(state, 0, 1) == ()
-  _, asked = MODEL.step(params(), state, jnp.full((2, 1), 11))
-  assert 'layers/kda/matrix' in memory.carriers(asked, 0, 1)
+  _, receipt = memory.delete(state, 1)
+  assert {'layers/kda/matrix', 'layers/memory/near', 'layers/memory/want_value',
+          'forks and artifacts'} <= set(receipt.carriers)
+  assert 'layers/memory/value' not in receipt.carriers
+  # Hidden at once, before anything empties it.
+  late, _ = memory.expire(state, 1, ttl=1)
+  _, late = MODEL.step(params(), late, jnp.full((2, 1), 1))
+  assert [s.slot for s in memory.list(late)] == [0, 2]
+  with pytest.raises(ValueError, match='has expired at 3 tokens'):
+    memory.read(late, 1)
   whole = memory.export(state)
   assert json.loads(json.dumps(whole))['slots'][0]['values'] == [[20, 7]]
   assert 'values' not in memory.export(state, redact=True)['slots'][0]
@@ -228,8 +279,18 @@ def test_mistakes_are_named():
     memory.delete(state, 1, row=2)
   with pytest.raises(ValueError, match='expected 1 to 7 tokens'):
     memory.write(params(), state, [1] * 8, key=[1], value=[1])
-  with pytest.raises(ValueError, match='value: expected 1 to 3 tokens'):
-    memory.write(params(), state, [1], key=[1], value=[1] * 4)
+  for value in ([1] * 4, [32], [-1], [1.5], []):
+    with pytest.raises(ValueError, match='value: expected 1 to 3 tokens'):
+      memory.write(params(), state, [1], key=[1], value=value)
+  with pytest.raises(ValueError, match='statement: .* integers below 32, got'):
+    memory.write(params(), state, [99], key=[1], value=[1])
+  with pytest.raises(ValueError, match='ttl: expected 1 token or more, got -3'):
+    memory.expire(state, 1, ttl=-3)
+  with pytest.raises(ValueError, match='expect: expected a version, got -7'):
+    memory.delete(state, 1, expect=-7)
+  broken = jax.tree.map(lambda x: x * jnp.nan, params())
+  with pytest.raises(ValueError, match='expected a finite key and value'):
+    memory.write(broken, state, [1], key=[1], value=[1])
   plain = lm.LanguageModel(dataclasses.replace(
       MODEL.config, groups=(c.GroupConfig(('kda',)),)))
   with pytest.raises(ValueError, match='expected the name of one slot layer'):

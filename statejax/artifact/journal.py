@@ -8,6 +8,7 @@ beside the journal, one for each object, and go when the object is purged: a
 short value can be guessed from a hash without one.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -22,6 +23,10 @@ _GENESIS = '0' * 64
 class Journal:
   """An append-only chain of entries in a directory.
 
+  A journal belongs to one serving state whose rows keep their places: objects
+  are named by layer, row and id. That its last entries were cut off shows only
+  against a `head` which was kept elsewhere.
+
   Attributes:
     path: directory of `journal.jsonl` and `slots.json`.
     entries: dicts, oldest first; see `statejax.memory`.
@@ -30,6 +35,8 @@ class Journal:
   def __init__(self, path):
     """Opens a journal, or begins one; its parent must exist.
 
+    A last line that a crash has torn was never acknowledged, and is cut off.
+
     Raises:
       ValueError: the chain is broken: an entry was changed, lost or inserted.
     """
@@ -37,9 +44,10 @@ class Journal:
     self.path.mkdir(exist_ok=True)
     self._log, self._salts = (self.path / n for n in (
         'journal.jsonl', 'slots.json'))
-    lines = self._log.read_text().splitlines() if self._log.exists() else []
-    self.entries, self._head = [], _GENESIS
-    for number, line in enumerate(lines):
+    self.entries, self._head, self._size = [], _GENESIS, 0
+    text = self._log.read_bytes() if self._log.exists() else b''
+    whole = text[:text.rfind(b'\n') + 1]
+    for number, line in enumerate(whole.splitlines()):
       try:
         entry = json.loads(line)
         found = entry.pop('hash')
@@ -51,8 +59,14 @@ class Journal:
                          'inserted one; what stands above it is intact.')
       self.entries.append(entry)
       self._head = found
+    self._size = len(whole)
+    if len(whole) < len(text):
+      os.truncate(self._log, len(whole))
     self._salt = (json.loads(self._salts.read_text())
                   if self._salts.exists() else {})
+    # A crash may fall between an entry and what it says.
+    for name in {e.get('forgets') for e in self.entries} & set(self._salt):
+      self.forget(name)
 
   @property
   def head(self):
@@ -61,21 +75,34 @@ class Journal:
 
   def append(self, entry):
     """Adds an entry of integers, strings and dicts of them; on disk when it
-    returns."""
+    returns. Where it has a name `forgets`, that object's salt is destroyed.
+
+    Raises:
+      ValueError: another process has appended since this one opened it.
+    """
     entry = json.loads(digest.canonical(entry))
     link = _link(self._head, entry)
-    with open(self._log, 'a') as f:
-      f.write(json.dumps(entry | {'hash': link}, sort_keys=True) + '\n')
+    line = json.dumps(entry | {'hash': link}, sort_keys=True) + '\n'
+    with open(self._log, 'ab') as f:
+      fcntl.flock(f, fcntl.LOCK_EX)
+      if os.fstat(f.fileno()).st_size != self._size:
+        raise ValueError(f'{self._log}: expected to be the only writer, but '
+                         'another one has appended; open the journal anew.')
+      f.write(line.encode())
       f.flush()
       os.fsync(f.fileno())
+    _sync(self.path)
+    self._size += len(line.encode())
     self.entries.append(entry)
     self._head = link
+    if entry.get('forgets'):
+      self.forget(entry['forgets'])
 
   def commitment(self, name, row):
     """Returns the commitment to a slot's row, 64 hex digits.
 
     Args:
-      name: of the object, such as '0/17'; its salt is made at first use.
+      name: of the object; its salt is made at first use.
       row: dict without floats.
     """
     if name not in self._salt:
@@ -99,6 +126,7 @@ class Journal:
       f.flush()
       os.fsync(f.fileno())
     os.replace(new, self._salts)
+    _sync(self.path)
 
 
 def commitment(salt, row):
@@ -116,3 +144,11 @@ def _link(previous, entry):
   return hashlib.sha256(
       b'statejax.memjournal.v1\0' + bytes.fromhex(previous)
       + len(body).to_bytes(4, 'little') + body).hexdigest()
+
+
+def _sync(folder):
+  descriptor = os.open(folder, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)

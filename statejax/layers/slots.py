@@ -234,14 +234,15 @@ class Slots(nn.Module):
     size = back.shape[-1]
     span, begin, count = writer.last_run(back, of == _VALUE, r.span)
     key_span, _, _ = writer.last_run(back, of == _KEY, r.key_span)
-    # A value without tokens of its own stands for the token itself.
+    # Without tokens known to be the value it is all that was said last.
     none = count == 0
-    alone = jnp.full_like(span, -1).at[..., 0].set(tokens)
-    first = jnp.where(none, context.positions,
-                      context.positions - (size - 1) + begin)
-    return {'span': jnp.where(none[..., None], alone, span),
+    said, start, length = writer.last_run(back, back >= 0, r.span)
+    begin = jnp.where(none, start, begin)
+    first = context.positions - (size - 1) + begin
+    return {'span': jnp.where(none[..., None], said, span),
             'key_span': key_span,
-            'source': jnp.stack([first, jnp.maximum(count, 1)], axis=-1)}
+            'source': jnp.stack([first, jnp.where(none, length, count)],
+                                axis=-1)}
 
   def _committed(self, fields):
     """`Events` of the segments, and one without any for what stays open."""
