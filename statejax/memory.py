@@ -31,7 +31,7 @@ from statejax.ops import slots as sl
 
 STATUS = ('empty', 'live', 'tombstone', 'quarantined')
 LOCKS = ('open', 'stream', 'host')
-# Of a value: its own tokens and nothing else, for commitments and exports.
+# Integers of a slot, as they stand in the bank.
 _FACTS = ('status', 'lock', 'oid', 'version', 'seq', 't_write', 't_first',
           't_read', 'reads', 'owner', 'expires')
 

@@ -123,11 +123,8 @@ class RopeConfig:
     if not (self.theta > 0 and 0 <= self.fraction <= 1):
       raise ValueError('RopeConfig: expected theta > 0 and 0 <= fraction <= 1, '
                        f'got {self.theta} and {self.fraction}.')
-    known = {'layout': ('half', 'interleaved'), 'side': ('leading', 'trailing')}
-    for name, values in known.items():
-      if getattr(self, name) not in values:
-        raise ValueError(f'RopeConfig.{name}: expected one of {values}, got '
-                         f'{getattr(self, name)!r}.')
+    checks.one_of(self, 'layout', ('half', 'interleaved'))
+    checks.one_of(self, 'side', ('leading', 'trailing'))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -66,11 +66,17 @@ def chunk(config):
                      f'>= 2 or None, got {size}.')
 
 
+def one_of(config, name, known):
+  """Raises ValueError unless the field `name` is among the known values."""
+  value = getattr(config, name)
+  if value not in known:
+    raise ValueError(f'{type(config).__name__}.{name}: expected one of '
+                     f'{known}, got {value!r}.')
+
+
 DECODES = ('step', 'deferred', 'bitwise')
 
 
 def decodes(config):
   """Raises ValueError unless `decode` is known."""
-  if config.decode not in DECODES:
-    raise ValueError(f'{type(config).__name__}.decode: expected one of '
-                     f'{DECODES}, got {config.decode!r}.')
+  one_of(config, 'decode', DECODES)

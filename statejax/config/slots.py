@@ -49,10 +49,8 @@ class SlotRules:
                     'aliases', 'ways')
     checks.no_less(self, 0, 'ring')
     checks.divides(self, 'slots', 'ways')
-    for name, known in (('mode', MODES), ('policy', POLICIES)):
-      if getattr(self, name) not in known:
-        raise ValueError(f'SlotRules.{name}: expected one of {known}, got '
-                         f'{getattr(self, name)!r}.')
+    checks.one_of(self, 'mode', MODES)
+    checks.one_of(self, 'policy', POLICIES)
     if not -1 <= self.threshold <= 1:
       raise ValueError('SlotRules.threshold: expected a cosine, got '
                        f'{self.threshold}.')
@@ -68,7 +66,7 @@ class SlotsConfig:
       document's first.
     events: E, events of a segment that are kept, the strongest.
     statement: tokens back, its own included, where an event finds the tokens of
-      its key and value.
+      its key and value; 2 or more.
     top: slots per read.
     kappa: inverse temperature of reads, as it begins.
     confidence: least cosine of a read; below it nothing is read.
@@ -85,7 +83,8 @@ class SlotsConfig:
   fallback: MoBAConfig | None = None
 
   def __post_init__(self):
-    checks.positive(self, 'segment', 'events', 'statement', 'top')
+    checks.positive(self, 'segment', 'events', 'top')
+    checks.no_less(self, 2, 'statement')
     if self.top > self.rules.slots:
       raise ValueError(f'SlotsConfig: expected top <= rules.slots, got top='
                        f'{self.top}, slots={self.rules.slots}.')

@@ -84,8 +84,8 @@ class Slots(nn.Module):
   the gradient of the cosine is that of a soft choice between the two.
 
   Laws: split (L1), start (L2), padding (L3), packed (L4).
-  Reference: the lifecycle memory of arXiv 2606.28876; spec sources of the rules
-  are in `statejax.ops.lifecycle`.
+  Reference: the lifecycle memory of arXiv 2606.28876; its rules are those of
+  `statejax.ops.lifecycle`.
   """
 
   config: SlotsConfig
@@ -276,8 +276,9 @@ def _readers(plan, context):
   next; what stands behind a border of documents reads an empty bank.
 
   Returns:
-    cells: indices of tokens, [B, W + 1, M]; here: whether they read it, of the
-    same shape; and the cell of each token, counted through, [B, T].
+    cells: indices of tokens, [B, W + 1, M] int32.
+    here: whether they read it, of the same shape.
+    at: the cell of each token, counted through, [B, T] int32.
   """
   steps = context.positions.shape[1]
   width = min(plan.size, steps)

@@ -128,7 +128,8 @@ def read(bank, ask, found, sight, pull=None, doubtful=False):
     found: of `choose`, or of `look` inside `lifecycle.segments`.
     sight: `Sight`; gradients reach all but `threshold`.
     pull: probabilities of which `ask.ago` is the largest, [B, T, R + 1], or
-      None: they change no bit of what is read, and are what gradients see.
+      None: they change nothing that is read of finite values, and are what
+      gradients see.
     doubtful: whether to return what does not fire too.
 
   Returns:

@@ -81,20 +81,20 @@ def window(tail, new, at, position):
   return jnp.where(age[None, None] <= position[..., None], found, -1)
 
 
-def keep(tail, new, context_start, n_valid):
+def keep(tail, new, start, n_valid):
   """The tail after a step: its document's last N - 1 tokens.
 
   Args:
     tail: [B, N - 1].
     new: [B, T].
-    context_start: index of the first token of the row's last document, [B].
+    start: index of the first token of the row's last document, [B].
     n_valid: real tokens of the step, [B].
   """
   size = tail.shape[1]
   both = jnp.concatenate([tail, new], axis=1)
   index = n_valid[:, None] + jnp.arange(size, dtype=jnp.int32)[None]
   kept = jnp.take_along_axis(both, index, axis=1)
-  old = (index - size < context_start[:, None]) & (context_start[:, None] > 0)
+  old = (index - size < start[:, None]) & (start[:, None] > 0)
   return jnp.where(old, -1, kept)
 
 

@@ -234,7 +234,7 @@ def test_hints_teach_what_a_token_wants():
 
 def test_without_hints_a_write_learns_from_its_reader():
   """Gradient of what is read reaches the strength of its write, straight
-  through, and no token whose event is not read."""
+  through."""
   params, (x, tokens) = params_of(SLOTS), inputs(1, 10)
   n = jnp.full((1,), 10, jnp.int32)
   def total(kernel):
@@ -272,6 +272,7 @@ def test_a_doubtful_read_falls_back():
 
 @pytest.mark.parametrize('change, message', [
     (dict(top=9), 'top <= rules.slots'), (dict(segment=0), 'segment: expected'),
+    (dict(statement=1), 'statement: expected >= 2'),
     (dict(kappa=0.0), 'kappa > 0'),
     (dict(rules=c.SlotRules(mode='router')), "got 'router'")])
 def test_configs_say_what_is_wrong(change, message):
