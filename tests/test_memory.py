@@ -264,6 +264,8 @@ def test_what_can_be_seen():
   assert [s.slot for s in memory.list(late)] == [0, 2]
   with pytest.raises(ValueError, match='has expired at 3 tokens'):
     memory.read(late, 1)
+  # Which is not what an edit of another slot does.
+  assert list(memory.diff(late, memory.delete(late, 2)[0])) == [2]
   whole = memory.export(state)
   assert json.loads(json.dumps(whole))['slots'][0]['values'] == [[20, 7]]
   assert 'values' not in memory.export(state, redact=True)['slots'][0]

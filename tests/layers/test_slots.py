@@ -178,17 +178,21 @@ def test_layer_does_what_plain_python_does(mode):
 
 
 def test_documents_begin_with_an_empty_bank():
-  params, (x, tokens) = params_of(SLOTS), inputs(2, 40)
-  # Short ones, one that ends with its segment, and one across the call.
-  ids = np.repeat([0, 1, 2, 3, 4], [7, 5, 3, 17, 8])
-  document = jnp.asarray(np.stack([ids, np.repeat([0, 1], [33, 7])]), jnp.int32)
-  n = jnp.full((2,), 9, jnp.int32)
-  _, start, _, length = step(SLOTS, params, *inputs(2, 9, 3),
-                             empty(SLOTS, 2), 0 * n, n)
+  params, (x, tokens) = params_of(SLOTS), inputs(3, 40)
+  # Short ones, one that ends with its segment, one across the call; and one of
+  # a token that does not fill the segment that waits, with a short one last.
+  lengths = [7, 5, 3, 17, 8], [33, 7], [1, 36, 3]
+  document = jnp.asarray(np.stack([
+      np.repeat(np.arange(len(n)), n) for n in lengths]), jnp.int32)
+  n = jnp.full((3,), 8, jnp.int32)
+  before, ids = inputs(3, 8, 3)
+  _, start, _, length = step(SLOTS, params, before, ids, empty(SLOTS, 3), 0 * n,
+                             n)
+  assert (np.asarray(start.want_strength)[2] > 0).any()
   y, state, _, _ = step(SLOTS, params, x, tokens, start, length,
-                        jnp.full((2,), 40, jnp.int32), document)
-  for row in range(2):
-    oracle, (before, ids) = Oracle(SLOTS, params), inputs(2, 9, 3)
+                        jnp.full((3,), 40, jnp.int32), document)
+  for row in range(3):
+    oracle = Oracle(SLOTS, params)
     for a, t in zip(before[row], ids[row]):
       oracle.token(np.asarray(a), int(t))
     want = []
@@ -198,6 +202,12 @@ def test_documents_begin_with_an_empty_bank():
       want.append(oracle.token(np.asarray(x[row, t]), int(tokens[row, t])))
     np.testing.assert_allclose(y[row], want, atol=2e-5)
     same(state, row, oracle)
+    near = [-1] * SLOTS.statement + [t for t, _ in oracle.log]
+    assert state.near[row].tolist() == near[1 - SLOTS.statement:]
+    best = sorted(oracle.wants, key=lambda w: w[:2], reverse=True)
+    best = sorted(-w[1] for w in best[:SLOTS.events])
+    assert np.asarray(state.want_time)[row][
+        np.asarray(state.want_strength)[row] > 0].tolist() == best
 
 
 def test_one_pass_is_token_after_token():
