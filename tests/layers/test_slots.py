@@ -178,20 +178,21 @@ def test_layer_does_what_plain_python_does(mode):
 
 
 def test_documents_begin_with_an_empty_bank():
-  params, (x, tokens) = params_of(SLOTS), inputs(3, 40)
+  params, (x, tokens) = params_of(SLOTS), inputs(4, 40)
   # Short ones, one that ends with its segment, one across the call; and one of
-  # a token that does not fill the segment that waits, with a short one last.
-  lengths = [7, 5, 3, 17, 8], [33, 7], [1, 36, 3]
+  # a token that does not fill the segment that waits, with a short one last or
+  # a long one.
+  lengths = [7, 5, 3, 17, 8], [33, 7], [1, 36, 3], [1, 39]
   document = jnp.asarray(np.stack([
       np.repeat(np.arange(len(n)), n) for n in lengths]), jnp.int32)
-  n = jnp.full((3,), 8, jnp.int32)
-  before, ids = inputs(3, 8, 3)
-  _, start, _, length = step(SLOTS, params, before, ids, empty(SLOTS, 3), 0 * n,
+  n = jnp.full((4,), 8, jnp.int32)
+  before, ids = inputs(4, 8, 9)
+  _, start, _, length = step(SLOTS, params, before, ids, empty(SLOTS, 4), 0 * n,
                              n)
-  assert (np.asarray(start.want_strength)[2] > 0).any()
+  assert (np.asarray(start.want)[2:] == sl.WRITE).any(axis=1).all()
   y, state, _, _ = step(SLOTS, params, x, tokens, start, length,
-                        jnp.full((3,), 40, jnp.int32), document)
-  for row in range(3):
+                        jnp.full((4,), 40, jnp.int32), document)
+  for row in range(4):
     oracle = Oracle(SLOTS, params)
     for a, t in zip(before[row], ids[row]):
       oracle.token(np.asarray(a), int(t))
