@@ -63,6 +63,19 @@ def wants(events):
   return out
 
 
+def hinted(events, random):
+  """What is known of the events of `LABELLED` of the items; -1 elsewhere."""
+  import numpy as np
+
+  from statejax.tasks import lifecycle_events as task
+  asks = np.isin(events[..., 0], (task.NOW, task.BEFORE))
+  back = np.where(asks, events[..., 0] == task.BEFORE, -1)
+  about = np.where((wants(events) > 0) | asks, events[..., 1], -1)
+  known = random.random((len(events), 1)) < LABELLED
+  return {name: np.where(known, hint, -1).astype(np.int32) for name, hint in (
+      ('want', wants(events)), ('object', about), ('version', back))}
+
+
 def answers(model, params, events, hints):
   """Logits [B, 65] of the answer, and the layers' own losses."""
   import jax.numpy as jnp
@@ -109,12 +122,13 @@ def train(mixers, seed, steps):
   optimizer = optax.chain(optax.clip_by_global_norm(1.), optax.adam(rate))
 
   @functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
-  def update(model, params, moments, events, answer, hint):
+  def update(model, params, moments, events, answer, hints):
     def loss(params):
-      logits, own = answers(model, params, events, {'want': hint})
+      logits, own = answers(model, params, events, hints)
       cost = optax.softmax_cross_entropy_with_integer_labels(logits, answer)
       own = sum(jax.tree.leaves(own), jnp.float32(0))
-      return jnp.mean(cost) + own / (LABELLED * hint.size), jnp.mean(
+      known = jnp.maximum(jnp.sum(hints['want'] >= 0), 1)
+      return jnp.mean(cost) + own / known, jnp.mean(
           jnp.argmax(logits, -1) == answer)
     (cost, right), grads = jax.value_and_grad(loss, has_aux=True)(params)
     change, moments = optimizer.update(grads, moments)
@@ -124,10 +138,8 @@ def train(mixers, seed, steps):
   random = np.random.default_rng(seed)
   data = batches(steps * ROWS, 1000 + seed, ROWS)
   for i, (events, answer, _) in enumerate(data):
-    hint = wants(events)
-    hint[random.random(hint.shape) >= LABELLED] = -1
     params, moments, cost, right = update(
-        model, params, moments, events, answer, hint)
+        model, params, moments, events, answer, hinted(events, random))
     if i % 200 == 0:
       logging.info('update %d: loss %.3f, right %.2f', i, cost, right)
   return jax.block_until_ready(params), time.perf_counter() - begin

@@ -12,6 +12,7 @@ from statejax.layers import common, moba, weights
 from statejax.layers.common import Proj
 from statejax.ops import lifecycle, recall, writer
 from statejax.ops import slots as sl
+from statejax.ops.product import einsum
 from statejax.state import Array, Spec, leaf
 
 # What a token may want, in the order of its logits, and what it may be part of.
@@ -75,9 +76,11 @@ class Slots(nn.Module):
   read from the next on, and any split of a sequence leaves the same bank. The
   bank itself is hard: events happen or not, in training as in service. Hints
   'want' (an index of `WANTS`), 'part' (of `PARTS`) and 'version' (0 is now) add
-  cross-entropies `want_loss` and so on; without them the strength of an event
-  learns straight through the value that it has written. A hint 'force' (of
-  `WANTS`) makes a token want something.
+  cross-entropies `want_loss` and so on, 'object' (any number of what a token
+  writes or asks for) adds `object_loss`, which brings the keys and queries of
+  one object together; without them the strength of an event learns straight
+  through the value that it has written. A hint 'force' (of `WANTS`) makes a
+  token want something.
 
   A read whose best cosine is below `confidence` is exactly 0, and then
   `fallback`, attention to the best blocks of all tokens, answers in its place;
@@ -116,8 +119,11 @@ class Slots(nn.Module):
   def __call__(self, x, state, context):
     c, plan = self.config, context.blocks(self.config.segment)
     bank = sl.Bank(**{name: getattr(state, name) for name in _BANK})
-    events, waiting = self._events(x, state, context, plan)
+    key, name = (sl.unit(_address(x, self.config.rules, n))
+                 for n in ('key', 'name'))
+    events, waiting = self._events(x, key, name, state, context, plan)
     ask, pull, sight = self._ask(x, context)
+    self._learn_object(ask.query, key, context)
 
     cells, here, at = _readers(plan, context)
     asked = writer.pick(vars(ask) | {'pull': pull}, cells)
@@ -164,8 +170,7 @@ class Slots(nn.Module):
   def _ask(self, x, context):
     """What each token asks of the bank, and how."""
     c, r = self.config, self.config.rules
-    query = sl.unit(Proj((r.key,), ('embed', 'key'), name='query')(x).astype(
-        jnp.float32))
+    query = sl.unit(_address(x, r, 'query'))
     which = Proj((r.ring + 1,), ('embed', 'versions'), name='version')(x)
     pull = jax.nn.softmax(which.astype(jnp.float32))
     self._learn('version', which, context)
@@ -179,7 +184,7 @@ class Slots(nn.Module):
                          shift=_SCALE * c.confidence, threshold=0.5)
     return ask, pull, sight
 
-  def _events(self, x, state, context, plan):
+  def _events(self, x, key, name, state, context, plan):
     """The events of the segments that are completed, and what waits after."""
     c, r = self.config, self.config.rules
     wide = lambda a: a.astype(jnp.float32)
@@ -192,8 +197,6 @@ class Slots(nn.Module):
     choice = jnp.where(force < 0, jnp.argmax(logits, axis=-1), force)
     want = jnp.array(WANTS, jnp.int32)[choice]
     part = jnp.argmax(parts, axis=-1).astype(jnp.int32)
-    key, name = (sl.unit(wide(Proj((r.key,), ('embed', 'key'), name=n)(x)))
-                 for n in ('key', 'name'))
     value = wide(Proj((r.value,), ('embed', 'value'), name='value')(x))
     # Adds 0, and lets the strength learn by how welcome the value is.
     pull = strength - jax.lax.stop_gradient(strength)
@@ -267,6 +270,33 @@ class Slots(nn.Module):
     cost = -jnp.take_along_axis(
         logp, jnp.maximum(hint, 0)[..., None], axis=-1)[..., 0]
     common.add_loss(self, f'{name}_loss', jnp.sum(jnp.where(known, cost, 0.)))
+
+
+  def _learn_object(self, query, key, context):
+    """Adds what keeps the keys and queries of one object near each other, and
+    those of two apart."""
+    if 'object' not in context.hints:
+      return
+    hint = context.hints['object']
+    known = (hint >= 0) & context.valid
+    pair = known[:, :, None] & known[:, None, :]
+    if context.document is not None:
+      pair &= context.document[:, :, None] == context.document[:, None, :]
+    same = pair & (hint[:, :, None] == hint[:, None, :])
+    # Half way between where a write is the same object and a read is not.
+    middle = (self.config.rules.threshold + self.config.confidence) / 2
+    total = jnp.float32(0)
+    for side in (query, key):
+      logit = _SCALE * (einsum('bik,bjk->bij', side, key) - middle)
+      for which, sign in ((same, -1), (pair & ~same, 1)):
+        cost = jnp.where(which, jax.nn.softplus(sign * logit), 0.)
+        total += jnp.sum(cost / jnp.maximum(
+            jnp.sum(which, axis=-1, keepdims=True), 1))
+    common.add_loss(self, 'object_loss', total)
+
+
+def _address(x, rules, name):
+  return Proj((rules.key,), ('embed', 'key'), name=name)(x).astype(jnp.float32)
 
 
 def _readers(plan, context):
