@@ -21,6 +21,8 @@ PARTS = ('none', 'key', 'value')
 _KEY, _VALUE = 1, 2
 # Steepness of the confidence around its threshold.
 _SCALE = 20.0
+# Tokens of a row whose object is known, at most, that learn from each other.
+_PAIRED = 256
 # The principal of what a stream writes.
 STREAM = 0
 
@@ -76,9 +78,10 @@ class Slots(nn.Module):
   read from the next on, and any split of a sequence leaves the same bank. The
   bank itself is hard: events happen or not, in training as in service. Hints
   'want' (an index of `WANTS`), 'part' (of `PARTS`) and 'version' (0 is now) add
-  cross-entropies `want_loss` and so on, 'object' (any number of what a token
-  writes or asks for) adds `object_loss`, which brings the keys and queries of
-  one object together; without them the strength of an event learns straight
+  cross-entropies `want_loss` and so on; 'object' and 'alias' (numbers of what
+  a token writes or asks for, and of the other name that it gives) add
+  `object_loss`, which brings the keys and queries of one number together, and
+  parts those of two; without them the strength of an event learns straight
   through the value that it has written. A hint 'force' (of `WANTS`) makes a
   token want something.
 
@@ -123,7 +126,7 @@ class Slots(nn.Module):
                  for n in ('key', 'name'))
     events, waiting = self._events(x, key, name, state, context, plan)
     ask, pull, sight = self._ask(x, context)
-    self._learn_object(ask.query, key, context)
+    self._learn_object(ask.query, key, name, context)
 
     cells, here, at = _readers(plan, context)
     asked = writer.pick(vars(ask) | {'pull': pull}, cells)
@@ -272,23 +275,34 @@ class Slots(nn.Module):
     common.add_loss(self, f'{name}_loss', jnp.sum(jnp.where(known, cost, 0.)))
 
 
-  def _learn_object(self, query, key, context):
-    """Adds what keeps the keys and queries of one object near each other, and
-    those of two apart."""
+  def _learn_object(self, query, key, name, context):
+    """Adds what keeps the keys, other names and queries of one object near each
+    other, and those of two apart."""
     if 'object' not in context.hints:
       return
-    hint = context.hints['object']
-    known = (hint >= 0) & context.valid
-    pair = known[:, :, None] & known[:, None, :]
+    none = jnp.full_like(context.positions, -1)
+    ids = jnp.stack([context.hints['object'],
+                     context.hints.get('alias', none)], axis=-1)
+    ids = jnp.where(context.valid[..., None], ids, -1)
+    # All pairs of all tokens would cost more than the layer.
+    some = jnp.argsort(jnp.all(ids < 0, axis=-1), axis=1)[:, :_PAIRED]
+    pick = lambda x: jnp.take_along_axis(
+        x, some.reshape(*some.shape, *(1,) * (x.ndim - 2)), axis=1)
+    ids = pick(ids)
     if context.document is not None:
-      pair &= context.document[:, :, None] == context.document[:, None, :]
-    same = pair & (hint[:, :, None] == hint[:, None, :])
+      # The same number means another object there.
+      of = pick(context.document)[..., None]
+      ids = jnp.where(ids < 0, -1, ids * context.positions.shape[1] + of)
+    about = ids[..., :1]
+    keys = jnp.concatenate([pick(key), pick(name)], axis=1)
+    other = jnp.concatenate([about, ids[..., 1:]], axis=1).swapaxes(1, 2)
+    pair, same = (about >= 0) & (other >= 0), about == other
     # Half way between where a write is the same object and a read is not.
     middle = (self.config.rules.threshold + self.config.confidence) / 2
     total = jnp.float32(0)
-    for side in (query, key):
-      logit = _SCALE * (einsum('bik,bjk->bij', side, key) - middle)
-      for which, sign in ((same, -1), (pair & ~same, 1)):
+    for side in (pick(query), pick(key)):
+      logit = _SCALE * (einsum('bik,bjk->bij', side, keys) - middle)
+      for which, sign in ((pair & same, -1), (pair & ~same, 1)):
         cost = jnp.where(which, jax.nn.softplus(sign * logit), 0.)
         total += jnp.sum(cost / jnp.maximum(
             jnp.sum(which, axis=-1, keepdims=True), 1))

@@ -8,6 +8,8 @@ code nor data (arXiv 2606.28876), so the details here are our own.
 
 import numpy as np
 
+from statejax.tasks.draw import Draw
+
 NOISE, SET, MENTION, REJECT, LOCK, DELETE, NOW, BEFORE = range(8)
 OPERATIONS = 8
 FAMILIES = ('overwrite', 'stale', 'invalid', 'protected', 'delete', 'version',
@@ -57,7 +59,7 @@ class LifecycleEventsSource:
     key, value), the question last; answer 0 to 64; family, an index."""
     if not 0 <= index < self._size:
       raise IndexError(f'item {index} of {self._size}')
-    draw = _Draw(self._seed, index)
+    draw = Draw(self._seed, index)
     family = FAMILIES[index % len(FAMILIES)]
     key, *others = draw.order(KEYS)
     target, answer = _target(family, key, draw)
@@ -70,7 +72,7 @@ class LifecycleEventsSource:
     noise = EVENTS - sum(map(len, streams)) - (family == 'pressure')
     streams += [[(NOISE, others[used + draw.below(len(others) - used)],
                   draw.below(VALUES))] for _ in range(noise)]
-    events = _mixed(streams, draw)
+    events = draw.mixed(streams)
     if family == 'pressure':
       # Anywhere before the first of the keys that are to push it out.
       first = next(i for i, e in enumerate(events) if e[0] == SET)
@@ -82,24 +84,6 @@ class LifecycleEventsSource:
 
   def __repr__(self):
     return f'LifecycleEventsSource(size={self._size}, seed={self._seed})'
-
-
-class _Draw:
-  """Uniform numbers of one item: the same in every version of numpy."""
-
-  def __init__(self, seed, index):
-    self._generator = np.random.Generator(np.random.Philox(key=[seed, index]))
-
-  def below(self, n):
-    """A number in 0..n-1."""
-    return int(self._generator.random() * n)
-
-  def order(self, n):
-    """0..n-1 in random order."""
-    return np.argsort(self._generator.random(n)).tolist()
-
-  def chance(self):
-    return self._generator.random()
 
 
 def _target(family, key, draw):
@@ -136,10 +120,3 @@ def _other(key, draw):
   elif ending < 0.55:
     events += [(DELETE, key, NONE)]
   return events
-
-
-def _mixed(streams, draw):
-  """All events of the streams; those of one keep their order."""
-  owner = [i for i, stream in enumerate(streams) for _ in stream]
-  rest = [iter(stream) for stream in streams]
-  return [next(rest[owner[i]]) for i in draw.order(len(owner))]

@@ -1,0 +1,36 @@
+"""Random numbers of one item: the same in every version of numpy."""
+
+import numpy as np
+
+
+class Draw:
+  """A function of (seed, index) alone."""
+
+  def __init__(self, seed, index):
+    self._generator = np.random.Generator(np.random.Philox(key=[seed, index]))
+
+  def below(self, n):
+    """A number in 0..n-1."""
+    return int(self._generator.random() * n)
+
+  def between(self, low, high):
+    """A number in low..high."""
+    return low + self.below(high - low + 1)
+
+  def order(self, n):
+    """0..n-1 in random order."""
+    return np.argsort(self._generator.random(n)).tolist()
+
+  def chance(self):
+    """A number in [0, 1)."""
+    return self._generator.random()
+
+  def one(self, items):
+    """One of several."""
+    return items[self.below(len(items))]
+
+  def mixed(self, streams):
+    """All items of some lists; those of one list keep their order."""
+    owner = [i for i, stream in enumerate(streams) for _ in stream]
+    rest = [iter(stream) for stream in streams]
+    return [next(rest[owner[i]]) for i in self.order(len(owner))]
