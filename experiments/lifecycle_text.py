@@ -14,7 +14,7 @@ from statejax import config as c
 SEEDS = flags.DEFINE_integer('seeds', 3, 'seeds', lower_bound=1)
 STEPS = flags.DEFINE_integer('steps', 1500, 'updates')
 WIDTH, LENGTH, LABELLED = 128, 1344, 0.1
-EARLY = (0.3, 512)  # share of updates with short logs, and their length
+EARLY = (0.3, 640)  # share of updates with short logs, and their length
 ROWS = 16
 
 LOCAL = c.AttentionConfig(heads=8, kv_heads=8, key=16, value=16, window=32,
@@ -95,22 +95,15 @@ def make_update(optimizer):
   return update
 
 
-def batches(source, rows, workers=1):
-  """Yields batches of the items of a source, made ahead of time."""
-  import multiprocessing
-
+def batches(source, rows):
+  """Yields batches of the items of a source."""
   import numpy as np
-  with multiprocessing.get_context('spawn').Pool(workers) as pool:
-    items = pool.imap(source.__getitem__, range(len(source)), chunksize=rows)
-    held = []
-    for item in items:
-      held.append(item)
-      if len(held) == rows:
-        yield {k: np.stack([x[k] for x in held]) for k in held[0]}
-        held = []
+  for i in range(0, len(source), rows):
+    items = [source[j] for j in range(i, min(i + rows, len(source)))]
+    yield {k: np.stack([x[k] for x in items]) for k in items[0]}
 
 
-def train(memory, seed, steps, rate=2e-3, workers=1, early=EARLY, log=100):
+def train(memory, seed, steps, rate=2e-3, early=EARLY, log=100, keep=None):
   import jax
   import numpy as np
   import optax
@@ -134,7 +127,7 @@ def train(memory, seed, steps, rate=2e-3, workers=1, early=EARLY, log=100):
         length=length, scale=scale)
     if not count:
       continue
-    for batch in batches(source, rows, workers):
+    for batch in batches(source, rows):
       batch['known'] = random.random(rows) < LABELLED
       batch['known'][0] |= not batch['known'].any()
       params, moments, out = update(model, params, moments, batch)
@@ -143,6 +136,8 @@ def train(memory, seed, steps, rate=2e-3, workers=1, early=EARLY, log=100):
         logging.info('%d: %.3f, right %.3f, %s, %.0f s', i, cost, hit,
                      {k: round(float(v), 3) for k, v in parts.items()},
                      time.perf_counter() - begin)
+        if keep:
+          keep(params)
       i += 1
   return jax.block_until_ready(params), time.perf_counter() - begin
 

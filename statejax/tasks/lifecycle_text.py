@@ -144,7 +144,20 @@ class LifecycleTextSource:
 
   def record(self, index):
     """Returns the `Record` of an item: what rules may see, words excluded."""
-    return self._record(index)[0]
+    if not 0 <= index < self._size:
+      raise IndexError(f'item {index} of {self._size}')
+    scenario = self._scenarios[index % len(self._scenarios)]
+    record = _Log(Draw(self._seed, index), self._split, self._scale).record(
+        scenario, self._questions)
+    # Lines about nothing give way where a log would be too long.
+    over = sum(map(_most, record.lines)) + 32 * len(record.questions)
+    lines = []
+    for line in record.lines:
+      if line.kind == 'filler' and over > self._length:
+        over -= _most(line)
+      else:
+        lines.append(line)
+    return dataclasses.replace(record, lines=tuple(lines))
 
   def __getitem__(self, index):
     """Returns an item of int32 arrays, [T] where nothing else is said.
@@ -153,12 +166,12 @@ class LifecycleTextSource:
     hints 'want', 'part', 'version', 'object' and 'alias', -1 where nothing is
     to be learned (see `statejax.layers.slots.Slots`); scenario, an index.
     """
-    record, draw = self._record(index)
-    text = _Text(draw, self._split, record)
-    if len(text.tokens) > self._length:
-      raise ValueError(f'{self!r}: item {index} has {len(text.tokens)} tokens; '
-                       'ask for a larger length.')
+    record = self.record(index)
+    text = _Text(Draw(self._seed, 2**63 + index), self._split, record)
     count = len(text.tokens)
+    if count > self._length:
+      raise ValueError(f'{self!r}: item {index} has {count} tokens; ask for a '
+                       'larger length.')
     out = {name: np.full(self._length, -1, np.int32) for name in HINTS}
     # Most tokens want nothing and are part of nothing.
     out['want'][:count] = out['part'][:count] = 0
@@ -171,13 +184,10 @@ class LifecycleTextSource:
         'tokens': tokens, 'n_valid': np.int32(count),
         'scenario': np.int32(SCENARIOS.index(record.scenario))}
 
-  def _record(self, index):
-    if not 0 <= index < self._size:
-      raise IndexError(f'item {index} of {self._size}')
-    draw = Draw(self._seed, index)
-    scenario = self._scenarios[index % len(self._scenarios)]
-    return _Log(draw, self._split, self._scale).record(
-        scenario, self._questions), draw
+
+def _most(line):
+  """Tokens of a line, at most."""
+  return 20 if line.value is not None or line.kind == 'filler' else 16
 
 
 class _Log:
