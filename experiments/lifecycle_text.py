@@ -13,27 +13,33 @@ from statejax import config as c
 
 SEEDS = flags.DEFINE_integer('seeds', 3, 'seeds', lower_bound=1)
 STEPS = flags.DEFINE_integer('steps', 1500, 'updates')
-WIDTH, LENGTH, LABELLED = 128, 1344, 0.1
-EARLY = (0.3, 640)  # share of updates with short logs, and their length
+WIDTH, LENGTH, LABELLED = 64, 1344, 0.1
+EARLY = (0.8, 544)  # share of updates with short logs, and their length
 ROWS = 16
 
-LOCAL = c.AttentionConfig(heads=8, kv_heads=8, key=16, value=16, window=32,
-                          rope=c.RopeConfig())
-GLOBAL = dataclasses.replace(LOCAL, window=None, rope=None)
-RULES = c.SlotRules(slots=32, key=64, value=128, ring=1, span=5, key_span=4,
+LOCAL = c.Mamba2Config(heads=4, key=32, value=32)
+GLOBAL = c.AttentionConfig(heads=2, kv_heads=2, key=32, value=32, rope=None)
+RULES = c.SlotRules(slots=32, key=32, value=64, ring=1, span=5, key_span=4,
                     aliases=8)
 SLOTS = c.SlotsConfig(RULES, segment=16, events=2, statement=24, kappa=10.,
-                      fallback=c.MoBAConfig(GLOBAL, block=16, k=24))
+                      fallback=c.MoBAConfig(GLOBAL, block=16, k=84))
 MEMORY = {
-    'slots': SLOTS, 'attention': dataclasses.replace(GLOBAL),
-    'sparse': SLOTS.fallback,
-    'delta': c.KDAConfig(heads=4, key=32, value=32)}
+    'slots': SLOTS, 'attention': dataclasses.replace(GLOBAL, heads=4, kv_heads=4, key=16,value=16, rope=c.RopeConfig()),
+    'sparse': SLOTS.fallback, 'delta': c.KDAConfig(heads=4, key=16, value=16)}
+
+
+def short(memory):
+  """The same with a quarter of the slots, for logs a quarter as long."""
+  if not isinstance(memory, c.SlotsConfig):
+    return memory
+  rules = dataclasses.replace(memory.rules, slots=memory.rules.slots // 4)
+  return dataclasses.replace(memory, rules=rules)
 
 
 def config(memory):
   """Of a model with one memory layer among local ones."""
   from statejax.tasks import lifecycle_words as words
-  mlp = c.SwiGLUConfig(256)
+  mlp = c.SwiGLUConfig(2 * WIDTH)
   return c.ModelConfig(
       vocab=len(words.WORDS), width=WIDTH,
       layers=(c.LayerConfig('local', LOCAL, mlp),
@@ -119,9 +125,10 @@ def train(memory, seed, steps, rate=2e-3, early=EARLY, log=100, keep=None):
   update, moments = make_update(optimizer), optimizer.init(params)
   random, begin, i = np.random.default_rng(seed), time.perf_counter(), 0
   share, length = early
-  phases = ((round(share * steps), length, 0.25, 2 * ROWS),
-            (steps - round(share * steps), LENGTH, 1.0, ROWS))
+  phases = ((round(share * steps), length, 0.25, ROWS),
+            (steps - round(share * steps), LENGTH, 1.0, ROWS // 2))
   for phase, (count, length, scale, rows) in enumerate(phases):
+    model = LanguageModel(config(memory if phase else short(memory)))
     source = task.LifecycleTextSource(
         max(1, count * rows), 10 * seed + phase + 1, 'train', questions=6,
         length=length, scale=scale)
