@@ -13,8 +13,8 @@ from statejax import config as c
 
 SEEDS = flags.DEFINE_integer('seeds', 3, 'seeds', lower_bound=1)
 STEPS = flags.DEFINE_integer('steps', 1500, 'updates')
-WIDTH, LENGTH, LABELLED = 64, 1344, 0.1
-EARLY = (0.8, 544)  # share of updates with short logs, and their length
+WIDTH, LENGTH, LABELLED = 64, 1216, 0.1
+EARLY = (0.8, 512)  # share of updates with short logs, and their length
 ROWS = 16
 
 LOCAL = c.Mamba2Config(heads=4, key=32, value=32)

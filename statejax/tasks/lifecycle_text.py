@@ -149,15 +149,18 @@ class LifecycleTextSource:
     scenario = self._scenarios[index % len(self._scenarios)]
     record = _Log(Draw(self._seed, index), self._split, self._scale).record(
         scenario, self._questions)
-    # Lines about nothing give way where a log would be too long.
-    over = sum(map(_most, record.lines)) + 32 * len(record.questions)
+    # Lines about nothing give way where a log would be too long, and then all
+    # questions but the first.
+    over = sum(map(_most, record.lines)) + 30 - self._length
     lines = []
     for line in record.lines:
-      if line.kind == 'filler' and over > self._length:
+      if line.kind == 'filler' and over > 0:
         over -= _most(line)
       else:
         lines.append(line)
-    return dataclasses.replace(record, lines=tuple(lines))
+    room = max(0, -over) // 30
+    return dataclasses.replace(record, lines=tuple(lines),
+                               questions=record.questions[:1 + room])
 
   def __getitem__(self, index):
     """Returns an item of int32 arrays, [T] where nothing else is said.
@@ -187,7 +190,9 @@ class LifecycleTextSource:
 
 def _most(line):
   """Tokens of a line, at most."""
-  return 20 if line.value is not None or line.kind == 'filler' else 16
+  if line.kind == 'filler':
+    return 20
+  return 18 if line.value is not None else 17 if line.tag else 13
 
 
 class _Log:
