@@ -1,39 +1,63 @@
-"""Memory in text: written, locked, deleted and read by a model from tokens.
+"""Memory in text: written, locked, deleted and read by a model, from tokens.
 
   python -m experiments.lifecycle_text
+
+A model reads a log of about 54 lines and a question, and answers in five
+digits; see `statejax.tasks.lifecycle_text`. It learns from answers on fresh
+logs and, in one of ten logs, from which lines write, lock, unlock, delete or
+name what (`LABELLED`); nothing is parsed or masked. Frames, names and tags of
+the test were never seen. Three layers that carry a line's words to its end
+(Mamba-2) stand around one memory layer:
+
+  slots      32 slots and, where no slot is near enough, attention to the log
+  attention  all of the log; sparse, its best blocks (MoBA)
+  delta      a fixed state (KDA)
+
+Of the trained slots, without training anew: `fallback off`; `lifecycle off`,
+where every line with a figure writes and nothing locks or deletes; `oracle`,
+where the labels decide what is written. Rules see keys and figures of each
+line: the first or the last figure mentioned with the key.
+
+Also shown: a state saved and restored in mid-log goes on to the same bits, and
+a host's edit between log and question changes that answer and no other.
 """
 
 import dataclasses
 import functools
+import math
+import pathlib
+import tempfile
 import time
 
 from absl import app, flags, logging
 
+from experiments import report
 from statejax import config as c
 
-SEEDS = flags.DEFINE_integer('seeds', 3, 'seeds', lower_bound=1)
-STEPS = flags.DEFINE_integer('steps', 1500, 'updates')
-WIDTH, LENGTH, LABELLED = 64, 1216, 0.1
-EARLY = (0.8, 512)  # share of updates with short logs, and their length
-ROWS = 16
+OUT = flags.DEFINE_string('out', 'experiments/results/lifecycle_text.json',
+                          'results')
+SEEDS = flags.DEFINE_list('seeds', ['0', '1', '2'], 'seeds')
+SYSTEMS = flags.DEFINE_list('systems', ['slots', 'attention', 'sparse',
+                                        'delta'], 'systems to train')
+STEPS = flags.DEFINE_integer('steps', 1400, 'updates')
+SMOKE = flags.DEFINE_bool('smoke', False, 'one seed, a few updates')
+
+WIDTH, ROWS, TEST, LABELLED = 64, 16, 100, 0.1
+# Most is learned on short logs, with fewer slots.
+SHORT, LONG = 512, 1216
+EARLY = 0.8  # of the updates
 
 LOCAL = c.Mamba2Config(heads=4, key=32, value=32)
 GLOBAL = c.AttentionConfig(heads=2, kv_heads=2, key=32, value=32, rope=None)
 RULES = c.SlotRules(slots=32, key=32, value=64, ring=1, span=5, key_span=4,
                     aliases=8)
-SLOTS = c.SlotsConfig(RULES, segment=16, events=2, statement=24, kappa=10.,
-                      fallback=c.MoBAConfig(GLOBAL, block=16, k=84))
 MEMORY = {
-    'slots': SLOTS, 'attention': dataclasses.replace(GLOBAL, heads=4, kv_heads=4, key=16,value=16, rope=c.RopeConfig()),
-    'sparse': SLOTS.fallback, 'delta': c.KDAConfig(heads=4, key=16, value=16)}
-
-
-def short(memory):
-  """The same with a quarter of the slots, for logs a quarter as long."""
-  if not isinstance(memory, c.SlotsConfig):
-    return memory
-  rules = dataclasses.replace(memory.rules, slots=memory.rules.slots // 4)
-  return dataclasses.replace(memory, rules=rules)
+    'slots': c.SlotsConfig(RULES, segment=16, events=2, statement=24, kappa=10.,
+                           fallback=c.MoBAConfig(GLOBAL, block=16, k=84)),
+    'attention': dataclasses.replace(
+        GLOBAL, heads=4, kv_heads=4, key=16, value=16, rope=c.RopeConfig()),
+    'sparse': c.MoBAConfig(GLOBAL, block=16, k=16),
+    'delta': c.KDAConfig(heads=4, key=16, value=16)}
 
 
 def config(memory):
@@ -47,8 +71,22 @@ def config(memory):
       groups=(c.GroupConfig(('local', 'local', 'memory', 'local')),))
 
 
+def short(memory):
+  """The same with a quarter of the slots, for logs a quarter as long."""
+  if not isinstance(memory, c.SlotsConfig):
+    return memory
+  return dataclasses.replace(memory, rules=dataclasses.replace(
+      memory.rules, slots=memory.rules.slots // 4))
+
+
+def language_model(memory):
+  """A `LanguageModel`."""
+  from statejax.model import LanguageModel
+  return LanguageModel(config(memory))
+
+
 def run(model, params, batch, hints=None):
-  """Logits and the layers' own losses of a batch."""
+  """Logits [B, T, P], and the layers' own losses."""
   from statejax import model as lm
   state = model.init_state(batch['tokens'].shape[0], 0)
   logits, _, losses = lm.forward(
@@ -56,114 +94,312 @@ def run(model, params, batch, hints=None):
   return logits, losses
 
 
-def right(logits, targets):
-  """Whether the first answer of each row is right in all its tokens, [B]."""
-  import jax.numpy as jnp
-  asked = targets >= 0
-  return jnp.all(jnp.where(asked, jnp.argmax(logits, -1) == targets, True), -1)
-
-
-HINTS = ('want', 'part', 'version', 'object', 'alias')
-
-
-def make_update(optimizer):
-  import jax
-  import jax.numpy as jnp
-  import optax
-
-  @functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
-  def update(model, params, moments, batch):
-    known = batch['known'][:, None]
-    hints = {name: jnp.where(known, batch[name], -1) for name in HINTS}
-    targets = batch['targets']
-
-    def loss(params):
-      logits, own = run(model, params, batch, hints)
-      asked = targets >= 0
-      cost = optax.softmax_cross_entropy_with_integer_labels(
-          logits, jnp.maximum(targets, 0))
-      cost = jnp.sum(jnp.where(asked, cost, 0)) / jnp.maximum(asked.sum(), 1)
-      count = lambda hint: jnp.maximum(jnp.sum(hint >= 0), 1)
-      own = {n: v for layer in own.values() for n, v in layer.items()}
-      parts = {'want': own['want_loss'] / count(hints['part']) * 20,
-               'part': own['part_loss'] / count(hints['part']),
-               'version': own['version_loss'] / count(hints['version']),
-               'object': own['object_loss'] / count(hints['object'])
-               } if own else {}
-      hit = jnp.sum(asked & (jnp.argmax(logits, -1) == targets))
-      return cost + sum(parts.values(), jnp.float32(0)), (
-          cost, parts, hit / jnp.maximum(asked.sum(), 1))
-
-    grads, out = jax.grad(loss, has_aux=True)(params)
-    change, moments = optimizer.update(grads, moments, params)
-    return optax.apply_updates(params, change), moments, out
-
-  return update
-
-
 def batches(source, rows):
-  """Yields batches of the items of a source."""
+  """Yields batches of the items of a source, in order."""
   import numpy as np
   for i in range(0, len(source), rows):
     items = [source[j] for j in range(i, min(i + rows, len(source)))]
     yield {k: np.stack([x[k] for x in items]) for k in items[0]}
 
 
-def train(memory, seed, steps, rate=2e-3, early=EARLY, log=100, keep=None):
+def loss(model, params, batch):
+  """Mean loss of a batch, and (cross-entropy, losses of hints, share right)."""
+  import jax.numpy as jnp
+  import optax
+
+  from statejax.tasks import lifecycle_text as task
+  known, targets = batch['known'][:, None], batch['targets']
+  hints = {name: jnp.where(known, batch[name], -1)
+           for name in task.HINTS if name != 'targets'}
+  logits, own = run(model, params, batch, hints)
+  asked = targets >= 0
+  many = lambda mask: jnp.maximum(jnp.sum(mask), 1)
+  cost = optax.softmax_cross_entropy_with_integer_labels(
+      logits, jnp.maximum(targets, 0))
+  cost = jnp.sum(jnp.where(asked, cost, 0.)) / many(asked)
+  own = {name: x for layer in own.values() for name, x in layer.items()}
+  # One token of 20 ends a line, and is what 'want' is about.
+  weight = {'want': 20. / many(hints['want'] >= 0)} | {
+      name: 1. / many(hints[name] >= 0)
+      for name in ('part', 'version', 'object')}
+  own = {name: weight[name] * own[f'{name}_loss'] for name in weight if own}
+  hit = jnp.sum(asked & (jnp.argmax(logits, -1) == targets)) / many(asked)
+  return cost + sum(own.values(), jnp.float32(0)), (cost, own, hit)
+
+
+def train(memory, seed, steps, rate=3e-3):
+  """Returns trained parameters and the seconds it took, all included."""
   import jax
   import numpy as np
   import optax
 
-  from statejax.model import LanguageModel
   from statejax.tasks import lifecycle_text as task
-  model = LanguageModel(config(memory))
-  params = model.init(jax.random.key(seed))
+  params = language_model(memory).init(jax.random.key(seed))
   schedule = optax.warmup_cosine_decay_schedule(
       0., rate, min(100, steps // 4), steps, rate / 50)
   optimizer = optax.chain(optax.clip_by_global_norm(1.),
                           optax.adamw(schedule, b2=0.98, weight_decay=0.01))
-  update, moments = make_update(optimizer), optimizer.init(params)
-  random, begin, i = np.random.default_rng(seed), time.perf_counter(), 0
-  share, length = early
-  phases = ((round(share * steps), length, 0.25, ROWS),
-            (steps - round(share * steps), LENGTH, 1.0, ROWS // 2))
-  for phase, (count, length, scale, rows) in enumerate(phases):
-    model = LanguageModel(config(memory if phase else short(memory)))
+
+  @functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
+  def update(model, params, moments, batch):
+    grads, out = jax.grad(functools.partial(loss, model), has_aux=True)(
+        params, batch)
+    change, moments = optimizer.update(grads, moments, params)
+    return optax.apply_updates(params, change), moments, out
+
+  moments, random = optimizer.init(params), np.random.default_rng(seed)
+  begin, done, early = time.perf_counter(), 0, round(EARLY * steps)
+  for memory_, count, length, scale, rows in (
+      (short(memory), early, SHORT, 0.25, ROWS),
+      (memory, steps - early, LONG, 1.0, ROWS // 2)):
     source = task.LifecycleTextSource(
-        max(1, count * rows), 10 * seed + phase + 1, 'train', questions=6,
-        length=length, scale=scale)
-    if not count:
-      continue
-    for batch in batches(source, rows):
+        max(1, count * rows), 10 * seed + (scale == 1.0), 'train',
+        questions=6, length=length, scale=scale)
+    model = language_model(memory_)
+    for batch in batches(source, rows) if count else ():
       batch['known'] = random.random(rows) < LABELLED
-      batch['known'][0] |= not batch['known'].any()
       params, moments, out = update(model, params, moments, batch)
-      if i % log == 0:
-        cost, parts, hit = jax.device_get(out)
-        logging.info('%d: %.3f, right %.3f, %s, %.0f s', i, cost, hit,
-                     {k: round(float(v), 3) for k, v in parts.items()},
+      if done % 50 == 0:
+        cost, own, hit = jax.device_get(out)
+        logging.info('update %d: loss %.3f, right %.3f, %s; %.0f s', done, cost,
+                     hit, {k: round(float(x), 3) for k, x in own.items()},
                      time.perf_counter() - begin)
-        if keep:
-          keep(params)
-      i += 1
+      done += 1
   return jax.block_until_ready(params), time.perf_counter() - begin
 
 
-def test(memory, params, seed, count=20, split='test', force=None):
-  """Right answers per scenario, of `count` each."""
+def source_of(seed, count):
+  """The items of the test."""
+  from statejax.tasks import lifecycle_text as task
+  return task.LifecycleTextSource(count * len(task.SCENARIOS), 1000 + seed,
+                                  'test', length=LONG)
+
+
+def test(memory, params, seed, count, force=None):
+  """Right answers per scenario, of `count` each; all five digits count."""
   import jax
+  import jax.numpy as jnp
   import numpy as np
 
-  from statejax.model import LanguageModel
   from statejax.tasks import lifecycle_text as task
-  model = LanguageModel(config(memory))
-  source = task.LifecycleTextSource(
-      count * len(task.SCENARIOS), 1000 + seed, split, length=LENGTH)
-  found = jax.jit(lambda p, b, h: right(run(model, p, b, h)[0], b['targets']))
+
+  @jax.jit
+  def right(params, batch, hints):
+    logits, _ = run(language_model(memory), params, batch, hints)
+    wrong = (batch['targets'] >= 0) & (
+        jnp.argmax(logits, -1) != batch['targets'])
+    return ~jnp.any(wrong, axis=-1)
+
   out = dict.fromkeys(task.SCENARIOS, 0)
-  for batch in batches(source, 20):
+  for batch in batches(source_of(seed, count), 25):
     hints = {} if force is None else {'force': force(batch)}
-    ok = found(params, batch, hints)
+    ok = right(params, batch, hints)
     for i, name in enumerate(task.SCENARIOS):
       out[name] += int(np.sum(ok[batch['scenario'] == i]))
   return out
+
+
+def oracle(batch):
+  """What the labels say each token wants."""
+  import numpy as np
+  return np.maximum(batch['want'], 0)
+
+
+def store_all(batch):
+  """A write at the end of each line with a figure, and nothing else."""
+  import numpy as np
+
+  from statejax.tasks import lifecycle_words as words
+  out = np.zeros_like(batch['tokens'])
+  for row, tokens in enumerate(batch['tokens']):
+    begin = 0
+    for end in np.flatnonzero(tokens == words.encode(words.STOP)[0]):
+      out[row, end] = (batch['part'][row, begin:end] == 2).any()
+      begin = end
+  return out
+
+
+def rules(seed, count):
+  """Right answers of the two rules, per scenario."""
+  from statejax.tasks import lifecycle_text as task
+  source = source_of(seed, count)
+  out = {name: dict.fromkeys(task.SCENARIOS, 0)
+         for name in ('first mention', 'last mention')}
+  for i in range(len(source)):
+    record = source.record(i)
+    asked = record.questions[0]
+    said = [x.value for x in record.lines
+            if x.key == asked.name and x.value is not None]
+    for name, at in (('first mention', 0), ('last mention', -1)):
+      out[name][record.scenario] += bool(said) and said[at] == asked.answer
+  return out
+
+
+def without_fallback(memory, params):
+  """The slots and their parameters without what else they look at."""
+  layers = dict(params['group_0'])
+  layers['layer_2'] = layers['layer_2'] | {'mixer': {
+      k: x for k, x in layers['layer_2']['mixer'].items() if k != 'fallback'}}
+  return dataclasses.replace(memory, fallback=None), params | {
+      'group_0': layers}
+
+
+def in_mid_stream(memory, params, seed, rows=8):
+  """What interruptions do to `rows` logs of the scenario 'base'.
+
+  Returns:
+    {'restored': rows whose logits after save and restore are the same bits,
+     'edited': rows that answer what the host wrote into their state,
+     'others': rows that another row's edit leaves the same bits}.
+  """
+  import jax
+  import numpy as np
+
+  from statejax.artifact import serving
+  from statejax.memory import Memory
+  from statejax.tasks import lifecycle_text as task
+  from statejax.tasks import lifecycle_words as words
+  model = language_model(memory)
+  source = task.LifecycleTextSource(rows, 3000 + seed, 'test', length=LONG,
+                                    scenarios=('base',))
+  batch = next(batches(source, rows))
+  tokens, stop = batch['tokens'], words.encode(words.STOP)[0]
+  ask = np.argmax(batch['targets'] >= 0, axis=1)
+  ends = [np.flatnonzero(row[:at] == stop) for row, at in zip(tokens, ask)]
+  last = np.array([e[-1] + 1 for e in ends])  # the log
+  half = np.array([e[len(e) // 2] - 3 for e in ends])  # within a line
+
+  def piece(state, begin, end):
+    width = 64 * -(-int(np.max(end - begin)) // 64)
+    part = np.zeros((rows, width), np.int32)
+    for row in range(rows):
+      part[row, :end[row] - begin[row]] = tokens[row, begin[row]:end[row]]
+    return model.step(params, state, part, end - begin)
+
+  def answer(state):
+    """The five tokens that follow, each fed back, and all their logits."""
+    logits, state = piece(state, last, ask + 1)
+    at = (ask - last)[:, None, None]
+    logits = np.take_along_axis(np.asarray(logits), at, axis=1)[:, 0]
+    said, seen = [], []
+    for _ in range(5):
+      seen.append(logits)
+      said.append(np.argmax(logits, axis=-1).astype(np.int32))
+      logits, state = model.step(params, state, said[-1][:, None])
+      logits = np.asarray(logits)[:, 0]
+    return np.stack(said, axis=1), np.stack(seen, axis=1)
+
+  zero = np.zeros(rows, np.int64)
+  _, held = piece(model.init_state(rows, LONG), zero, half)
+  with tempfile.TemporaryDirectory() as place:
+    path = pathlib.Path(place) / 'state'
+    serving.save_state(path, model, params, held)
+    back = serving.load_state(path, model, params)
+  logs = [piece(state, half, last)[1] for state in (held, back)]
+  (said, plain), (_, again) = (answer(x) for x in logs)
+  same = lambda x: (x.view(np.uint32) == plain.view(np.uint32)).all((1, 2))
+
+  edited, others, editor = 0, 0, Memory(model)
+  for row in range(rows):
+    key = words.name(source.record(row).questions[0].key)
+    value = words.value(12345 + row)
+    statement = f'word is {key} now holds {value} promptly .'
+    state, receipt = editor.write(
+        params, logs[0], words.encode(statement), key=words.encode(key),
+        value=words.encode(value), row=row)
+    new, seen = answer(state)
+    edited += receipt.changed and words.decode(new[row]) == value
+    rest = np.arange(rows) != row
+    others += bool(same(seen)[rest].all())
+  return {'restored': int(same(again).sum()), 'edited': int(edited),
+          'others': others, 'rows': rows}
+
+
+def facts(name):
+  """Parameters, and bytes of the state after the longest log."""
+  import jax
+
+  from statejax import account
+  tree = jax.eval_shape(language_model(MEMORY[name]).init, jax.random.key(0))
+  held = account.total(account.account(config(MEMORY[name]), LONG))
+  return {'parameters': sum(math.prod(x.shape) for x in jax.tree.leaves(tree)),
+          'state_bytes': held.total}
+
+
+def claims(counts, seconds, stream, count):
+  """Rows of the report, from {system: [right of each seed]} and the rest."""
+  from statejax.tasks import lifecycle_text as task
+  show = lambda numbers: ', '.join(map(str, numbers))
+  rows = []
+  def add(claim, expected, obtained, ok):
+    rows.append(report.Row(claim, expected, obtained, bool(ok)))
+  if 'slots' in counts:
+    for name in task.SCENARIOS:
+      got = [x[name] for x in counts['slots']]
+      least = math.ceil(count * (0.99 if name in task.PAPER else 0.95))
+      add(f'slots: {name}, right of {count}, each seed', f'>= {least}',
+          show(got), min(got) >= least)
+    add('slots: seconds of training', '<= 1,800', show(seconds['slots']),
+        max(seconds['slots']) <= 1800)
+    for name, families in (
+        ('fallback off', ('pressure', 'all_locked')),
+        ('lifecycle off', ('stale', 'invalid', 'protected'))):
+      for family in families:
+        got = [x[family] for x in counts[name]]
+        add(f'{name}: {family}', f'<= {2 * count // 3}', show(got),
+            max(got) <= 2 * count // 3)
+  best = [sum(x.values()) for x in counts.get('slots', ())]
+  for name, found in counts.items():
+    if name in ('slots', 'oracle'):
+      continue
+    got = [sum(x.values()) for x in found]
+    add(f'{name}: right of {count * len(task.SCENARIOS)}',
+        'fewer than slots' if best else 'reported', show(got),
+        all(a < b for a, b in zip(got, best)))
+  for name, told in (('restored', 'logits after save and restore, same bits'),
+                     ('edited', 'answers to what a host wrote'),
+                     ('others', 'edits that leave all other rows the same bits')
+                     ) if stream else ():
+    got = [x[name] for x in stream]
+    add(told, f'{stream[0]["rows"]} of {stream[0]["rows"]}', show(got),
+        min(got) == stream[0]['rows'])
+  return rows
+
+
+def main(argv):
+  """Trains, tests, prints the table and the claims."""
+  del argv
+  steps, count = (10, 2) if SMOKE.value else (STEPS.value, TEST)
+  seeds = [0] if SMOKE.value else [int(s) for s in SEEDS.value]
+  counts, seconds, stream = {}, {}, []
+  for seed in seeds:
+    found = rules(seed, count)
+    for name in SYSTEMS.value:
+      memory = MEMORY[name]
+      params, took = train(memory, seed, steps)
+      seconds.setdefault(name, []).append(round(took))
+      found[name] = test(memory, params, seed, count)
+      if name == 'slots':
+        found['fallback off'] = test(*without_fallback(memory, params), seed,
+                                     count)
+        found['lifecycle off'] = test(memory, params, seed, count, store_all)
+        found['oracle'] = test(memory, params, seed, count, oracle)
+        stream.append(in_mid_stream(memory, params, seed))
+    for name, right in found.items():
+      counts.setdefault(name, []).append(right)
+      logging.info('seed %d, %s: %d, %s', seed, name, sum(right.values()),
+                   right)
+  rows = claims(counts, seconds, stream, count)
+  print(report.table(rows))
+  out = pathlib.Path('runs/lifecycle_text.json' if SMOKE.value else OUT.value)
+  out.parent.mkdir(parents=True, exist_ok=True)
+  command = (f'python -m experiments.lifecycle_text --steps={steps} '
+             f'--seeds={",".join(map(str, seeds))} '
+             f'--systems={",".join(SYSTEMS.value)}')
+  report.write(out, rows, command, counts=counts, seconds=seconds,
+               mid_stream=stream, count=count,
+               systems={name: facts(name) for name in SYSTEMS.value})
+
+
+if __name__ == '__main__':
+  app.run(main)
