@@ -22,7 +22,7 @@ _KEY, _VALUE = 1, 2
 # Steepness of the confidence around its threshold.
 _SCALE = 20.0
 # Tokens of a row whose object is known, at most, that learn from each other.
-_PAIRED = 256
+_PAIRED = 128
 # The principal of what a stream writes.
 STREAM = 0
 
