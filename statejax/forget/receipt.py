@@ -63,7 +63,7 @@ def carriers(state, places=()):
   return (*names, *OUTSIDE)
 
 
-def unused(state, journal):
+def unused(state):
   """The names of `OUTSIDE` that a state does not have."""
   out = set()
   if state.logits is None:
@@ -71,7 +71,7 @@ def unused(state, journal):
   if state.spans is None:
     out.add('shadows')
   banks = [x for x in state.layers.values() if isinstance(x, layer.SlotsState)]
-  if journal is None and not banks:
+  if not banks:
     out.add('slots.json')
   return out
 

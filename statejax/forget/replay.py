@@ -103,7 +103,7 @@ def replay_without(model, params, state, snapshot, log, span=None, *, row=0,
       new, _ = edit.again(new)
   new = _feed(model, params, new, log[at:][keep[at:]], row, chunk)
   names = rc.carriers(state)
-  absent = rc.unused(state, journal)
+  absent = rc.unused(state)
   cleared = {n for n in names if n not in rc.OUTSIDE or n in (
       'pending', 'logits', 'shadows')}
   receipt = rc.make(

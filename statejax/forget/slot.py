@@ -94,6 +94,6 @@ def _of_slot(mode, memory, state, edit, fields, scope):
   others = {f'layers/{memory.layer}/{name}' for name in _COUNTERS} | {
       'forks, prefix caches and artifacts'}
   absent = {n for n in names if n not in cleared | others} if (
-      scope == 'model') else rc.unused(state, memory.journal)
+      scope == 'model') else rc.unused(state)
   return rc.make(mode, state, edit.row, (-1, -1), scope, cleared, absent,
                   names, edit=edit)

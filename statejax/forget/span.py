@@ -69,7 +69,7 @@ def track(model, before, state, tokens, *, row=0, spot=None):
   layers = dict(state.layers)
   for name in names:
     mine, past = layers[name], old.layers[name]
-    new = _matrix(mine)[:, row] - _matrix(past)[:, 0]
+    new = whole_matrix(mine)[:, row] - whole_matrix(past)[:, 0]
     if facts[0] != begin:
       new += past.shadow[:, 0, spot]
     layers[name] = dataclasses.replace(
@@ -111,7 +111,8 @@ def revoke(model, state, spot, *, row=0, journal=None):
     if not hasattr(held, 'shadow'):
       continue
     names.append(name)
-    fresh = {'matrix': _matrix(held) - held.shadow[:, :, spot], 'shadow': 0}
+    fresh = {'matrix': whole_matrix(held) - held.shadow[:, :, spot],
+             'shadow': 0}
     # What was deferred is in the matrix now.
     fresh |= {f.name: 0 for f in dataclasses.fields(held)
               if f.name == 'count' or f.name.startswith('past_')}
@@ -128,7 +129,7 @@ def revoke(model, state, spot, *, row=0, journal=None):
   every = rc.carriers(state, [(i, n) for i, n in enumerate(model.config.names)
                             if n in names])
   cleared = {'pending', 'logits', 'shadows'} | _first(model, state, row, end)
-  absent = rc.unused(state, journal)
+  absent = rc.unused(state)
   left = [n for n in every if n not in cleared | absent]
   inside = [n for n in left if n not in rc.OUTSIDE]
   scope = 'model' if not inside else 'layer' if any(
@@ -161,7 +162,7 @@ def _taps(model, name):
   return getattr(model.config.layer(name).mixer, 'conv', 1)
 
 
-def _matrix(held):
+def whole_matrix(held):
   """S of layers and rows [L, B, HV, K, V], with what is deferred in it."""
   if not hasattr(held, 'count'):
     return held.matrix
