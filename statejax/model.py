@@ -143,7 +143,7 @@ class LanguageModel:
         strides=tuple((path, s) for path, s in growing if s > 1))
 
   def init_state(self, rows: int, capacity: int, *, key=None,
-                 logits: bool = False):
+                 logits: bool = False, spans: int = 0):
     """Returns the empty `ServingState`; see `state_schema`.
 
     Args:
@@ -152,8 +152,10 @@ class LanguageModel:
       key: typed key from which the rows' sampler keys are folded; None means
         `jax.random.key(0)`.
       logits: whether the state carries the next-token logits.
+      spans: see `state_schema`.
     """
-    state = st.allocate(self.state_schema(rows, capacity, logits=logits))
+    state = st.allocate(self.state_schema(rows, capacity, logits=logits,
+                                          spans=spans))
     key = jax.random.key(0, impl='threefry2x32') if key is None else key
     return st.rekey(state, key)
 

@@ -95,12 +95,12 @@ def make(mode, state, row, span, scope, cleared, absent, names, **more):
       absent=pick(absent), left=pick(set(names) - cleared - absent), **more)
 
 
-def noted(receipt, journal):
+def noted(receipt, journal, outcome='committed'):
   """The entry of a span's delete, in the journal if there is one."""
   entry = {'op': receipt.mode, 'row': receipt.row, 'length': receipt.length,
            'begin': receipt.span[0], 'end': receipt.span[1],
            'scope': receipt.scope, 'left': receipt.left,
-           'outcome': 'committed', 'forgets': ''}
+           'outcome': outcome, 'forgets': ''}
   if journal is not None:
     journal.append(entry)
   return entry

@@ -109,7 +109,8 @@ def replay_without(model, params, state, snapshot, log, span=None, *, row=0,
   receipt = rc.make(
       'replay', state, row, (-1, -1) if span is None else (begin, end), 'model',
       cleared, absent, names, dropped=rc.spans(state, row))
-  rc.noted(receipt, journal)
+  # The witness knows nothing of it: it is that of the other stream.
+  rc.noted(receipt, journal, 'replayed')
   return new, receipt
 
 

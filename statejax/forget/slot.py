@@ -31,7 +31,8 @@ def plan(memory, state, slot, row=0):
   A value that was written from outside and never read has changed nothing but
   its slot. What was read is in all that came after the first read, and what the
   stream has said is in all that came after it. Whether only edits have made the
-  object, the journal knows; without one it is taken for the stream's.
+  object, the journal knows; without one it is taken for the stream's. What an
+  object has pushed out when it came is not brought back.
 
   Raises:
     ValueError: an empty slot.

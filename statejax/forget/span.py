@@ -203,13 +203,13 @@ def with_spots(model, state, spots):
     return state
   schema = model.state_schema(st.rows(state), st.capacity(state) or 0,
                               logits=state.logits is not None, spans=spots)
-  def widen(new, old, fill, axis):
+  def widen(new, old, fill):
     whole = jnp.full(new.shape, fill, new.dtype)
     if not held:
       return whole
     return jax.lax.dynamic_update_slice(whole, old, (0,) * old.ndim)
   layers = {n: dataclasses.replace(x, shadow=widen(
-      schema.layers[n].shadow, x.shadow, 0, 2)) if hasattr(x, 'shadow') else x
+      schema.layers[n].shadow, x.shadow, 0)) if hasattr(x, 'shadow') else x
             for n, x in state.layers.items()}
   return dataclasses.replace(
-      state, layers=layers, spans=widen(schema.spans, state.spans, -1, 1))
+      state, layers=layers, spans=widen(schema.spans, state.spans, -1))

@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from statejax.layers import common, weights
-from statejax.ops import conv, norm
+from statejax.ops import conv, norm, shadow
 from statejax.ops import delta_rule as delta_rule
-from statejax.ops import shadow as shadows
 from statejax.state import Array, Spec, leaf
 
 
@@ -141,9 +140,16 @@ def carry(state, q, k, v, log_decay, erase, write, n_valid, document, *,
       q, k, v, log_decay, erase, write, state.matrix, n_valid, document,
       scale=scale, chunk_size=chunk_size)
   # Apart, so that following a span changes no bit of the stream.
-  shadow = shadows.fade(state.shadow, k, log_decay, erase, n_valid, document,
-                        chunk_size=chunk_size)
-  return y, {'matrix': matrix, 'shadow': shadow}
+  return y, {'matrix': matrix, 'shadow': faded(
+      state, k, log_decay, erase, n_valid, document, chunk_size=chunk_size)}
+
+
+def faded(state, k, log_decay, erase, n_valid, document, *, chunk_size=None):
+  """Returns a layer's shadows after some tokens, or None where it has none."""
+  if state.shadow is None:
+    return None
+  return shadow.fade(state.shadow, k, log_decay, erase, n_valid, document,
+                     chunk_size=chunk_size)
 
 
 # Parts of mixers. Called from a compact method, they declare the parameters in

@@ -10,7 +10,6 @@ import dataclasses
 import jax
 
 from statejax.layers import delta
-from statejax.ops import shadow as shadows
 from statejax.ops.delta_deferred import delta_rule_deferred
 from statejax.ops.delta_grid import Deferred, shapes
 from statejax.state import Array, Spec, leaf
@@ -107,8 +106,8 @@ def recall(config, q, k, v, log_decay, erase, write, state, context, tails):
       context.n_valid, context.document, chunk_size=config.chunk or CHUNK,
       parity='bitwise' if config.decode == 'bitwise' else None)
   past = dict(past_k=new.k, past_u=new.u, past_decay=new.log_decay)
-  past['shadow'] = shadows.fade(
-      state.shadow, k, log_decay, erase, context.n_valid, context.document)
+  past['shadow'] = delta.faded(
+      state, k, log_decay, erase, context.n_valid, context.document)
   if new.erase is not None:
     past['past_erase'] = new.erase
   return y, dataclasses.replace(

@@ -18,19 +18,17 @@ def fade(shadow, k, log_decay, erase, n_valid=None, segment_ids=None, *,
     D_t = (I - k_t (erase_t * k_t)^T) diag(exp(log_decay_t)) D_{t-1}
 
   Args:
-    shadow: D_0, R of them a row, [B, R, HV, K, V], or None.
+    shadow: D_0, R of them a row, [B, R, HV, K, V].
     k, log_decay, erase, n_valid, segment_ids, chunk_size: as of
       `statejax.ops.delta_rule`.
 
   Returns:
-    D_T of the shape of D_0; bit-equal to it where n_valid is 0. None of None.
+    D_T of the shape of D_0; bit-equal to it where n_valid is 0.
   """
-  if shadow is None:
-    return None
   rows, spans, heads, _, value = shadow.shape
   each = lambda x: x if x is None or jnp.ndim(x) == 0 else jnp.repeat(
       jnp.asarray(x), spans, axis=0)
-  k = each(k)
+  k = jnp.repeat(jnp.asarray(k), spans, axis=0)
   v = jnp.zeros((rows * spans, k.shape[1], heads, value), k.dtype)
   _, new = delta_rule(
       k, k, v, each(log_decay), each(erase), 1,

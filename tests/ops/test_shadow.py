@@ -39,7 +39,6 @@ def test_a_shadow_is_the_difference_of_two_streams(gates):
     assert float(jnp.abs(fade - jnp.stack(want, axis=1)).max()) < 1e-5
   # The document of the second row is over, and what it has changed.
   assert not fade[1].any() and fade[0].any()
-  assert shadow.fade(None, args['k'], 0, 1) is None
 
 
 def test_a_zero_write_answers_nothing_and_leaves_the_rest():
