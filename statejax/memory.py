@@ -203,6 +203,26 @@ class Memory:
         {k: v for k, v in dataclasses.asdict(s).items() if k not in drop}
         for s in self.list(state, row)]}
 
+  def untouched(self, state, slot, row=0):
+    """Whether a slot's object is what this journal's edits have made of it.
+
+    True proves that no stream has written, renewed, locked or named it, in any
+    of its versions; that it was read it may hide. False proves nothing.
+    """
+    bank = jax.device_get(self.bank(st.take(state, row)))
+    oid = int(bank.oid[0, self._number(slot)])
+    name = self._object(row, oid)
+    if self.journal is None or self.journal.salt(name) is None:
+      return False
+    edits = [e for e in self.journal.entries if e['row'] == row
+             and e.get('layer') == self.layer and e.get('oid') == oid
+             and e['outcome'] in ('committed', 'refreshed')]
+    held = _plain(bank, slot) | {'reads': 0, 't_first': -1, 't_read': -1}
+    said = [e['after'] for e in edits]
+    return bool(edits) and not edits[0]['old_version'] and (
+        [e['before'] for e in edits[1:]] == said[:-1]
+        and self.journal.commitment(name, held) == said[-1])
+
   # Writing.
 
   def write(self, params, state, statement, *, key, value, row=0, slot=None,
@@ -368,12 +388,7 @@ class Memory:
       self.journal.append(entry)
     if not receipt.changed:
       return old, receipt
-    mark = hashlib.sha256(b'statejax.ext.v1\0' + digest.canonical(entry))
-    element = 2 ** 30 + int.from_bytes(mark.digest()[:4], 'little') % 2 ** 30
-    count = (np.arange(st.rows(new)) == row).astype(np.int32)
-    return dataclasses.replace(new, witness=witness.absorb(
-        new.witness, jnp.full((st.rows(new), 1), element, jnp.int32),
-        jnp.asarray(count))), receipt
+    return marked(new, row, entry), receipt
 
   def _commitments(self, old, new, receipt):
     if self.journal is None or receipt.slot < 0 or receipt.oid < 0:
@@ -405,6 +420,20 @@ class Memory:
                     if path.startswith('layers/') and path not in bank),
             f'layers/{self.layer}: other slots', 'logits', 'pending',
             'token log', 'forks and artifacts')
+
+
+def element(entry) -> int:
+  """What an edit's entry adds to a witness; no token is that large."""
+  mark = hashlib.sha256(b'statejax.ext.v1\0' + digest.canonical(entry))
+  return 2 ** 30 + int.from_bytes(mark.digest()[:4], 'little') % 2 ** 30
+
+
+def marked(state, row, entry):
+  """Returns the state whose row's witness has absorbed an edit's entry."""
+  count = (np.arange(st.rows(state)) == row).astype(np.int32)
+  return dataclasses.replace(state, witness=witness.absorb(
+      state.witness, jnp.full((st.rows(state), 1), element(entry), jnp.int32),
+      jnp.asarray(count)))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

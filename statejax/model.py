@@ -100,7 +100,8 @@ class LanguageModel:
     return block.lookup(block.MIXERS, mixer, name).state(
         mixer, rows, capacity, c.store_dtype or c.dtype)
 
-  def state_schema(self, rows: int, capacity: int, *, logits: bool = False):
+  def state_schema(self, rows: int, capacity: int, *, logits: bool = False,
+                   spans: int = 0):
     """Returns a `ServingState` of `statejax.state.Leaf`.
 
     Args:
@@ -108,14 +109,19 @@ class LanguageModel:
       capacity: tokens a growing store can hold. 0 keeps no store: enough for
         one step from a fresh state, as in training.
       logits: whether the state carries the next-token logits.
+      spans: how many spans of each row can be followed; see `statejax.forget`.
     """
-    if rows < 1 or capacity < 0:
-      raise ValueError(f'state: expected rows >= 1 and capacity >= 0, got '
-                       f'rows={rows}, capacity={capacity}.')
+    if rows < 1 or capacity < 0 or spans < 0:
+      raise ValueError(f'state: expected rows >= 1, capacity >= 0 and spans >= '
+                       f'0, got rows={rows}, capacity={capacity}, '
+                       f'spans={spans}.')
     stacked = {}
     for name in sorted(set(self.config.names)):
       count = self.config.names.count(name)
       specs = self._layer_specs(name, rows, capacity)
+      if spans and hasattr(specs, 'shadow'):
+        specs = dataclasses.replace(specs, shadow=dataclasses.replace(
+            specs.matrix, shape=(rows, spans, *specs.matrix.shape[1:])))
       stacked[name] = dataclasses.replace(specs, **{
           f.name: dataclasses.replace(
               s, shape=(count, *s.shape))
@@ -128,7 +134,8 @@ class LanguageModel:
         witness=st.Spec((rows, 4), 'uint32'),
         key=st.Spec((rows, 2), 'uint32'),
         logits=(st.Spec((rows, self.config.vocab), 'float32')
-                if logits else None)))
+                if logits else None),
+        spans=st.Spec((rows, spans, 3), 'int32') if spans else None))
     growing = [(path, leaf.stride) for path, leaf, _, kind in st.leaves(schema)
                if kind == 'growing']
     return dataclasses.replace(
@@ -136,7 +143,7 @@ class LanguageModel:
         strides=tuple((path, s) for path, s in growing if s > 1))
 
   def init_state(self, rows: int, capacity: int, *, key=None,
-                 logits: bool = False):
+                 logits: bool = False, spans: int = 0):
     """Returns the empty `ServingState`; see `state_schema`.
 
     Args:
@@ -145,8 +152,10 @@ class LanguageModel:
       key: typed key from which the rows' sampler keys are folded; None means
         `jax.random.key(0)`.
       logits: whether the state carries the next-token logits.
+      spans: see `state_schema`.
     """
-    state = st.allocate(self.state_schema(rows, capacity, logits=logits))
+    state = st.allocate(self.state_schema(rows, capacity, logits=logits,
+                                          spans=spans))
     key = jax.random.key(0, impl='threefry2x32') if key is None else key
     return st.rekey(state, key)
 
@@ -228,7 +237,7 @@ class LanguageModel:
                        f'{type(state).__name__}; make one with init_state.')
     st.validate(state, self.state_schema(
         st.rows(state), st.capacity(state) or 0,
-        logits=state.logits is not None))
+        logits=state.logits is not None, spans=st.spans(state)))
     want = _shapes(self)
     for layout in want:
       if jax.tree.structure(params) == layout.structure and (
@@ -386,7 +395,10 @@ def forward(model, params, state, tokens, n_valid=None, segment_ids=None, *,
           state.witness, tokens, n_valid,
           None if document is None else context.start),
       logits=None if state.logits is None else jnp.where(
-          (n_valid > 0)[:, None], last[:, 0], state.logits))
+          (n_valid > 0)[:, None], last[:, 0], state.logits),
+      # A span ends with its document.
+      spans=(state.spans if state.spans is None or document is None else
+             jnp.where((context.start > 0)[:, None, None], -1, state.spans)))
   return logits, new, losses
 
 

@@ -34,6 +34,7 @@ RULES = {
     'entry': None,
     'capacity': None,
     'slots': None,
+    'spans': None,
     'versions': None,
     'tokens': None,
     'aliases': None,

@@ -62,7 +62,7 @@ class Spec:
   stride: int = 1
 
 
-def leaf(axes: str, kind: str = 'fixed', fill=0):
+def leaf(axes: str, kind: str = 'fixed', fill=0, **field):
   """Declares a field of a state class.
 
   Args:
@@ -70,6 +70,7 @@ def leaf(axes: str, kind: str = 'fixed', fill=0):
       Exactly one is `batch`; a growing leaf has `capacity` too.
     kind: 'growing' or 'fixed'.
     fill: value of an empty leaf.
+    **field: of `dataclasses.field`, where not every state has the leaf.
   """
   names = tuple(axes.split())
   if kind not in KINDS or 'batch' not in names:
@@ -80,7 +81,7 @@ def leaf(axes: str, kind: str = 'fixed', fill=0):
     raise ValueError(f'leaf({axes!r}): growing leaves have a capacity axis, '
                      'fixed ones have none.')
   return dataclasses.field(
-      metadata={'axes': names, 'kind': kind, 'fill': fill})
+      metadata={'axes': names, 'kind': kind, 'fill': fill}, **field)
 
 
 @jax.tree_util.register_dataclass
@@ -98,6 +99,9 @@ class ServingState:
       depends on the key and p alone.
     logits: next-token logits after the last absorbed token, [B, P] float32,
       or None where not asked for.
+    spans: first position, position behind the last, and tokens of each span
+      that the layers' `shadow` leaves follow, -1 where they follow none,
+      [B, R, 3] int32, or None; see `statejax.forget`.
     capacity: tokens that the growing leaves hold, None where there are none;
       static.
     strides: (path, s) of the growing leaves that have a slot for every s > 1
@@ -110,6 +114,7 @@ class ServingState:
   witness: Array = leaf('batch lanes')
   key: Array = leaf('batch words')
   logits: Array | None = leaf('batch vocab')
+  spans: Array | None = leaf('batch spans words', fill=-1, default=None)
   capacity: int | None = dataclasses.field(
       default=None, metadata=dict(static=True))
   strides: tuple[tuple[str, int], ...] = dataclasses.field(
@@ -220,6 +225,11 @@ def rows(state) -> int:
 def capacity(state):
   """Tokens that the growing leaves hold, or None where there are none."""
   return state.capacity
+
+
+def spans(state) -> int:
+  """Number R of spans that each row of the state can follow."""
+  return 0 if state.spans is None else state.spans.shape[1]
 
 
 def _indices(state, index):

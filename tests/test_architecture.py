@@ -37,6 +37,7 @@ ALLOWED = {
     'metrics': 'numpy grain config',
     'generate': f'{MODEL} artifact',
     'memory': f'{MODEL} artifact',
+    'forget': f'{MODEL} artifact memory',
     'parallel': f'{MODEL} artifact',
     'convert': f'{MODEL} artifact safetensors',
     'serve': f'{MODEL} artifact generate starlette uvicorn',

@@ -39,7 +39,8 @@ def save_state(path, model, params, state):
   """
   capacity = st.capacity(state)
   schema = model.state_schema(st.rows(state), capacity or 0,
-                              logits=state.logits is not None)
+                              logits=state.logits is not None,
+                              spans=st.spans(state))
   st.validate(state, schema)
   length = np.asarray(state.length)
   if capacity is not None and length.max() > capacity:
@@ -54,7 +55,7 @@ def save_state(path, model, params, state):
       'params': digest.tree_digest(model.stack(params)),
       'digest': state_digest(state),
       'rows': st.rows(state), 'capacity': capacity, 'stored': kept,
-      'logits': state.logits is not None,
+      'logits': state.logits is not None, 'spans': st.spans(state),
       'length': length.tolist(),
       'pending': np.asarray(state.pending).tolist(),
       'bytes': st.nbytes(state),
@@ -122,7 +123,8 @@ def load_state(path, model, params, *, capacity: int | None = None):
     raise ValueError(f'{path}: expected capacity >= {max(facts["length"])}, '
                      f'the longest row, got {capacity}.')
   target = model.state_schema(facts['rows'], min(
-      facts['stored'], facts['capacity'] or 0), logits=facts['logits'])
+      facts['stored'], facts['capacity'] or 0), logits=facts['logits'],
+                              spans=facts.get('spans', 0))
   state = store.read_tree(path, st.abstract(target))
   if facts['capacity'] is not None:
     # Every length fits; what is past it may go.

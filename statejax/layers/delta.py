@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from statejax.layers import common, weights
-from statejax.ops import conv, norm
+from statejax.ops import conv, norm, shadow
 from statejax.ops import delta_rule as delta_rule
 from statejax.state import Array, Spec, leaf
 
@@ -23,12 +23,16 @@ class DeltaState:
     tail_q: last taps-1 inputs of the query convolution, [B, taps-1, HK, K].
     tail_k: of the key convolution, [B, taps-1, HK, K].
     tail_v: of the value convolution, [B, taps-1, HV, V].
+    shadow: what R spans have changed in S, [B, R, HV, K, V] float32, or None
+      where no span is followed; see `statejax.forget`.
   """
 
   matrix: Array = leaf('batch heads key value')
   tail_q: Array = leaf('batch taps key_heads key')
   tail_k: Array = leaf('batch taps key_heads key')
   tail_v: Array = leaf('batch taps heads value')
+  shadow: Array | None = leaf('batch spans heads key value', default=None,
+                              kw_only=True)
 
 
 def state_specs(rows, heads, value_heads, key, value, taps, dtype):
@@ -59,9 +63,10 @@ class HeadConv(nn.Module):
     if self.bias:
       bias = weights.weight(self, 'bias', self.axes, (heads, width),
                             weights.zeros).reshape(-1)
+    # Not -1: one tap has no tail.
     y, tail = conv.short_conv(
         x.reshape(batch, length, -1),
-        tail.reshape(batch, self.taps - 1, -1),
+        tail.reshape(batch, self.taps - 1, heads * width),
         w.reshape(self.taps, -1), context.n_valid,
         document=context.document,
         start=None if context.document is None else context.start, bias=bias)
@@ -111,9 +116,40 @@ class MatrixState:
 
   Attributes:
     matrix: the recurrent matrix S, [B, HV, K, V] float32.
+    shadow: see `DeltaState`.
   """
 
   matrix: Array = leaf('batch heads key value')
+  shadow: Array | None = leaf('batch spans heads key value', default=None,
+                              kw_only=True)
+
+
+def carry(state, q, k, v, log_decay, erase, write, n_valid, document, *,
+          scale=None, chunk_size=None):
+  """Runs the delta rule over a layer's matrix, and over its shadows.
+
+  Args:
+    state: of the layer; `matrix` and `shadow` are read.
+    q, k, v, log_decay, erase, write, n_valid, document, scale, chunk_size: as
+      of `statejax.ops.delta_rule`.
+
+  Returns:
+    y [B, T, HV, V] and the dict of the new matrix and shadow.
+  """
+  y, matrix = delta_rule(
+      q, k, v, log_decay, erase, write, state.matrix, n_valid, document,
+      scale=scale, chunk_size=chunk_size)
+  # Apart, so that following a span changes no bit of the stream.
+  return y, {'matrix': matrix, 'shadow': faded(
+      state, k, log_decay, erase, n_valid, document, chunk_size=chunk_size)}
+
+
+def faded(state, k, log_decay, erase, n_valid, document, *, chunk_size=None):
+  """Returns a layer's shadows after some tokens, or None where it has none."""
+  if state.shadow is None:
+    return None
+  return shadow.fade(state.shadow, k, log_decay, erase, n_valid, document,
+                     chunk_size=chunk_size)
 
 
 # Parts of mixers. Called from a compact method, they declare the parameters in

@@ -95,10 +95,10 @@ def recall(config, q, k, v, log_decay, erase, write, state, context, tails):
     y [B, T, HV, V] and the layer's new state.
   """
   if config.decode == 'step':
-    y, matrix = delta.delta_rule(
-        q, k, v, log_decay, erase, write, state.matrix, context.n_valid,
+    y, new = delta.carry(
+        state, q, k, v, log_decay, erase, write, context.n_valid,
         context.document, chunk_size=config.chunk)
-    return y, dataclasses.replace(state, matrix=matrix, **tails)
+    return y, dataclasses.replace(state, **new, **tails)
   y, new = delta_rule_deferred(
       q, k, v, log_decay, erase, write,
       Deferred(state.matrix, state.count, state.past_k, state.past_u,
@@ -106,6 +106,8 @@ def recall(config, q, k, v, log_decay, erase, write, state, context, tails):
       context.n_valid, context.document, chunk_size=config.chunk or CHUNK,
       parity='bitwise' if config.decode == 'bitwise' else None)
   past = dict(past_k=new.k, past_u=new.u, past_decay=new.log_decay)
+  past['shadow'] = delta.faded(
+      state, k, log_decay, erase, context.n_valid, context.document)
   if new.erase is not None:
     past['past_erase'] = new.erase
   return y, dataclasses.replace(

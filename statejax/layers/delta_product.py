@@ -52,13 +52,13 @@ class DeltaProduct(nn.Module):
     document = context.document
     if document is not None:
       document = jnp.repeat(document, n, axis=1)
-    y, matrix = delta.delta_rule(
-        at_write(delta.unit(q), n - 1, n), stretch(delta.unit(k), n),
-        stretch(v, n), log_decay, beta, beta, state.matrix,
-        n * context.n_valid, document, chunk_size=c.chunk)
+    y, new = delta.carry(
+        state, at_write(delta.unit(q), n - 1, n), stretch(delta.unit(k), n),
+        stretch(v, n), log_decay, beta, beta, n * context.n_valid, document,
+        chunk_size=c.chunk)
     y = y[:, n - 1::n]
     y = delta.output(self, y, gate, x.shape[-1], eps=c.eps)
-    return y, delta.DeltaState(matrix, **tails)
+    return y, dataclasses.replace(state, **new, **tails)
 
 
 def stretch(x, n):

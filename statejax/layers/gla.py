@@ -36,8 +36,8 @@ class GLA(nn.Module):
     gate = Proj(values, ('embed', *value_axes), name='gate')(x)
     rate = delta.low_rank(self, x, 'decay', c.rank, keys, key_axes, bias=True)
     log_decay = jax.nn.log_sigmoid(rate.astype(jnp.float32)) / c.divisor
-    y, matrix = delta.delta_rule(
-        q, k, v, log_decay, 0, 1, state.matrix, context.n_valid,
-        context.document, chunk_size=c.chunk)
+    y, new = delta.carry(
+        state, q, k, v, log_decay, 0, 1, context.n_valid, context.document,
+        chunk_size=c.chunk)
     y = delta.output(self, y, gate, x.shape[-1], eps=c.eps)
-    return y, delta.MatrixState(matrix)
+    return y, delta.MatrixState(**new)

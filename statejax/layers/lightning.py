@@ -38,9 +38,9 @@ class Lightning(nn.Module):
     v = silu(Proj(values, ('embed', *value_axes), name='v')(x))
     gate = Proj(values, ('embed', *value_axes), name='gate')(x)
     log_decay = -c.slope * 2.0 ** (-8.0 * (1 + np.arange(c.heads)) / c.heads)
-    y, matrix = delta.delta_rule(
-        q, k, v, delta.constant(log_decay, x), 0, 1, state.matrix,
-        context.n_valid, context.document, scale=1.0, chunk_size=c.chunk)
+    y, new = delta.carry(
+        state, q, k, v, delta.constant(log_decay, x), 0, 1, context.n_valid,
+        context.document, scale=1.0, chunk_size=c.chunk)
     y = delta.output(self, y, gate, x.shape[-1], eps=c.eps,
                      activation=jax.nn.sigmoid, groups=1)
-    return y, delta.MatrixState(matrix)
+    return y, delta.MatrixState(**new)

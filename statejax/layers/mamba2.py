@@ -1,5 +1,7 @@
 """Mamba-2: state space duality as a delta rule that never erases."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -45,10 +47,10 @@ class Mamba2(nn.Module):
     q, k, v, tails = delta.query_key_value(
         x, state, context, query=keys, key=keys, value=values, taps=c.conv,
         key_axes=('key_heads', 'key'), bias=True)
-    y, matrix = delta.delta_rule(
-        q, k, v, -jnp.exp(a)[None, None] * step, 0, step, state.matrix,
+    y, new = delta.carry(
+        state, q, k, v, -jnp.exp(a)[None, None] * step, 0, step,
         context.n_valid, context.document, scale=1.0, chunk_size=c.chunk)
     y = (y + skip[None, None, :, None] * v).astype(x.dtype)
     y = delta.output(self, y, gate, x.shape[-1], eps=c.eps, groups=c.groups,
                      order=norm.norm_of_gated)
-    return y, delta.DeltaState(matrix, **tails)
+    return y, dataclasses.replace(state, **new, **tails)

@@ -36,8 +36,8 @@ class RetNet(nn.Module):
     turn = rotary.rotation(c.rope, c.key)
     q, k = turn(q, context.positions), turn(k, context.positions)
     log_decay = np.log1p(-2.0 ** (-5.0 - np.arange(c.heads)))
-    y, matrix = delta.delta_rule(
-        q, k, v, delta.constant(log_decay, x), 0, 1, state.matrix,
-        context.n_valid, context.document, chunk_size=c.chunk)
+    y, new = delta.carry(
+        state, q, k, v, delta.constant(log_decay, x), 0, 1, context.n_valid,
+        context.document, chunk_size=c.chunk)
     y = delta.output(self, y, gate, x.shape[-1], eps=c.eps)
-    return y, delta.MatrixState(matrix)
+    return y, delta.MatrixState(**new)

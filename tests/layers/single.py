@@ -30,7 +30,7 @@ def empty(config, rows, capacity, dtype='float32'):
       f.name: jnp.zeros((*([1] if f.metadata['kind'] == 'growing' else []),
                          *getattr(specs, f.name).shape),
                         getattr(specs, f.name).dtype)
-      for f in dataclasses.fields(specs)})
+      for f in dataclasses.fields(specs) if getattr(specs, f.name) is not None})
 
 
 @functools.partial(jax.jit, static_argnums=0)
