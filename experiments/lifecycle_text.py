@@ -6,8 +6,8 @@ A model reads a log of about 54 lines and a question, and answers in five
 digits; see `statejax.tasks.lifecycle_text`. It learns from answers on fresh
 logs and, in one of ten logs, from which lines write, lock, unlock, delete or
 name what (`LABELLED`); nothing is parsed or masked. Frames, names and tags of
-the test were never seen. Three layers that carry a line's words to its end
-(Mamba-2) stand around one memory layer:
+the test were never seen. Three layers of attention to the last 32 tokens stand
+around one memory layer:
 
   slots      32 slots and, where no slot is near enough, attention to the log
   attention  all of the log; sparse, its best blocks (MoBA)
@@ -47,7 +47,8 @@ WIDTH, ROWS, TEST, LABELLED = 64, 16, 100, 0.1
 SHORT, LONG = 512, 1216
 EARLY = 0.8  # of the updates
 
-LOCAL = c.Mamba2Config(heads=4, key=32, value=32)
+LOCAL = c.AttentionConfig(heads=8, kv_heads=8, key=16, value=16, window=32,
+                          rope=c.RopeConfig())
 GLOBAL = c.AttentionConfig(heads=2, kv_heads=2, key=32, value=32, rope=None)
 RULES = c.SlotRules(slots=32, key=32, value=64, ring=1, span=5, key_span=4,
                     aliases=8)

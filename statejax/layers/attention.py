@@ -8,7 +8,7 @@ import jax
 from statejax.config import AttentionConfig
 from statejax.layers import rotary, weights
 from statejax.layers.common import Proj, RMSNorm
-from statejax.ops import attend, stream, window
+from statejax.ops import attend, band, stream, window
 from statejax.state import Array, Spec, leaf
 
 
@@ -73,8 +73,13 @@ class Attention(nn.Module):
       y, _ = stream.attend(q, attend.Segment(*past), [chunk],
                            last=context.last, **how)
     else:
-      segments, state = recent(state, k, v, context)
-      y, _ = attend.attend(q, segments, **how)
+      (past, chunk), new = recent(state, k, v, context)
+      if x.shape[1] > 2 * c.window:
+        y = band.attend_band(q, past, k, v, context.visible_band(c.window),
+                             **how)
+      else:
+        y, _ = attend.attend(q, [past, chunk], **how)
+      state = new
     return output(c, x, y), state
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from statejax.layers import weights
-from statejax.ops import blocks, norm, store
+from statejax.ops import band, blocks, norm, store
 
 
 @jax.tree_util.register_dataclass
@@ -129,6 +129,21 @@ class Context:
     seen = near[None] & self.valid[:, None, :]
     if self.document is not None:
       seen &= self.document[:, :, None] == self.document[:, None, :]
+    return seen
+
+  def visible_band(self, window):
+    """Which tokens of its block of `window` and of the block before each query
+    sees, less than `window` back: [B, blocks, W, 2 W], for `ops.band`."""
+    steps = self.positions.shape[1]
+    count = -(-steps // window)
+    at = jnp.arange(count * window, dtype=jnp.int32).reshape(count, window, 1)
+    near = jnp.arange(-window, window, dtype=jnp.int32)
+    key = at[:, :1] + near[None, None]
+    seen = (key >= 0) & (key <= at) & (at - key < window)
+    seen = seen[None] & (key[None] < self.n_valid[:, None, None, None])
+    if self.document is not None:
+      of = band.pairs(self.document, window, 1)
+      seen &= of[:, :, window:, None] == of[:, :, None]
     return seen
 
   def visible_past(self, positions, window=None):
