@@ -296,17 +296,39 @@ class Slots(nn.Module):
     about = ids[..., :1]
     keys = jnp.concatenate([pick(key), pick(name)], axis=1)
     other = jnp.concatenate([about, ids[..., 1:]], axis=1).swapaxes(1, 2)
-    pair, same = (about >= 0) & (other >= 0), about == other
-    # Half way between where a write is the same object and a read is not.
-    middle = (self.config.rules.threshold + self.config.confidence) / 2
+    pair = (about >= 0) & (other >= 0)
+    # A key is no example of itself.
+    at = jnp.arange(ids.shape[1], dtype=jnp.int32)
+    itself = at[:, None] == jnp.arange(other.shape[2], dtype=jnp.int32)[None]
     total = jnp.float32(0)
-    for side in (pick(query), pick(key)):
-      logit = _SCALE * (einsum('bik,bjk->bij', side, keys) - middle)
-      for which, sign in ((pair & same, -1), (pair & ~same, 1)):
-        cost = jnp.where(which, jax.nn.softplus(sign * logit), 0.)
-        total += jnp.sum(cost / jnp.maximum(
-            jnp.sum(which, axis=-1, keepdims=True), 1))
+    for side, seen in ((pick(query), pair), (pick(key), pair & ~itself[None])):
+      total += _told_apart(
+          einsum('bik,bjk->bij', side, keys), seen & (about == other), seen,
+          # Half way between where a write hits and a read does not.
+          (self.config.rules.threshold + self.config.confidence) / 2)
     common.add_loss(self, 'object_loss', total)
+
+
+def _told_apart(cosine, same, seen, middle):
+  """Sum over i of what it costs that objects are hard to tell apart.
+
+  Which of all it is (arXiv 2004.11362, L_out), and whether it is near enough:
+  without the first all begin in one place, without the second they stay near.
+
+  Args:
+    cosine: of i with j, [B, N, M].
+    same: whether j is of i's object, bool.
+    seen: whether j is to be compared with i, bool.
+    middle: the least cosine of the same.
+  """
+  mean = lambda x, mask: jnp.sum(jnp.where(mask, x, 0.), axis=-1) / jnp.maximum(
+      jnp.sum(mask, axis=-1), 1)
+  logits = jnp.where(seen, _SCALE * cosine, -1e30)
+  costs = mean(jax.nn.logsumexp(logits, axis=-1, keepdims=True) - logits, same)
+  margin = _SCALE * (cosine - middle)
+  costs += mean(jax.nn.softplus(-margin), same)
+  costs += mean(jax.nn.softplus(margin), seen & ~same)
+  return jnp.sum(costs)
 
 
 def _address(x, rules, name):
