@@ -48,18 +48,23 @@ from statejax.config.model import (
 )
 from statejax.config.nsa import NSAConfig
 from statejax.config.override import override
+from statejax.config.segment import (
+  CompressiveConfig,
+  TransformerXLConfig,
+)
 from statejax.config.slots import SlotRules, SlotsConfig
 from statejax.config.train import Config, TaskConfig, TrainConfig
 from statejax.config.tree import from_dict, to_dict
 
 __all__ = [
-  'AttentionConfig', 'BlockMaxConfig', 'CompressedConfig', 'Config',
-  'DSAConfig', 'DeltaNetConfig', 'DeltaProductConfig', 'GLAConfig',
-  'GatedDeltaNet2Config', 'GatedDeltaNetConfig', 'GroupConfig',
-  'HySparseConfig', 'HyperConfig', 'IndexConfig', 'KDAConfig', 'KSAConfig',
-  'LayerConfig', 'LightningConfig', 'Llama3RopeConfig', 'LoZAConfig',
-  'LongRopeConfig', 'MLAConfig', 'Mamba2Config', 'MoBAConfig', 'ModelConfig',
-  'NSAConfig', 'NormConfig', 'PooledDSAConfig', 'QSAConfig', 'RetNetConfig',
-  'RopeConfig', 'SlotRules', 'SlotsConfig', 'SummaryConfig', 'SwiGLUConfig',
-  'TaskConfig', 'TrainConfig', 'YarnConfig', 'from_dict', 'override', 'to_dict',
+  'AttentionConfig', 'BlockMaxConfig', 'CompressedConfig',
+  'CompressiveConfig', 'Config', 'DSAConfig', 'DeltaNetConfig',
+  'DeltaProductConfig', 'GLAConfig', 'GatedDeltaNet2Config',
+  'GatedDeltaNetConfig', 'GroupConfig', 'HySparseConfig', 'HyperConfig',
+  'IndexConfig', 'KDAConfig', 'KSAConfig', 'LayerConfig', 'LightningConfig',
+  'Llama3RopeConfig', 'LoZAConfig', 'LongRopeConfig', 'MLAConfig',
+  'Mamba2Config', 'MoBAConfig', 'ModelConfig', 'NSAConfig', 'NormConfig',
+  'PooledDSAConfig', 'QSAConfig', 'RetNetConfig', 'RopeConfig', 'SlotRules',
+  'SlotsConfig', 'SummaryConfig', 'SwiGLUConfig', 'TaskConfig', 'TrainConfig',
+  'TransformerXLConfig', 'YarnConfig', 'from_dict', 'override', 'to_dict',
 ]

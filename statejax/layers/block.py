@@ -9,6 +9,7 @@ from statejax.layers.attention import Attention
 from statejax.layers.block_max import BlockMax
 from statejax.layers.common import RMSNorm
 from statejax.layers.compressed import Compressed
+from statejax.layers.compressive import Compressive
 from statejax.layers.delta_net import DeltaNet
 from statejax.layers.delta_product import DeltaProduct
 from statejax.layers.dsa import DSA
@@ -29,6 +30,7 @@ from statejax.layers.pooled_dsa import PooledDSA
 from statejax.layers.qsa import QSA
 from statejax.layers.retnet import RetNet
 from statejax.layers.slots import Slots
+from statejax.layers.transformer_xl import TransformerXL
 
 # A new mixer is one file and one line here. It is a Linen module with a
 # `config` field, `state(config, rows, capacity, dtype)` that returns its state
@@ -41,6 +43,7 @@ MIXERS = {
     cfg.AttentionConfig: Attention,
     cfg.BlockMaxConfig: BlockMax,
     cfg.CompressedConfig: Compressed,
+    cfg.CompressiveConfig: Compressive,
     cfg.DSAConfig: DSA,
     cfg.DeltaNetConfig: DeltaNet,
     cfg.DeltaProductConfig: DeltaProduct,
@@ -60,6 +63,7 @@ MIXERS = {
     cfg.QSAConfig: QSA,
     cfg.RetNetConfig: RetNet,
     cfg.SlotsConfig: Slots,
+    cfg.TransformerXLConfig: TransformerXL,
 }
 MLPS = {cfg.SwiGLUConfig: SwiGLU}
 

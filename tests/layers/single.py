@@ -40,7 +40,8 @@ def step(config, params, x, state, length, document=None, lent=None):
   context = common.context(length, n_valid, document, x.shape[1])
   context = dataclasses.replace(context, lent=lent or {})
   stores = [f.name for f in dataclasses.fields(state)
-            if f.metadata['kind'] == 'growing']
+            if f.metadata['kind'] == 'growing' and getattr(state, f.name)
+            is not None]
   views = dataclasses.replace(state, **{
       n: st.Store(getattr(state, n), jnp.int32(0)) for n in stores})
   (y, views), said = MIXERS[type(config)](config).apply(
