@@ -50,6 +50,7 @@ from statejax.config.nsa import NSAConfig
 from statejax.config.override import override
 from statejax.config.segment import (
   CompressiveConfig,
+  DSTConfig,
   TransformerXLConfig,
 )
 from statejax.config.slots import SlotRules, SlotsConfig
@@ -58,7 +59,7 @@ from statejax.config.tree import from_dict, to_dict
 
 __all__ = [
   'AttentionConfig', 'BlockMaxConfig', 'CompressedConfig',
-  'CompressiveConfig', 'Config', 'DSAConfig', 'DeltaNetConfig',
+  'CompressiveConfig', 'Config', 'DSAConfig', 'DSTConfig', 'DeltaNetConfig',
   'DeltaProductConfig', 'GLAConfig', 'GatedDeltaNet2Config',
   'GatedDeltaNetConfig', 'GroupConfig', 'HySparseConfig', 'HyperConfig',
   'IndexConfig', 'KDAConfig', 'KSAConfig', 'LayerConfig', 'LightningConfig',

@@ -3,7 +3,7 @@
 import dataclasses
 
 from statejax.config import checks
-from statejax.config.attention import AttentionConfig
+from statejax.config.attention import RopeConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,3 +91,61 @@ class CompressiveConfig(TransformerXLConfig):
   def straight_through(self):
     """See `statejax.laws`."""
     return self.detach and self.memory + self.compressed > 0
+
+
+@dataclasses.dataclass(frozen=True)
+class DSTConfig:
+  """Dynamic State Transduction: vectors carried from segment to segment.
+
+  Attributes:
+    width: D of the model, which is that of the vectors.
+    heads: query heads H.
+    kv_heads: key/value heads G; H must be a multiple.
+    key: width K of queries and keys.
+    value: width V of values.
+    rope: rotary embedding of places in the segment; None is NoPE.
+    segment: tokens S of a segment, counted from the document's first.
+    vectors: m; 0 makes segments independent.
+    update: what a segment makes of the vectors. 'pool': a gated step towards
+      what m learned questions find in the segment's outputs; 'rows': what m
+      rows behind the segment see of it (RMT).
+    through: segments through which a gradient runs; it is cut at every
+      multiple, counted from the document's first. None never cuts.
+    eps: of the norm of the rows.
+  """
+
+  width: int = 256
+  heads: int = 4
+  kv_heads: int = 4
+  key: int = 64
+  value: int = 64
+  rope: RopeConfig | None = RopeConfig()
+  segment: int = 256
+  vectors: int = 1
+  update: str = 'pool'
+  through: int | None = None
+  eps: float = 1e-6
+
+  def __post_init__(self):
+    checks.positive(self, 'width', 'heads', 'kv_heads', 'key', 'value',
+                    'segment')
+    checks.no_less(self, 0, 'vectors')
+    checks.divides(self, 'heads', 'kv_heads')
+    checks.one_of(self, 'update', ('pool', 'rows'))
+    if self.through is not None:
+      checks.no_less(self, 1, 'through')
+
+  @property
+  def reach(self):
+    """See `statejax.laws`."""
+    return None if self.vectors else self.segment
+
+  @property
+  def chooses(self):
+    """See `statejax.laws`: alone, a segment's first token sees itself only."""
+    return not self.vectors
+
+  @property
+  def straight_through(self):
+    """See `statejax.laws`: a gradient that is cut is not that of the output."""
+    return self.through is not None and self.vectors > 0

@@ -13,6 +13,7 @@ from statejax.layers.compressive import Compressive
 from statejax.layers.delta_net import DeltaNet
 from statejax.layers.delta_product import DeltaProduct
 from statejax.layers.dsa import DSA
+from statejax.layers.dst import DST
 from statejax.layers.gated_delta_net import GatedDeltaNet
 from statejax.layers.gated_delta_net2 import GatedDeltaNet2
 from statejax.layers.gla import GLA
@@ -45,6 +46,7 @@ MIXERS = {
     cfg.CompressedConfig: Compressed,
     cfg.CompressiveConfig: Compressive,
     cfg.DSAConfig: DSA,
+    cfg.DSTConfig: DST,
     cfg.DeltaNetConfig: DeltaNet,
     cfg.DeltaProductConfig: DeltaProduct,
     cfg.GLAConfig: GLA,

@@ -85,11 +85,14 @@ def carry(plan, memory, parts, update):
     now = jnp.take_along_axis(plan.token_document, at, axis=1)
     last = now[:, 0] != owner[:, -1]
 
+  # What it computes is made again for the gradient, not kept.
+  again = jax.checkpoint(update, prevent_cse=False)
+
   def one(memory, segment):
     exists, fresh, parts = segment
     # In most steps of one token no segment ends.
     after = jax.lax.cond(
-        jnp.any(exists), lambda m: update(_cleared(m, fresh), parts),
+        jnp.any(exists), lambda m: again(_cleared(m, fresh), parts),
         lambda m: m, memory)
     return _where(exists, after, memory), memory
 
