@@ -51,6 +51,7 @@ from statejax.config.override import override
 from statejax.config.segment import (
   CompressiveConfig,
   DSTConfig,
+  InfiniConfig,
   TransformerXLConfig,
 )
 from statejax.config.slots import SlotRules, SlotsConfig
@@ -62,7 +63,7 @@ __all__ = [
   'CompressiveConfig', 'Config', 'DSAConfig', 'DSTConfig', 'DeltaNetConfig',
   'DeltaProductConfig', 'GLAConfig', 'GatedDeltaNet2Config',
   'GatedDeltaNetConfig', 'GroupConfig', 'HySparseConfig', 'HyperConfig',
-  'IndexConfig', 'KDAConfig', 'KSAConfig', 'LayerConfig', 'LightningConfig',
+  'IndexConfig', 'InfiniConfig', 'KDAConfig', 'KSAConfig', 'LayerConfig', 'LightningConfig',
   'Llama3RopeConfig', 'LoZAConfig', 'LongRopeConfig', 'MLAConfig',
   'Mamba2Config', 'MoBAConfig', 'ModelConfig', 'NSAConfig', 'NormConfig',
   'PooledDSAConfig', 'QSAConfig', 'RetNetConfig', 'RopeConfig', 'SlotRules',

@@ -149,3 +149,37 @@ class DSTConfig:
   def straight_through(self):
     """See `statejax.laws`: a gradient that is cut is not that of the output."""
     return self.through is not None and self.vectors > 0
+
+
+@dataclasses.dataclass(frozen=True)
+class InfiniConfig:
+  """Infini-attention: the own segment, and a matrix of all before it.
+
+  Attributes:
+    heads: query heads H.
+    kv_heads: key/value heads G, each with a matrix; H must be a multiple.
+    key: width K of queries and keys.
+    value: width V of values.
+    rope: rotary embedding of places in the segment, of what is attended to in
+      it; None is NoPE. The matrix knows no place.
+    segment: tokens S of a segment, counted from the document's first.
+    write: 'delta' writes what the matrix does not recall yet, 'add' all.
+    eps: of the denominator of a read.
+  """
+
+  heads: int = 4
+  kv_heads: int = 4
+  key: int = 64
+  value: int = 64
+  rope: RopeConfig | None = RopeConfig()
+  segment: int = 256
+  write: str = 'delta'
+  eps: float = 1e-6
+
+  def __post_init__(self):
+    checks.positive(self, 'heads', 'kv_heads', 'key', 'value', 'segment')
+    checks.divides(self, 'heads', 'kv_heads')
+    checks.one_of(self, 'write', ('delta', 'add'))
+    if not self.eps > 0:
+      raise ValueError(f'InfiniConfig.eps: expected > 0, got {self.eps}; an '
+                       'empty matrix is read too.')

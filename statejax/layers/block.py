@@ -18,6 +18,7 @@ from statejax.layers.gated_delta_net import GatedDeltaNet
 from statejax.layers.gated_delta_net2 import GatedDeltaNet2
 from statejax.layers.gla import GLA
 from statejax.layers.hysparse import HySparse
+from statejax.layers.infini import Infini
 from statejax.layers.kda import KDA
 from statejax.layers.ksa import KSA
 from statejax.layers.lightning import Lightning
@@ -53,6 +54,7 @@ MIXERS = {
     cfg.GatedDeltaNetConfig: GatedDeltaNet,
     cfg.GatedDeltaNet2Config: GatedDeltaNet2,
     cfg.HySparseConfig: HySparse,
+    cfg.InfiniConfig: Infini,
     cfg.KDAConfig: KDA,
     cfg.KSAConfig: KSA,
     cfg.LightningConfig: Lightning,

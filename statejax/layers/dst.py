@@ -94,7 +94,7 @@ class DST(nn.Module):
     return y, DSTState(held.k, held.v, after, pooled, weight)
 
 
-def own_segment(state, k, v, context, size):
+def own_segment(state, k, v, context, size, turn=lambda k, places: k):
   """What queries see of their own segment, and the ring after the step.
 
   Args:
@@ -103,6 +103,8 @@ def own_segment(state, k, v, context, size):
     v: [B, G, T, V].
     context: `Context`.
     size: tokens of a segment.
+    turn: function of keys [B, G, N, K] and their places in the segment [B, N],
+      applied to what is attended to and not to what is kept.
 
   Returns:
     segments for `attend`, and the new `RingState`.
@@ -114,8 +116,9 @@ def own_segment(state, k, v, context, size):
   step = context.visible_chunk() & (
       number[:, None, :] == number[..., None])
   where = (context.base, context.start, context.n_valid)
-  return [attend.Segment(state.k, state.v, past),
-          attend.Segment(k, v, step, causal=True)], RingState(
+  return [attend.Segment(turn(state.k, held % size), state.v, past),
+          attend.Segment(turn(k, context.positions % size), v, step,
+                         causal=True)], RingState(
               window.write(state.k, k, *where),
               window.write(state.v, v, *where))
 

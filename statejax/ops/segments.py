@@ -61,6 +61,26 @@ def reads(plan):
   return which, mine
 
 
+def cells(plan):
+  """Tokens by the memory that they read, so that it is read once for all.
+
+  Returns:
+    indices of tokens, [B, W + 1, M] int32, M = min(S, T), in order; more than
+      read it where they end. Place of each token in them, counted through,
+      [B, T] int32; and whether it reads a memory of its document, [B, T] bool:
+      of other tokens the place says nothing.
+  """
+  steps = plan.positions.shape[1]
+  width = min(plan.size, steps)
+  begin = jnp.pad(plan.end + 1, ((0, 0), (1, 0)))
+  inside = jnp.arange(width, dtype=jnp.int32)[None, None]
+  found = jnp.minimum(begin[..., None] + inside, steps - 1)
+  which, mine = reads(plan)
+  index = jnp.arange(steps, dtype=jnp.int32)[None]
+  place = index - jnp.take_along_axis(begin, which, axis=1)
+  return found, which * width + jnp.clip(place, 0, width - 1), mine
+
+
 def carry(plan, memory, parts, update):
   """Runs a memory over the segments that a step completes.
 
