@@ -52,6 +52,7 @@ from statejax.config.segment import (
   CompressiveConfig,
   DSTConfig,
   InfiniConfig,
+  TitansConfig,
   TransformerXLConfig,
 )
 from statejax.config.slots import SlotRules, SlotsConfig
@@ -59,14 +60,14 @@ from statejax.config.train import Config, TaskConfig, TrainConfig
 from statejax.config.tree import from_dict, to_dict
 
 __all__ = [
-  'AttentionConfig', 'BlockMaxConfig', 'CompressedConfig',
-  'CompressiveConfig', 'Config', 'DSAConfig', 'DSTConfig', 'DeltaNetConfig',
-  'DeltaProductConfig', 'GLAConfig', 'GatedDeltaNet2Config',
-  'GatedDeltaNetConfig', 'GroupConfig', 'HySparseConfig', 'HyperConfig',
-  'IndexConfig', 'InfiniConfig', 'KDAConfig', 'KSAConfig', 'LayerConfig', 'LightningConfig',
-  'Llama3RopeConfig', 'LoZAConfig', 'LongRopeConfig', 'MLAConfig',
-  'Mamba2Config', 'MoBAConfig', 'ModelConfig', 'NSAConfig', 'NormConfig',
-  'PooledDSAConfig', 'QSAConfig', 'RetNetConfig', 'RopeConfig', 'SlotRules',
-  'SlotsConfig', 'SummaryConfig', 'SwiGLUConfig', 'TaskConfig', 'TrainConfig',
+  'AttentionConfig', 'BlockMaxConfig', 'CompressedConfig', 'CompressiveConfig',
+  'Config', 'DSAConfig', 'DSTConfig', 'DeltaNetConfig', 'DeltaProductConfig',
+  'GLAConfig', 'GatedDeltaNet2Config', 'GatedDeltaNetConfig', 'GroupConfig',
+  'HySparseConfig', 'HyperConfig', 'IndexConfig', 'InfiniConfig', 'KDAConfig',
+  'KSAConfig', 'LayerConfig', 'LightningConfig', 'Llama3RopeConfig',
+  'LoZAConfig', 'LongRopeConfig', 'MLAConfig', 'Mamba2Config', 'MoBAConfig',
+  'ModelConfig', 'NSAConfig', 'NormConfig', 'PooledDSAConfig', 'QSAConfig',
+  'RetNetConfig', 'RopeConfig', 'SlotRules', 'SlotsConfig', 'SummaryConfig',
+  'SwiGLUConfig', 'TaskConfig', 'TitansConfig', 'TrainConfig',
   'TransformerXLConfig', 'YarnConfig', 'from_dict', 'override', 'to_dict',
 ]

@@ -183,3 +183,35 @@ class InfiniConfig:
     if not self.eps > 0:
       raise ValueError(f'InfiniConfig.eps: expected > 0, got {self.eps}; an '
                        'empty matrix is read too.')
+
+
+@dataclasses.dataclass(frozen=True)
+class TitansConfig:
+  """A memory of weights that learns in service, by steps of momentum.
+
+  Attributes:
+    heads: heads H, each with a memory.
+    key: width K of queries and keys.
+    value: width V of values.
+    hidden: width F of a memory of two layers; None is a matrix.
+    segment: tokens whose gradients are taken at the weights that the first of
+      them has found, counted from the document's first.
+    rate: the most that a step takes of a gradient. A matrix is stable up to
+      1 / segment, whatever the keys; a memory of two layers wants 0.01.
+    eps: of the output norm.
+  """
+
+  heads: int = 4
+  key: int = 64
+  value: int = 64
+  hidden: int | None = None
+  segment: int = 16
+  rate: float = 0.05
+  eps: float = 1e-6
+
+  def __post_init__(self):
+    checks.positive(self, 'heads', 'key', 'value', 'segment')
+    if self.hidden is not None:
+      checks.no_less(self, 1, 'hidden')
+    if not self.rate > 0:
+      raise ValueError(f'TitansConfig.rate: expected > 0, got {self.rate}.')

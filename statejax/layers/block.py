@@ -32,6 +32,7 @@ from statejax.layers.pooled_dsa import PooledDSA
 from statejax.layers.qsa import QSA
 from statejax.layers.retnet import RetNet
 from statejax.layers.slots import Slots
+from statejax.layers.titans import Titans
 from statejax.layers.transformer_xl import TransformerXL
 
 # A new mixer is one file and one line here. It is a Linen module with a
@@ -67,6 +68,7 @@ MIXERS = {
     cfg.QSAConfig: QSA,
     cfg.RetNetConfig: RetNet,
     cfg.SlotsConfig: Slots,
+    cfg.TitansConfig: Titans,
     cfg.TransformerXLConfig: TransformerXL,
 }
 MLPS = {cfg.SwiGLUConfig: SwiGLU}
