@@ -13,7 +13,7 @@ from statejax.model import LanguageModel
 
 @pytest.mark.parametrize('name', [
     'tiny_kda', 'tiny_dsa', 'tiny_compressed', 'tiny_sharing', 'tiny_hyper',
-    'tiny_ksa', 'tiny_slots'])
+    'tiny_ksa', 'tiny_slots', 'tiny_segment'])
 def test_equals_the_leaves(name):
   """Allocated ones, at a length that no block divides."""
   config = importlib.import_module(f'configs.{name}').get_config().model

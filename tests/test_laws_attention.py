@@ -80,7 +80,7 @@ COARSE = tuple(n for n in MIXERS if n not in (
     'kpool'))
 
 
-@pytest.mark.parametrize('name', (*MODELS, 'tiny_slots'))
+@pytest.mark.parametrize('name', (*MODELS, 'tiny_slots', 'tiny_segment'))
 def test_every_axis_has_a_rule(name):
   """Of parameters and state; an unknown name would fail only on a mesh."""
   subject = lm.LanguageModel(model(name))

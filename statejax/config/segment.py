@@ -142,8 +142,9 @@ class DSTConfig:
 
   @property
   def chooses(self):
-    """See `statejax.laws`: alone, a segment's first token sees itself only."""
-    return not self.vectors
+    """See `statejax.laws`: alone, a segment's first token sees itself only; and
+    behind a cut there is no gradient."""
+    return not self.vectors or self.through is not None
 
   @property
   def straight_through(self):

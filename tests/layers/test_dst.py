@@ -90,8 +90,8 @@ def close(got, want):
 
 
 @pytest.mark.parametrize('config', [
-    POOL, ROWS, pytest.param(dataclasses.replace(POOL, segment=7, vectors=1),
-                             marks=pytest.mark.slow)])
+    POOL, *(pytest.param(s, marks=pytest.mark.slow) for s in (
+        ROWS, dataclasses.replace(POOL, segment=7, vectors=1)))])
 def test_oracle(config):
   params, x = drawn(config)
   want = naive(config, params, x)
@@ -101,6 +101,7 @@ def test_oracle(config):
   assert np.abs(want - alone)[:, config.segment:].max() > 0.01
 
 
+@pytest.mark.slow
 def test_without_vectors_segments_are_independent():
   """Each as if it were a document."""
   params, x = drawn()
@@ -111,6 +112,7 @@ def test_without_vectors_segments_are_independent():
   close(whole, parts.reshape(x.shape))
 
 
+@pytest.mark.slow
 def test_unseen_vectors_are_none(monkeypatch):
   """With the prefix masked every segment is alone."""
   whole = dst._prefixes

@@ -98,6 +98,7 @@ def test_a_gate_that_is_shut_leaves_local_attention():
   assert np.abs(naive(DELTA, params, x) - want)[:, 4:].max() > 0.01
 
 
+@pytest.mark.slow
 def test_without_delta_the_memory_is_linear_attention():
   """To all tokens of earlier segments, one by one."""
   params, x = drawn()

@@ -91,6 +91,7 @@ def test_oracle_of_other_entries():
   close(run(config, params, x, CUTS)[0], naive(config, params, x))
 
 
+@pytest.mark.slow
 def test_a_memory_of_everything_is_full_attention():
   """Of one segment that is as long as the document."""
   params, x = drawn()
