@@ -35,9 +35,6 @@ class TitansState:
   momentum_out: Array | None = leaf('batch heads channels value')
 
 
-_KINDS = ('start', 'now', 'momentum')
-
-
 class Titans(nn.Module):
   """`statejax.ops.titans.neural_memory` of keys and queries of unit length.
 
@@ -59,7 +56,7 @@ class Titans(nn.Module):
     one = Spec((rows, c.heads, c.key, c.hidden or c.value), 'float32')
     out = None if c.hidden is None else Spec(
         (rows, c.heads, c.hidden, c.value), 'float32')
-    return TitansState(*[one] * 3, *[out] * 3)
+    return TitansState(one, one, one, out, out, out)
 
   @nn.compact
   def __call__(self, x, state, context):
@@ -76,8 +73,10 @@ class Titans(nn.Module):
     first = context.positions == 0
     resets = (jnp.zeros_like(first) if context.document is None
               else first & (context.document > 0))
-    held = tuple(tuple(a for a in (getattr(state, n), getattr(state, f'{n}_out'))
-                       if a is not None) for n in _KINDS)
+    held = ((state.start,), (state.now,), (state.momentum,))
+    if c.hidden is not None:
+      outs = state.start_out, state.now_out, state.momentum_out
+      held = tuple((*w, out) for w, out in zip(held, outs))
     y, new = titans.neural_memory(
         tokens, held, self._first(), context.positions % c.segment == 0,
         resets, context.valid)
@@ -87,9 +86,9 @@ class Titans(nn.Module):
 
   def _gate(self, x, name, bias):
     """A share of each token and head, [B, T, H] float32."""
-    heads = x.shape[:2], self.config.heads
-    y = Proj(heads[1:], ('embed', 'heads'), name=name)(x)
-    b = weights.weight(self, f'bias_{name}', ('heads',), heads[1:],
+    shape = (self.config.heads,)
+    y = Proj(shape, ('embed', 'heads'), name=name)(x)
+    b = weights.weight(self, f'bias_{name}', ('heads',), shape,
                        weights.constant(bias))
     return jax.nn.sigmoid(y.astype(jnp.float32) + b[None, None])
 

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-# Tokens whose states the gradient keeps at once; of the rest it makes them anew.
+# Tokens whose states a gradient keeps at once; others it makes anew.
 _KEPT = 16
 
 
@@ -48,10 +48,11 @@ def _rows(x, w):
 def neural_memory(tokens, state, first, begins, resets, valid):
   """Learns each token by a step of gradient descent, then reads.
 
-    S_t = eta_t S_{t-1} - theta_t grad |M(k_t) - v_t|^2,  at M of the segment's
-    M_t = (1 - alpha_t) M_{t-1} + S_t                      first token, before it
+    S_t = eta_t S_{t-1} - theta_t grad |M(k_t) - v_t|^2
+    M_t = (1 - alpha_t) M_{t-1} + S_t
     y_t = M_t(q_t)
 
+  The gradient is taken at the M that the first token of the segment has found.
   With segments of one token, eta = alpha = 0 and theta = beta / 2 a matrix is
   the delta rule.
 
