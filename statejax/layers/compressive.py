@@ -23,7 +23,7 @@ class CompressiveState(transformer_xl.HiddenState):
       j mod Mc, [B, Mc, D], store dtype; fixed. None where there are none.
   """
 
-  compressed: Array | None = leaf('batch entries channels')
+  compressed: Array | None = leaf('batch window channels')
 
 
 class Compressive(nn.Module):
