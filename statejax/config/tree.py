@@ -15,12 +15,13 @@ from statejax.config import (
   mla,
   model,
   nsa,
+  segment,
   slots,
   train,
 )
 
 _MODULES = (attention, block_sparse, compressed, delta, dsa, ksa, linear, loza,
-            mla, model, nsa, slots, train)
+            mla, model, nsa, segment, slots, train)
 _KNOWN = {name: value for module in _MODULES
           for name, value in vars(module).items()
           if dataclasses.is_dataclass(value)}
