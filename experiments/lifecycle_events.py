@@ -6,8 +6,8 @@ A model of one memory layer reads 72 events and a question about one key, each
 one vector (operation, key, value); see `statejax.tasks.lifecycle_events`. It
 learns from answers on fresh items, and in 10 % of them from what each event
 wants of the memory (nothing, write, lock, delete), which object it is about and
-whether the version before is asked for. Tested on 600 unseen items of each seed,
-75 of each family. `fallback off` and `lock ignored` are the same trained model
+whether the version before is asked for. Tested on 600 unseen items of each
+seed, 75 of each family. `fallback off` and `lock ignored` are the same trained model
 with that part taken out; attention and the delta state are models of the same
 size without slots.
 

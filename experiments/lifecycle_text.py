@@ -253,7 +253,6 @@ def in_mid_stream(memory, params, seed, rows=8):
      'edited': rows that answer what the host wrote into their state,
      'others': rows that another row's edit leaves the same bits}.
   """
-  import jax
   import numpy as np
 
   from statejax.artifact import serving

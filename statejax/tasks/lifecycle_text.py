@@ -88,7 +88,7 @@ class LifecycleTextSource:
   | alias | and another name, which the question uses | the last |
   | stale | then 1 to 3 lines that repeat older values | the last update |
   | invalid | then 1 or 2 refused values never set | the last update |
-  | protected | then a lock and 1 or 2 updates, worded like all | the last before |
+  | protected | then a lock and 1 or 2 updates | the last before |
   | pressure | 48 keys of one update each, no other | its value |
   | delete | then struck out | none |
   | rewrite | then struck out, then updated | the new value |

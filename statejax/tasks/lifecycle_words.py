@@ -56,29 +56,34 @@ ASKS = _LISTS('''
     the bell has rung and we must know
     before the book goes back please tell us''')
 QUESTIONS = {
-    'now': ('what does {} hold now', 'which figure stands for {} at present',
-            'what is {} set to today'),
+    'now': ('what does {} hold now', 'what is {} set to today',
+            'which figure stands for {} at present'),
     'before': ('what did {} hold just before', 'which figure did {} '
                'show just before', 'what was {} set to until then')}
 ADJECTIVES = tuple('''
-    amber ancient arctic bitter blank brave brisk broad calm clear clever coarse
-    crimson curious damp dark deep distant dusty eager early empty faint fancy
-    fierce flat fresh frozen gentle giant golden grand green hollow humble icy
-    idle jolly keen large lean light lively lone loud lucky mellow misty'''.split())
+    amber ancient arctic bitter blank brave brisk broad calm clear clever
+    coarse crimson curious damp dark deep distant dusty eager early empty
+    faint fancy fierce flat fresh frozen gentle giant golden grand green
+    hollow humble icy idle jolly keen large lean light lively lone loud
+    lucky mellow misty
+'''.split())
 NOUNS = tuple('''
     anchor apple arrow badge barrel basin beacon bottle bridge bucket button
-    candle canyon carpet castle cedar cellar chapel chisel comet copper corner
-    cradle crater engine falcon feather fiddle forest fountain garden glacier
-    hammer harbor helmet island jacket kettle ladder lantern marble meadow
-    mirror needle orchard paddle pebble pillow'''.split())
+    candle canyon carpet castle cedar cellar chapel chisel comet copper
+    corner cradle crater engine falcon feather fiddle forest fountain garden
+    glacier hammer harbor helmet island jacket kettle ladder lantern marble
+    meadow mirror needle orchard paddle pebble pillow
+'''.split())
 CALLSIGNS = tuple('''
     alpha bravo charlie delta echo foxtrot golf hotel india juliet kilo lima
-    mike november oscar papa quebec romeo sierra tango uniform victor whiskey
-    xray yankee zulu'''.split())
+    mike november oscar papa quebec romeo sierra tango uniform victor
+    whiskey xray yankee zulu
+'''.split())
 FILLER = tuple('''
     rain fell on the yard while cups were washed and old maps lay near lamps
     some visitors walked around under trees talking about trains bread music
-    nobody counted chairs because windows stayed open all evening long ago'''.split())
+    nobody counted chairs because windows stayed open all evening long ago
+'''.split())
 DIGITS = tuple('0123456789')
 PAD, STOP, ASK, COLON, NONE, TICKET = '<pad>', '.', '?', ':', 'none', 'ticket'
 

@@ -9,8 +9,9 @@ from statejax.layers import attention, common
 from statejax.ops import attend, band
 
 
-@pytest.mark.parametrize('steps, window', [(13, 4), (12, 4), (9, 4), (7, 3)])
-def test_band(steps, window):
+@pytest.mark.parametrize('borders', [False, True])
+@pytest.mark.parametrize('steps, window', [(13, 4), (12, 4), (7, 3)])
+def test_band(steps, window, borders):
   """With a past, documents, padding and a sink; gradients too."""
   rows, heads, groups, width = 3, 4, 2, 8
   random = np.random.default_rng(0)
@@ -18,28 +19,27 @@ def test_band(steps, window):
   q, sink = draw(rows, steps, heads, width), draw(heads)
   k, v = draw(2, rows, groups, steps, width)
   ring = attention.RingState(*draw(2, rows, groups, window, width))
-  for document in (None, jnp.asarray([[0] * 5 + [1] * (steps - 5),
-                                      [0] * steps, [0, 1] + [2] * (steps - 2)],
-                                     jnp.int32)):
-    context = common.context(jnp.array([2, 9, 0], jnp.int32),
-                             jnp.array([steps, steps - 2, 6], jnp.int32),
-                             document, steps)
-    segments, _ = attention.recent(ring, k, v, context)
+  document = jnp.asarray([
+      [0] * 5 + [1] * (steps - 5), [0] * steps, [0, 1] + [2] * (steps - 2)],
+                         jnp.int32) if borders else None
+  context = common.context(jnp.array([2, 9, 0], jnp.int32),
+                           jnp.array([steps, steps - 2, 6], jnp.int32),
+                           document, steps)
+  segments, _ = attention.recent(ring, k, v, context)
 
-    def masked(q, k, v, sink):
-      own = attend.Segment(k, v, segments[1].visible)
-      return attend.attend(q, [segments[0], own], scale=0.3, sink=sink)[0]
+  def masked(q, k, v, sink):
+    own = attend.Segment(k, v, segments[1].visible)
+    return attend.attend(q, [segments[0], own], scale=0.3, sink=sink)[0]
 
-    def in_blocks(q, k, v, sink):
-      return band.attend_band(q, segments[0], k, v,
-                              context.visible_band(window), scale=0.3,
-                              sink=sink)
+  def in_blocks(q, k, v, sink):
+    return band.attend_band(q, segments[0], k, v, context.visible_band(window),
+                            scale=0.3, sink=sink)
 
-    expected, back = jax.vjp(masked, q, k, v, sink)
-    got, back_got = jax.vjp(in_blocks, q, k, v, sink)
-    np.testing.assert_allclose(got, expected, atol=2e-6)
-    for a, b in zip(back(expected), back_got(expected)):
-      np.testing.assert_allclose(b, a, atol=2e-5)
+  expected, back = jax.vjp(masked, q, k, v, sink)
+  got, back_got = jax.vjp(in_blocks, q, k, v, sink)
+  np.testing.assert_allclose(got, expected, atol=2e-6)
+  for a, b in zip(back(expected), back_got(expected)):
+    np.testing.assert_allclose(b, a, atol=2e-5)
 
 
 def test_band_is_small():
