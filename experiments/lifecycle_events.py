@@ -7,9 +7,9 @@ one vector (operation, key, value); see `statejax.tasks.lifecycle_events`. It
 learns from answers on fresh items, and in 10 % of them from what each event
 wants of the memory (nothing, write, lock, delete), which object it is about and
 whether the version before is asked for. Tested on 600 unseen items of each
-seed, 75 of each family. `fallback off` and `lock ignored` are the same trained model
-with that part taken out; attention and the delta state are models of the same
-size without slots.
+seed, 75 of each family. `fallback off` and `lock ignored` are the same trained
+model with that part taken out; attention and the delta state are models of the
+same size without slots.
 
 Expected: 600 of 600 with slots; without fallback what was evicted or never
 written is lost and nothing else, without locks what was protected. Not reached
