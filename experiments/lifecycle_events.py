@@ -4,7 +4,7 @@
 
 A model of one memory layer reads 72 events and a question about one key, each
 one vector (operation, key, value); see `statejax.tasks.lifecycle_events`. It
-learns from answers on fresh items, and in 10 % of them from what each event
+learns from the answers of all items, and in 10 % of them from what each event
 wants of the memory (nothing, write, lock, delete), which object it is about and
 whether the version before is asked for. Tested on 600 unseen items of each
 seed, 75 of each family. `fallback off` and `lock ignored` are the same trained
@@ -23,7 +23,7 @@ import time
 
 from absl import app, flags, logging
 
-from experiments import report
+from experiments import labels, report
 from statejax import config as c
 
 OUT = flags.DEFINE_string('out', 'experiments/results/lifecycle_events.json',
@@ -64,15 +64,15 @@ def wants(events):
   return out
 
 
-def hinted(events, random):
-  """What is known of the events of `LABELLED` of the items; -1 elsewhere."""
+def hinted(events, known):
+  """What is known of the events of the items that have labels; -1 elsewhere."""
   import numpy as np
 
   from statejax.tasks import lifecycle_events as task
   asks = np.isin(events[..., 0], (task.NOW, task.BEFORE))
   back = np.where(asks, events[..., 0] == task.BEFORE, -1)
   about = np.where((wants(events) > 0) | asks, events[..., 1], -1)
-  known = random.random((len(events), 1)) < LABELLED
+  known = known[:, None]
   return {name: np.where(known, hint, -1).astype(np.int32) for name, hint in (
       ('want', wants(events)), ('object', about), ('version', back))}
 
@@ -112,10 +112,10 @@ def train(mixers, seed, steps):
   """Returns trained parameters and the seconds it took."""
   import jax
   import jax.numpy as jnp
-  import numpy as np
   import optax
 
   from statejax.model import LanguageModel
+  from statejax.tasks import lifecycle_events as task
   model = LanguageModel(config(mixers))
   params = model.init(jax.random.key(seed))
   rate = optax.warmup_cosine_decay_schedule(
@@ -136,11 +136,12 @@ def train(mixers, seed, steps):
     return optax.apply_updates(params, change), moments, cost, right
 
   moments, begin = optimizer.init(params), time.perf_counter()
-  random = np.random.default_rng(seed)
-  data = batches(steps * ROWS, 1000 + seed, ROWS)
-  for i, (events, answer, _) in enumerate(data):
+  fresh, pool = (task.LifecycleEventsSource(n, 1000 * (which + 1) + seed)
+                 for which, n in enumerate(labels.sizes(steps, ROWS, LABELLED)))
+  for i, batch in enumerate(labels.batches(fresh, pool, ROWS, seed)):
     params, moments, cost, right = update(
-        model, params, moments, events, answer, hinted(events, random))
+        model, params, moments, batch['events'], batch['answer'],
+        hinted(batch['events'], batch['known']))
     if i % 200 == 0:
       logging.info('update %d: loss %.3f, right %.2f', i, cost, right)
   return jax.block_until_ready(params), time.perf_counter() - begin
@@ -156,7 +157,7 @@ def test(mixers, params, seed, locks=True):
   model = LanguageModel(config(mixers))
   run = jax.jit(lambda p, e, hints: answers(model, p, e, hints)[0])
   right = dict.fromkeys(task.FAMILIES, 0)
-  for events, answer, family in batches(TEST, 2000 + seed, 60):
+  for events, answer, family in batches(TEST, 9000 + seed, 60):
     force = np.where(events[..., 0] == task.LOCK, 0, -1)
     hints = {} if locks else {'force': force}
     found = np.argmax(run(params, events, hints), axis=-1) == answer

@@ -3,9 +3,9 @@
   python -m experiments.lifecycle_text
 
 A model reads a log of about 54 lines and a question, and answers in five
-digits; see `statejax.tasks.lifecycle_text`. It learns from answers on fresh
-logs and, in one of ten logs, from which lines write, lock, unlock, delete or
-name what (`LABELLED`); nothing is parsed or masked. Frames, names and tags of
+digits; see `statejax.tasks.lifecycle_text`. It learns from the answers of all
+logs and, in one of ten (`LABELLED`), from which lines write, lock, unlock,
+delete or name what; nothing is parsed or masked. Frames, names and tags of
 the test were never seen. Three layers of attention to the last 32 tokens stand
 around one memory layer:
 
@@ -31,7 +31,7 @@ import time
 
 from absl import app, flags, logging
 
-from experiments import report
+from experiments import labels, report
 from statejax import config as c
 
 OUT = flags.DEFINE_string('out', 'experiments/results/lifecycle_text.json',
@@ -131,7 +131,6 @@ def loss(model, params, batch):
 def train(memory, seed, steps, rate=3e-3):
   """Returns trained parameters and the seconds it took, all included."""
   import jax
-  import numpy as np
   import optax
 
   from statejax.tasks import lifecycle_text as task
@@ -148,17 +147,19 @@ def train(memory, seed, steps, rate=3e-3):
     change, moments = optimizer.update(grads, moments, params)
     return optax.apply_updates(params, change), moments, out
 
-  moments, random = optimizer.init(params), np.random.default_rng(seed)
+  moments = optimizer.init(params)
   begin, done, early = time.perf_counter(), 0, round(EARLY * steps)
   for memory_, count, length, scale, rows in (
       (short(memory), early, SHORT, 0.25, ROWS),
       (memory, steps - early, LONG, 1.0, ROWS // 2)):
-    source = task.LifecycleTextSource(
-        max(1, count * rows), 10 * seed + (scale == 1.0), 'train',
-        questions=6, length=length, scale=scale)
+    if not count:
+      continue
+    fresh, pool = (task.LifecycleTextSource(
+        size, 100 * seed + 10 * which + (scale == 1.0), 'train', questions=6,
+        length=length, scale=scale) for which, size in enumerate(
+            labels.sizes(count, rows, LABELLED)))
     model = language_model(memory_)
-    for batch in batches(source, rows) if count else ():
-      batch['known'] = random.random(rows) < LABELLED
+    for batch in labels.batches(fresh, pool, rows, seed):
       params, moments, out = update(model, params, moments, batch)
       if done % 50 == 0:
         cost, own, hit = jax.device_get(out)
