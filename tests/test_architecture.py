@@ -29,10 +29,12 @@ ALLOWED = {
     'model': f'{LOW} ops layers sharding flax',
     'account': f'{MODEL}',
     'laws': f'{MODEL}',
-    'artifact': f'{LOW} orbax',
-    'artifact/commit': '',
-    'artifact/journal': '',
-    'artifact/verify': 'numpy',
+    'artifact': f'{LOW} orbax __version__',
+    # What a verifier runs on: the standard library.
+    **{f'artifact/{name}': 'artifact' for name in (
+        'access', 'canonical', 'catalog', 'commit', 'compat', 'grammar',
+        'journal', 'layout', 'manifest', 'names', 'outcome', 'tree',
+        'verify')},
     'tasks': 'numpy grain config',
     'metrics': 'numpy grain config',
     'generate': f'{MODEL} artifact',

@@ -47,19 +47,39 @@ def publish(path):
   """
   path = pathlib.Path(os.path.abspath(path))
   _refuse_existing(path)
-  folder, lock = _locked_directory(path)
-  try:
+  with stage(path) as folder:
     yield folder
     _write_listing(folder)
-    _sync_tree(folder)
-    _refuse_existing(path)
-    _rename(folder, path)
-  except BaseException:
-    shutil.rmtree(folder, ignore_errors=True)
-    raise
+    place(folder, path)
+
+
+@contextlib.contextmanager
+def stage(path):
+  """Yields a fresh, locked directory beside `path`, gone at the end.
+
+  What is filled must be moved away by `place` before that. After a kill it
+  stays until `sweep`.
+  """
+  folder, lock = _locked_directory(pathlib.Path(os.path.abspath(path)))
+  try:
+    yield folder
   finally:
+    shutil.rmtree(folder, ignore_errors=True)
     os.close(lock)
-  _sync(path.parent)
+
+
+def place(folder, path):
+  """Syncs all of a directory and renames it, whole, to a path not yet taken.
+
+  Raises:
+    AlreadyPublished: something exists at `path`.
+  """
+  _sync_tree(folder)
+  _refuse_existing(path)
+  _rename(folder, path)
+  sync(path.parent)
+  if folder.parent != path.parent:
+    sync(folder.parent)
 
 
 def check(path):
@@ -224,11 +244,12 @@ def _sha256(path):
 def _sync_tree(folder):
   for here, _, names in os.walk(folder, topdown=False):
     for name in names:
-      _sync(os.path.join(here, name))
-    _sync(here)
+      sync(os.path.join(here, name))
+    sync(here)
 
 
-def _sync(path):
+def sync(path):
+  """Returns once a file or a directory's entries are on the disk."""
   descriptor = os.open(path, os.O_RDONLY)
   try:
     os.fsync(descriptor)

@@ -12,13 +12,17 @@ memory are, whatever wrote, moved or resharded them in between.
 
 import hashlib
 import itertools
-import json
 import re
 import sys
 
 import numpy as np
 
-TILE_BYTES = 4 << 20
+from statejax.artifact.canonical import dumps as canonical
+from statejax.artifact.tree import combine, tile_shape
+
+__all__ = ['canonical', 'combine', 'describe', 'leaf_digest',
+           'leaf_digests', 'leaf_path', 'named_leaves', 'tile_shape',
+           'tree_digest']
 _COMPONENT = re.compile(r'[A-Za-z0-9_.-]+')
 
 # Stored one element per byte. The bits above an element's own are not defined
@@ -27,12 +31,6 @@ _SUB_BYTE_BITS = {
     'int2': 2, 'uint2': 2, 'int4': 4, 'uint4': 4, 'float4_e2m1fn': 4,
     'float6_e2m3fn': 6, 'float6_e3m2fn': 6,
 }
-
-
-def canonical(value):
-  """Returns the one JSON text of a value without floats, as bytes."""
-  return json.dumps(value, sort_keys=True, separators=(',', ':'),
-                    ensure_ascii=False).encode()
 
 
 def leaf_path(keys):
@@ -133,26 +131,6 @@ def leaf_digests(tree):
 def tree_digest(tree):
   """Returns the digest of a tree of arrays, 64 hex digits."""
   return combine(leaf_digests(tree))
-
-
-def combine(digests):
-  """Returns the tree digest of {path: leaf digest}."""
-  leaves = b''.join(bytes.fromhex(digests[path]) for path in sorted(digests))
-  return hashlib.sha256(
-      b'statejax.tree.v1\0' + _u64(len(digests)) + leaves).hexdigest()
-
-
-def tile_shape(shape, item_bytes):
-  """Returns the tile: the shape, its largest axis halved until it fits.
-
-  >>> tile_shape((8, 1024, 2752), 2)
-  (8, 512, 344)
-  """
-  tile = list(shape)
-  while int(np.prod(tile, dtype=object)) * item_bytes > TILE_BYTES:
-    axis = tile.index(max(tile))
-    tile[axis] = -(-tile[axis] // 2)
-  return tuple(tile)
 
 
 def _is_numeric(leaf):

@@ -42,8 +42,6 @@ def write_tree(directory, tree):
   Raises:
     ValueError: there is a tree already, or a leaf cannot be stored; names it.
   """
-  from orbax.checkpoint import v1 as ocp
-
   directory = pathlib.Path(os.path.abspath(directory))
   named = digest.named_leaves(tree)
   _refuse_unstorable(named)
@@ -52,9 +50,7 @@ def write_tree(directory, tree):
     raise ValueError(f'{directory}: expected no tree, got one; nothing stored '
                      'is overwritten: choose another directory.')
   digests = digest.leaf_digests(tree)
-  with _orbax, _quiet(), _context(ocp):
-    ocp.save(str(directory / PAYLOAD), _nest(named),
-             checkpointable_name='state')
+  save_payload(directory / PAYLOAD, named)
   table = {}
   for path, leaf in named.items():
     dtype, shape = digest.describe(leaf)
@@ -82,22 +78,17 @@ def read_tree(directory, abstract_tree):
       payload is damaged; names the leaf.
   """
   import jax
-  from orbax.checkpoint import v1 as ocp
 
   directory = pathlib.Path(os.path.abspath(directory))
   table = read_table(directory)
   targets = digest.named_leaves(abstract_tree)
   _compare(directory, table, targets)
-  nested = _nest({path: _target(leaf) for path, leaf in targets.items()})
   try:
-    with _orbax, _quiet(), _context(ocp):
-      loaded = ocp.load(str(directory / PAYLOAD), nested,
-                        checkpointable_name='state')
+    loaded = load_payload(directory / PAYLOAD, targets)
   except Exception as error:  # of any type: Orbax promises none
     raise ValueError(f'{directory / PAYLOAD}: expected a readable payload, got '
                      f'{type(error).__name__}: {error}; use another copy, or '
                      'an earlier one.') from error
-  loaded = digest.named_leaves(loaded)
   for path, leaf in loaded.items():
     got, expected = digest.leaf_digest(path, leaf), table[path]['digest']
     if got != expected:
@@ -106,6 +97,49 @@ def read_tree(directory, abstract_tree):
                        'or an earlier one.')
   return jax.tree_util.tree_map_with_path(
       lambda keys, _: loaded[digest.leaf_path(keys)], abstract_tree)
+
+
+def save_payload(path, named):
+  """Writes {leaf path: array}, none of them empty, as a new Orbax checkpoint.
+
+  Args:
+    path: absolute; must not exist.
+    named: as `digest.named_leaves` gives it.
+  """
+  from orbax.checkpoint import v1 as ocp
+
+  with _orbax, _quiet(), _context(ocp):
+    ocp.save(str(path), _nest(named), checkpointable_name='state')
+
+
+def load_payload(path, targets):
+  """Returns {leaf path: array} of a checkpoint; raises what Orbax raises.
+
+  Neither dtypes nor bits are checked here: Orbax casts, and returns damage.
+
+  Args:
+    path: absolute.
+    targets: {leaf path: array or abstract array}, exactly what is stored.
+  """
+  from orbax.checkpoint import v1 as ocp
+
+  nested = _nest({name: _target(leaf) for name, leaf in targets.items()})
+  with _orbax, _quiet(), _context(ocp):
+    return digest.named_leaves(ocp.load(str(path), nested,
+                                        checkpointable_name='state'))
+
+
+def describe_payload(path):
+  """Returns {leaf path: (dtype name, shape)} of a checkpoint; no arrays.
+
+  Raises what Orbax raises.
+  """
+  from orbax.checkpoint import v1 as ocp
+
+  with _orbax, _quiet(), _context(ocp):
+    found = ocp.metadata(str(path), checkpointable_name='state').metadata
+  return {name: (np.dtype(leaf.dtype).name, tuple(leaf.shape))
+          for name, leaf in digest.named_leaves(found).items()}
 
 
 def read_table(directory):

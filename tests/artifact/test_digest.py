@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from statejax.artifact import digest
+from statejax.artifact import digest, tree
 
 VECTOR = 'f9a722947c162d0b42a0562bbd6d695b1a656387788f070984329d9119e35aca'
 
@@ -55,7 +55,7 @@ def test_several_tiles_by_hand(monkeypatch):
   def sha(*parts):
     return hashlib.sha256(b''.join(parts)).digest()
 
-  monkeypatch.setattr(digest, 'TILE_BYTES', 8)
+  monkeypatch.setattr(tree, 'TILE_BYTES', 8)
   x = np.arange(15, dtype='<i2').reshape(3, 5)
   head = b'{"dtype":"int16","path":"a/x","shape":[3,5],"tile":[2,2]}'
   tiles = [sha(b'statejax.tile.v1\0', x[i:i + 2, j:j + 2].tobytes())

@@ -1,0 +1,110 @@
+"""Who may do what with an artifact. Imports no jax."""
+
+import dataclasses
+import time
+
+from statejax.artifact.outcome import Refused
+
+RIGHTS = ('inspect', 'resume', 'fork', 'export', 'revoke', 'delete')
+GRANTABLE = RIGHTS[:4]
+
+
+@dataclasses.dataclass(frozen=True)
+class Principal:
+  """Whoever asks, as authenticated by the caller.
+
+  Attributes:
+    name: e.g. 'alice'; '' is nobody.
+    org: organisation; '' is none.
+    granted: rights of a grant that names this artifact and this holder, after
+      its signature and times were checked.
+    grant_fault: why a grant that was shown does not count, '' where none was.
+  """
+
+  name: str
+  org: str = ''
+  granted: frozenset[str] = frozenset()
+  grant_fault: str = ''
+
+
+@dataclasses.dataclass(frozen=True)
+class Access:
+  """What a principal may see and do.
+
+  Attributes:
+    allowed: whether the asked right holds.
+    redacted: for 'inspect': without the list of files.
+    code: why not, '' where allowed.
+    detail: the same in words.
+  """
+
+  allowed: bool
+  redacted: bool = False
+  code: str = ''
+  detail: str = ''
+
+
+def decide(about: dict, principal: Principal, right: str, *,
+           revoked: bool = False, now: int | None = None) -> Access:
+  """Returns whether a principal has a right to an artifact.
+
+  The owner has all; a member of the same organisation sees a redacted manifest
+  and else has what the list says; a stranger has what a grant says. What is
+  revoked, its owner may only look at, revoke and delete. Export needs besides
+  that the artifact may be exported at all.
+
+  Args:
+    about: its manifest.
+    principal: who asks.
+    right: one of `RIGHTS`.
+    revoked: whether a revocation names it.
+    now: unix seconds; None is the clock.
+  """
+  if right not in RIGHTS:
+    raise ValueError(f'right: expected one of {RIGHTS}, got {right!r}.')
+  rules = about['governance']
+  same = bool(principal.name) and principal.org == rules['org']
+  owner = same and principal.name == rules['owner']
+  member = same and bool(rules['org'])
+  if revoked and right in ('resume', 'fork', 'export'):
+    return Access(False, code='E_REVOKED', detail='the artifact is revoked')
+  now = int(time.time()) if now is None else now
+  if right in ('resume', 'fork', 'export') and (
+      0 < rules['not_after'] <= now):
+    return Access(False, code='E_EXPIRED', detail='expected a time before '
+                  f'{rules["not_after"]}, got {now}')
+  if right == 'export' and rules['export'] == 'never':
+    return Access(False, code='E_ACL', detail='the artifact is never exported')
+  if owner:
+    return Access(True)
+  if right in GRANTABLE and right in principal.granted:
+    return Access(True)
+  if member and right == 'inspect':
+    return Access(True, redacted=True)
+  if member and right in GRANTABLE and right in _listed(rules, principal):
+    return Access(True)
+  if principal.grant_fault:
+    return Access(False, code='E_GRANT', detail=principal.grant_fault)
+  return Access(False, code='E_ACL', detail=f'{principal.name or "nobody"} of '
+                f'{principal.org or "no organisation"} may not {right}')
+
+
+def require(about: dict, principal: Principal, right: str, *,
+            revoked: bool = False, now: int | None = None) -> Access:
+  """As `decide`, but raises `Refused` where it is not allowed."""
+  access = decide(about, principal, right, revoked=revoked, now=now)
+  if not access.allowed:
+    raise Refused(access.code, access.detail)
+  return access
+
+
+def redact(about: dict) -> dict:
+  """Returns a manifest as a member sees it: without the list of files."""
+  return {name: value for name, value in about.items() if name != 'files'}
+
+
+def _listed(rules, principal):
+  """Rights which the list of an artifact gives to a member."""
+  names = (principal.name, f'org:{principal.org}')
+  return {right for entry in rules['acl'] if entry['who'] in names
+          for right in entry['may']}

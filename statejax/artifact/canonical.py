@@ -1,0 +1,96 @@
+"""Canonical JSON: one text for one value, and a parser that takes no other.
+
+    CJ = json.dumps(sort_keys, separators=(",", ":"), no ASCII escapes)
+
+over objects, lists, strings, booleans and integers below 2^53: there it equals
+RFC 8785. What is signed or hashed is such a text, so that two readers of it
+can never see two different things. Imports no jax.
+"""
+
+import json
+
+MAX_BYTES = 1 << 20
+MAX_DEPTH = 6
+MAX_INT = 2 ** 53 - 1
+
+
+def dumps(value) -> bytes:
+  """Returns the one JSON text of a value without floats.
+
+  >>> dumps({'b': [1, True], 'a': 'x'})
+  b'{"a":"x","b":[1,true]}'
+  """
+  return json.dumps(value, sort_keys=True, separators=(',', ':'),
+                    ensure_ascii=False).encode()
+
+
+def loads(data: bytes):
+  """Returns the value of a canonical text of printable ASCII.
+
+  Args:
+    data: at most 1 MiB, nested at most 6 deep.
+
+  Raises:
+    ValueError: too large, too deep, or not the bytes that `dumps` gives for
+      what they say: floats, null, huge integers, duplicate keys, other order,
+      spaces, escapes that need not be. Says which, where it can.
+  """
+  if len(data) > MAX_BYTES:
+    raise ValueError(f'expected at most {MAX_BYTES} bytes, got {len(data)}')
+  odd = next((i for i, byte in enumerate(data) if not 32 <= byte < 127), None)
+  if odd is not None:
+    raise ValueError(f'expected printable ASCII, got byte {data[odd]} at {odd}')
+  text = data.decode('ascii')
+  _refuse_depth(text)
+  value = json.loads(text, object_pairs_hook=_object, parse_int=_integer,
+                     parse_float=_no_float, parse_constant=_no_float)
+  _refuse_null(value)
+  if dumps(value) != data:
+    raise ValueError('expected canonical JSON (sorted keys, no spaces, no '
+                     'needless escapes), got another text of the same value')
+  return value
+
+
+def _refuse_depth(text):
+  # Before json.loads, which recurses once per level.
+  depth, inside, escaped = 0, False, False
+  for letter in text:
+    if inside:
+      escaped, inside = letter == '\\' and not escaped, (
+          letter != '"' or escaped)
+    elif letter == '"':
+      inside = True
+    elif letter in '[{':
+      depth += 1
+      if depth > MAX_DEPTH:
+        raise ValueError(f'expected at most {MAX_DEPTH} levels, got more')
+    elif letter in ']}':
+      depth -= 1
+
+
+def _object(pairs):
+  result = dict(pairs)
+  if len(result) < len(pairs):
+    names = [name for name, _ in pairs]
+    twice = next(name for name in names if names.count(name) > 1)
+    raise ValueError(f'expected one field {twice!r}, got two')
+  return result
+
+
+def _integer(text):
+  if len(text) > 17 or abs(int(text)) > MAX_INT:
+    raise ValueError(f'expected integers up to 2^53-1, got {text[:20]}')
+  return int(text)
+
+
+def _no_float(text):
+  raise ValueError(f'expected no floats, got {text[:20]}')
+
+
+def _refuse_null(value):
+  if value is None:
+    raise ValueError('expected no null; an empty field is "" or []')
+  children = value.values() if isinstance(value, dict) else (
+      value if isinstance(value, list) else ())
+  for child in children:
+    _refuse_null(child)

@@ -1,0 +1,258 @@
+"""What a process is: the model, program and rules under which states live.
+
+A `Host` says it once; `Host.groups` puts it in the words of a manifest. What a
+process mints and what it accepts are told from the same words, so that they
+cannot drift apart.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import os
+import pathlib
+import platform
+import re
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any
+
+import jax
+import numpy as np
+
+from statejax import __version__
+from statejax import config as cfg
+from statejax import state as st
+from statejax.artifact import digest, manifest, names, tree
+
+SCHEMA = 'statejax.serving.v1'
+# Whose text decides what a program computes.
+_SOURCES = ('statejax/ops', 'statejax/layers', 'statejax/model.py',
+            'statejax/generate.py', 'statejax/state.py', 'pallas_kernels')
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """Static shapes of the programs that advance a state.
+
+  Attributes:
+    chunk: tokens of a prefill step.
+    batch_slots: rows.
+    capacity: tokens of the growing leaves, 0 where there are none: another
+      capacity is another program.
+    mesh: of the devices, e.g. 'data=2,model=4'; '' is one device.
+  """
+
+  chunk: int = 256
+  batch_slots: int = 1
+  capacity: int = 0
+  mesh: str = ''
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+  """Texts that a state has absorbed the meaning of; only keyed digests leave.
+
+  Attributes:
+    secret: of the organisation, at least 16 bytes; needed where any is given.
+    system: system prompt or policy.
+    safety: safety policy.
+    epoch: of the policies.
+    persona: who the model plays.
+    tools: {name: text of the tool's schema}.
+    assumptions: {name: value}, facts about the environment; None says nothing.
+  """
+
+  secret: bytes = b''
+  system: str = ''
+  safety: str = ''
+  epoch: int = 0
+  persona: str = ''
+  tools: dict[str, str] = dataclasses.field(default_factory=dict)
+  assumptions: dict[str, str] | None = None
+
+  def keyed(self, field, text):
+    """Returns the keyed digest of a text; '' of ''."""
+    return names.keyed(self.secret, field, text) if text else ''
+
+
+@dataclasses.dataclass(frozen=True)
+class Host:
+  """What this process mints with, and what it accepts.
+
+  Attributes:
+    config: `ModelConfig`.
+    schema: (rows, capacity, *, logits) -> schema, `model.state_schema`.
+    params: tree digest of the effective parameters, 64 hex.
+    adapters: the same of each adapter, in order applied.
+    program: see `Program`.
+    tokenizer: {file name: content}, of its assets.
+    chat_template: text; '' has none.
+    special: {name: id} of special tokens.
+    texts: see `Texts`.
+  """
+
+  config: Any
+  schema: Callable
+  params: str
+  adapters: tuple[str, ...] = ()
+  program: Program = Program()
+  tokenizer: dict[str, bytes] = dataclasses.field(default_factory=dict)
+  chat_template: str = ''
+  special: dict[str, int] = dataclasses.field(default_factory=dict)
+  texts: Texts = Texts()
+
+  def groups(self, *, logits: bool = False) -> dict:
+    """Returns the groups of a manifest that do not depend on a row.
+
+    Args:
+      logits: whether the state carries the next-token logits.
+    """
+    c, texts = self.config, self.texts
+    digest_of = lambda value: names.document(value) if value else ''
+    groups = {
+        'state': layout(self.schema(1, 0, logits=logits)),
+        'model': {
+            'family': '+'.join(sorted(set(c.names)))[:64],
+            'params': f'sha256:{self.params}',
+            'adapters': [f'sha256:{one}' for one in self.adapters],
+            'position': position(c), 'chunk': self.program.chunk},
+        'tokenizer': {
+            'digest': (names.tokenizer(self.tokenizer) if self.tokenizer
+                       else ''), 'vocab': c.vocab,
+            'special': digest_of(self.special),
+            'chat_template': digest_of(self.chat_template)},
+        'numerics': numerics(self.program),
+        'horizon': {
+            'max_pos': manifest.MAX_LENGTH,
+            'active_horizon': manifest.MAX_LENGTH, 'window': _window(c),
+            'compactions': 0, 'retention': ''},
+        'policy': {
+            'system': texts.keyed('policy.system', texts.system),
+            'safety': texts.keyed('policy.safety', texts.safety),
+            'epoch': texts.epoch},
+        'tools': {
+            'schema': texts.keyed('tools.schema', ''.join(
+                f'{name}\0{texts.tools[name]}\0'
+                for name in sorted(texts.tools))),
+            'items': sorted(texts.keyed('tools.items', f'{name}\0{text}')
+                            for name, text in texts.tools.items())}}
+    if texts.assumptions is not None:
+      groups['env'] = {'assumptions': [
+          {'name': name, 'value': texts.keyed(f'env.{name}', value)}
+          for name, value in sorted(texts.assumptions.items())]}
+    return groups
+
+
+def layout(schema) -> dict:
+  """Returns {schema, schema_digest, leaves} of a schema of one row."""
+  rows = []
+  for path, leaf, axes, kind in st.leaves(schema):
+    kept = [(a, 0 if a == 'capacity' else int(n))
+            for a, n in zip(axes, leaf.shape) if a != 'batch']
+    rows.append({
+        'path': path, 'axes': [a for a, _ in kept], 'kind': kind,
+        'shape': [n for _, n in kept], 'dtype': np.dtype(leaf.dtype).name,
+        'role': role(path, axes)})
+  rows.sort(key=lambda row: row['path'])
+  return {'schema': SCHEMA, 'schema_digest': names.schema(SCHEMA, rows),
+          'leaves': [{k: v for k, v in row.items() if k != 'axes'}
+                     for row in rows]}
+
+
+def describe_row(live) -> list[dict]:
+  """Returns the manifest's leaves of one row, as `statejax.state.live` has it.
+  """
+  found = []
+  for path, x, axes, kind in st.leaves(live):
+    dtype, shape = digest.describe(x)
+    found.append({
+        'path': path, 'dtype': dtype, 'shape': list(shape), 'kind': kind,
+        'tile': list(tree.tile_shape(shape, tree.ITEM_BYTES[dtype])),
+        'role': role(path, axes)})
+  return sorted(found, key=lambda leaf: leaf['path'])
+
+
+def role(path: str, axes) -> str:
+  """Returns what a leaf is for, told from the names of its axes.
+
+  >>> role('layers/kda/tail_k', ('layers', 'batch', 'taps', 'heads', 'key'))
+  'conv'
+  """
+  if '/' not in path:
+    return 'sampler' if path == 'key' else path
+  for axis, name in (
+      ('taps', 'conv'), ('slots', 'slot'), ('aliases', 'slot'),
+      ('events', 'slot'), ('latent', 'latent'), ('rope', 'latent'),
+      ('index', 'index'), ('capacity', 'kv'), ('window', 'kv')):
+    if axis in axes:
+      return name
+  return 'compressor' if 'heads' not in axes and 'channels' in axes else (
+      'recurrent')
+
+
+def position(config) -> str:
+  """Digest of all of a config that changes what is computed.
+
+  More than rotary parameters, windows and rates: with equal parameters and an
+  equal layout a state still means another thing under another epsilon.
+  """
+  facts = cfg.to_dict(config)
+  facts.pop('remat', None)  # changes only when activations are computed
+  return names.document(facts)
+
+
+def numerics(program: Program) -> dict:
+  """Returns the group `numerics`: within one id, equal inputs give equal bits.
+  """
+  device = jax.devices()[0]
+  facts = {
+      'jax': jax.__version__, 'jaxlib': metadata.version('jaxlib'),
+      'runtime': _ascii(device.client.platform_version),
+      'device': _ascii(_device(device)),
+      'mesh': f'{program.mesh or "one device"}; capacity {program.capacity}',
+      'precision': _ascii(jax.config.jax_default_matmul_precision or 'default'),
+  }
+  hidden = {
+      'flags': sorted(os.environ.get('XLA_FLAGS', '').split()),
+      'unoptimized': bool(jax.config.read('jax_disable_most_optimizations')),
+      'x64': bool(jax.config.read('jax_enable_x64')), 'kernels': kernels()}
+  shapes = {'batch_slots': program.batch_slots, 'chunks': [program.chunk]}
+  return {'id': names.document({**facts, **hidden, **shapes}), **facts,
+          'code': __version__, **shapes}
+
+
+@functools.cache
+def kernels() -> str:
+  """Digest of the sources that decide what a program computes."""
+  root = pathlib.Path(__file__).parent.parent.parent
+  files = sorted(path for source in _SOURCES for path in (
+      [root / source] if source.endswith('.py')
+      else (root / source).rglob('*.py')))
+  mark = hashlib.sha256()
+  for path in files:
+    data = path.read_bytes()
+    name = str(path.relative_to(root)).encode()
+    mark.update(b'%d %s %d ' % (len(name), name, len(data)) + data)
+  return mark.hexdigest()
+
+
+def _device(device):
+  if device.platform != 'cpu':
+    return device.device_kind
+  # The code that XLA emits, and how it splits a sum, follow from these.
+  model = ''
+  info = pathlib.Path('/proc/cpuinfo')
+  if info.exists():
+    found = re.search(r'^model name\s*:\s*(.*)$', info.read_text(), re.M)
+    model = found[1] if found else ''
+  return f'cpu {platform.machine()} {model} x{os.cpu_count()}'
+
+
+def _window(config):
+  found = [getattr(config.layer(name).mixer, 'window', None) or 0
+           for name in config.names]
+  return max(found, default=0)
+
+
+def _ascii(text):
+  return re.sub(r'[^ -~]+', ' ', str(text)).strip()[:128]
