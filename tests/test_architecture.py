@@ -33,8 +33,8 @@ ALLOWED = {
     # What a verifier runs on: the standard library.
     **{f'artifact/{name}': 'artifact' for name in (
         'access', 'canonical', 'catalog', 'commit', 'compat', 'grammar',
-        'journal', 'layout', 'manifest', 'names', 'outcome', 'tree',
-        'verify')},
+        'journal', 'layout', 'manifest', 'names', 'objects', 'outcome',
+        'revoke', 'tree', 'verify')},
     'tasks': 'numpy grain config',
     'metrics': 'numpy grain config',
     'generate': f'{MODEL} artifact',

@@ -45,6 +45,9 @@ class Ask:
                          f'{getattr(self, name)!r}.')
 
 
+ASK = Ask()
+
+
 @dataclasses.dataclass(frozen=True)
 class Finding:
   """What one row of the table says: a code, how severe, and why."""
@@ -76,7 +79,7 @@ class Verdict:
   findings: tuple[Finding, ...]
 
 
-def compare(about: dict, here: dict, ask: Ask = Ask()) -> Verdict:
+def compare(about: dict, here: dict, ask: Ask = ASK) -> Verdict:
   """Returns what is to be done with an artifact.
 
   Args:

@@ -138,6 +138,8 @@ def describe_payload(path):
 
   with _orbax, _quiet(), _context(ocp):
     found = ocp.metadata(str(path), checkpointable_name='state').metadata
+  if found is None:  # it only warns of what it could not read
+    raise ValueError('no metadata of the arrays')
   return {name: (np.dtype(leaf.dtype).name, tuple(leaf.shape))
           for name, leaf in digest.named_leaves(found).items()}
 

@@ -1,0 +1,284 @@
+"""The catalog of a store: what is there, who did what, what it cost.
+
+One SQLite file, in WAL mode, synced at every commit. Two of its tables are
+append-only chains, which nothing can change or shorten unseen by whoever keeps
+an earlier head:
+
+    hash = H("statejax.audit.v1\0" + previous + u32 length + CJ row)
+
+The rest can be rebuilt from the objects. Imports no jax.
+"""
+
+import contextlib
+import hashlib
+import json
+import sqlite3
+import time
+
+from statejax.artifact import canonical
+from statejax.artifact.outcome import Receipt, Refused
+
+_GENESIS = '0' * 64
+_TABLES = '''
+create table if not exists art (
+  id text primary key, mint_key text not null unique, bytes integer not null,
+  kind text not null, workflow text not null, created integer not null,
+  gone integer not null default 0);
+create table if not exists kin (
+  child text not null, parent text not null, primary key (child, parent));
+create table if not exists ref (
+  name text primary key, id text not null, version integer not null);
+create table if not exists lease (
+  id text not null, owner text not null, until integer not null,
+  primary key (id, owner));
+create table if not exists grant_seen (
+  id text primary key, uses integer not null);
+create table if not exists crl (number integer primary key, body text not null);
+create table if not exists audit (
+  seq integer primary key, body text not null, hash text not null);
+create table if not exists ledger (
+  seq integer primary key, body text not null, hash text not null);
+'''
+UNITS = ('live_bytes', 'tokens_absorbed', 'tokens_skipped',
+         'tokens_reprefilled', 'device_us', 'device_us_avoided',
+         'mflop_avoided', 'resumes', 'forks', 'exports')
+
+
+class Catalog:
+  """An open catalog; of one thread.
+
+  Attributes:
+    path: of the file.
+    clock: () -> unix seconds.
+  """
+
+  def __init__(self, path, *, clock=lambda: int(time.time())):
+    """Opens a catalog, or makes an empty one.
+
+    Raises:
+      Refused: E_IO: no such catalog can be opened there.
+    """
+    self.path, self.clock, self._base = path, clock, None
+    try:
+      self._base = sqlite3.connect(path, timeout=60, isolation_level=None)
+      self._base.execute('pragma journal_mode=wal')
+      self._base.execute('pragma synchronous=full')
+      self._base.executescript(_TABLES)
+    except sqlite3.Error as error:
+      raise Refused('E_IO', f'{path}: expected a catalog, got {error}'
+                    ) from error
+
+  def close(self):
+    """Closes the file."""
+    if self._base is not None:
+      self._base.close()
+
+  def __del__(self):
+    self.close()
+
+  @contextlib.contextmanager
+  def transaction(self):
+    """All that is done inside is done or not done together, and durable.
+
+    Raises:
+      Refused: E_NOSPACE or E_IO; then nothing was done.
+    """
+    if self._base.in_transaction:
+      yield
+      return
+    try:
+      self._base.execute('begin immediate')
+      try:
+        yield
+        self._base.execute('commit')
+      except BaseException:
+        if self._base.in_transaction:
+          self._base.execute('rollback')
+        raise
+    except sqlite3.IntegrityError:
+      raise
+    except sqlite3.Error as error:
+      full = getattr(error, 'sqlite_errorname', '') == 'SQLITE_FULL'
+      raise Refused('E_NOSPACE' if full else 'E_IO',
+                    f'{self.path}: {error}') from error
+
+  # The chains.
+
+  def audit(self, principal: str, action: str, id: str, outcome: str, *,
+            code: str = '', promise: str = '') -> Receipt:
+    """Writes down a decision, allow or deny; returns the receipt of it."""
+    return self._append('audit', {
+        'principal': principal, 'action': action, 'id': id,
+        'outcome': outcome, 'code': code, 'promise': promise})
+
+  def charge(self, principal: str, id: str, **deltas: int):
+    """Adds to the ledger, one row per unit of `UNITS`."""
+    for unit, delta in deltas.items():
+      if unit not in UNITS:
+        raise ValueError(f'unit: expected one of {UNITS}, got {unit!r}.')
+      self._append('ledger', {'principal': principal, 'id': id, 'unit': unit,
+                              'delta': int(delta)})
+
+  def head(self, table: str = 'audit') -> Receipt:
+    """Returns the last row's number and hash; 0 and zeros where empty."""
+    row = self._base.execute(
+        f'select seq, hash from {table} order by seq desc limit 1').fetchone()
+    return Receipt(*(row or (0, _GENESIS)))
+
+  def _append(self, table, row):
+    with self.transaction():
+      last = self.head(table)
+      row = {'seq': last.seq + 1, 'time': self.clock(), **row}
+      body = canonical.dumps(row)
+      found = _link(table, last.head, body)
+      self._base.execute(f'insert into {table} values (?, ?, ?)',
+                         (row['seq'], body.decode(), found))
+    return Receipt(row['seq'], found)
+
+  def newest(self) -> int:
+    """Returns the time of the last row of the audit log, 0 where empty."""
+    row = self._base.execute(
+        'select body from audit order by seq desc limit 1').fetchone()
+    return json.loads(row[0])['time'] if row else 0
+
+  def rows(self, table: str = 'audit') -> list[dict]:
+    """Returns the rows of a chain, oldest first, after checking all of it.
+
+    Raises:
+      Refused: E_IO: a row was changed, lost or inserted; says which.
+    """
+    rows, last = [], _GENESIS
+    for seq, body, found in self._base.execute(
+        f'select seq, body, hash from {table} order by seq'):
+      row = json.loads(body)
+      if (seq != len(rows) + 1 or row.get('seq') != seq
+          or found != _link(table, last, body.encode())):
+        raise Refused('E_IO', f'{self.path}: {table} row {seq}: expected a row '
+                      'that follows the one before it, got a changed, lost or '
+                      'inserted one')
+      rows.append(row)
+      last = found
+    return rows
+
+  def holds(self, receipt: Receipt) -> bool:
+    """Whether the audit log still has the row of a receipt, unchanged."""
+    row = self._base.execute('select hash from audit where seq = ?',
+                             (receipt.seq,)).fetchone()
+    return row is not None and row[0] == receipt.head
+
+  # Objects and names.
+
+  def add(self, id: str, mint_key: str, nbytes: int, kind: str, workflow: str,
+          parents=()):
+    """Enters an object; raises sqlite3.IntegrityError if its key is taken."""
+    self._base.execute('insert into art values (?, ?, ?, ?, ?, ?, 0)', (
+        id, mint_key, nbytes, kind, workflow, self.clock()))
+    self._base.executemany('insert into kin values (?, ?)',
+                           [(id, parent) for parent in parents])
+
+  def minted(self, mint_key: str) -> str | None:
+    """Returns the id that was minted under a key, None for none."""
+    row = self._base.execute('select id from art where mint_key = ?',
+                             (mint_key,)).fetchone()
+    return row and row[0]
+
+  def objects(self, *, gone: bool = False) -> dict[str, tuple]:
+    """Returns {id: (bytes, kind, workflow, created)} of what is there."""
+    return {row[0]: tuple(row[1:]) for row in self._base.execute(
+        'select id, bytes, kind, workflow, created from art where gone = ?',
+        (int(gone),))}
+
+  def bury(self, id: str):
+    """Marks an object as deleted; its history stays."""
+    self._base.execute('update art set gone = 1 where id = ?', (id,))
+
+  def parents(self, id: str) -> list[str]:
+    """Returns the parents of an object."""
+    return [row[0] for row in self._base.execute(
+        'select parent from kin where child = ? order by parent', (id,))]
+
+  def descendants(self, id: str) -> list[str]:
+    """Returns an object's children and theirs, without itself."""
+    return [row[0] for row in self._base.execute('''
+        with recursive below(id) as (
+          select child from kin where parent = ?
+          union select child from kin join below on kin.parent = below.id)
+        select id from below order by id''', (id,))]
+
+  def ref(self, name: str) -> tuple[str, int] | None:
+    """Returns (id, version) of a name, None where it is free."""
+    return self._base.execute('select id, version from ref where name = ?',
+                              (name,)).fetchone()
+
+  def refs(self) -> dict[str, tuple[str, int]]:
+    """Returns {name: (id, version)}."""
+    return {row[0]: (row[1], row[2]) for row in self._base.execute(
+        'select name, id, version from ref order by name')}
+
+  def move(self, name: str, id: str, expect: int) -> bool:
+    """Moves a name if it has the expected version, 0 for none yet."""
+    with self.transaction():
+      found = self.ref(name)
+      if (found[1] if found else 0) != expect:
+        return False
+      self._base.execute('replace into ref values (?, ?, ?)',
+                         (name, id, expect + 1))
+    return True
+
+  def drop(self, name: str):
+    """Frees a name."""
+    with self.transaction():
+      self._base.execute('delete from ref where name = ?', (name,))
+
+  @contextlib.contextmanager
+  def lease(self, id: str, owner: str, seconds: int = 600):
+    """Keeps an object from being collected while it is read."""
+    with self.transaction():
+      self._base.execute('replace into lease values (?, ?, ?)',
+                         (id, owner, self.clock() + seconds))
+    try:
+      yield
+    finally:
+      with self.transaction():
+        self._base.execute('delete from lease where id = ? and owner = ?',
+                           (id, owner))
+
+  def leased(self) -> set[str]:
+    """Returns the objects under a lease that has not run out."""
+    return {row[0] for row in self._base.execute(
+        'select id from lease where until > ?', (self.clock(),))}
+
+  # Revocations and grants.
+
+  def revocations(self) -> dict | None:
+    """Returns the newest revocation list, None where there is none."""
+    row = self._base.execute(
+        'select body from crl order by number desc limit 1').fetchone()
+    return row and canonical.loads(row[0].encode())
+
+  def keep_revocations(self, body: dict):
+    """Keeps a newer list; raises ValueError if it is not newer."""
+    with self.transaction():
+      old = self.revocations()
+      if old and body['number'] <= old['number']:
+        raise ValueError(f'crl: expected a number above {old["number"]}, got '
+                         f'{body["number"]}; lists never go back.')
+      self._base.execute('insert into crl values (?, ?)', (
+          body['number'], canonical.dumps(body).decode()))
+
+  def use_grant(self, id: str, most: int) -> bool:
+    """Counts a use of a grant; False where it had `most` already."""
+    with self.transaction():
+      row = self._base.execute('select uses from grant_seen where id = ?',
+                               (id,)).fetchone()
+      if row and row[0] >= most:
+        return False
+      self._base.execute('replace into grant_seen values (?, ?)',
+                         (id, (row[0] if row else 0) + 1))
+    return True
+
+
+def _link(table, previous, body):
+  return hashlib.sha256(
+      b'statejax.%s.v1\0' % table.encode() + bytes.fromhex(previous)
+      + len(body).to_bytes(4, 'little') + body).hexdigest()

@@ -1,0 +1,248 @@
+"""Loading: an artifact becomes a state, its tokens, or a refusal; in order.
+
+Every check comes before what it protects: nothing of the payload is opened
+before its bytes are the listed ones, and no array leaves before its digest and
+the state's witness are right. Every end is written into the audit log. Where
+it is refused, the caller gets no state, so that no slot is touched.
+"""
+
+import dataclasses
+from secrets import token_hex
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from statejax import state as st
+from statejax.artifact import (
+  access,
+  compat,
+  digest,
+  identity,
+  manifest,
+  mint,
+  revoke,
+  store,
+  verify,
+)
+from statejax.artifact.access import Principal
+from statejax.artifact.compat import ASK, Ask
+from statejax.artifact.outcome import Decision, Refused, refusal
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+  """How a load ended, and what came of it.
+
+  Attributes:
+    decision: see `Decision`.
+    id: of the artifact, '' where none was found.
+    about: its manifest; None where refused.
+    state: `ServingState` of one row, where resumed.
+    tokens: absorbed tokens then pending ones, where kept: to absorb again if
+      the decision says so.
+  """
+
+  decision: Decision
+  id: str = ''
+  about: dict | None = None
+  state: Any = None
+  tokens: tuple[int, ...] | None = None
+
+
+def load(shop, key: str, principal: Principal, host: identity.Host,
+         ask: Ask = ASK, *, capacity: int | None = None) -> Loaded:
+  """Ends in `resumed(n)`, `reprefilled(n, reason)` or `refused(code)`.
+
+  Args:
+    shop: `objects.Store`.
+    key: id, beginning of one, or name.
+    principal: who asks.
+    host: what this process is.
+    ask: what is wanted.
+    capacity: tokens that the growing leaves shall hold; None is what the host's
+      program has. `statejax.state.put` puts the row into a slot.
+
+  Returns:
+    `Loaded`. Never raises what an artifact can cause: that is the decision.
+  """
+  id = ''
+  try:
+    id = shop.find(key)
+    with shop.catalog.lease(id, token_hex(8)):
+      loaded = _load(shop, id, principal, host, ask, capacity)
+  except Refused as error:
+    loaded = Loaded(refusal(error), id)
+  except OSError as error:
+    loaded = Loaded(refusal(Refused('E_IO', str(error))), id)
+  decision = loaded.decision
+  with shop.catalog.transaction():
+    receipt = shop.catalog.audit(
+        principal.name, ask.right, id or key[:80], str(decision),
+        code=decision.code, promise=decision.promise)
+    if decision.outcome == 'resumed':
+      shop.catalog.charge(principal.name, id, resumes=1,
+                          tokens_skipped=decision.n)
+    elif decision.outcome == 'reprefilled':
+      shop.catalog.charge(principal.name, id, tokens_reprefilled=decision.n)
+  return dataclasses.replace(loaded, decision=dataclasses.replace(
+      decision, receipt=receipt))
+
+
+def _load(shop, id, principal, host, ask, capacity):
+  folder = shop.place(id)
+  # V1 to V4.
+  found, data, about, _ = verify.head(folder, name=id, max_bytes=ask.max_bytes)
+  verify.vouch(folder, found, data, shop.secret)
+  # V5 to V7.
+  warnings = admit(shop, id, about, principal, ask.right)
+  # V8.
+  here = host.groups(logits=about['state']['has_logits'])
+  verdict = compat.compare(about, here, ask)
+  warnings += verdict.warnings
+  if verdict.action == 'refuse':
+    raise Refused(verdict.code, verdict.detail)
+  if verdict.action == 'replay' and about['state']['transcript'] == 'none':
+    raise Refused(verdict.code, f'{verdict.detail}, and the transcript, from '
+                  'which it could be absorbed again, is not kept')
+  # V9 and V11.
+  plain, tokens = verify.content(folder, found, about)
+  if plain is None:
+    raise Refused('E_SEALED', 'expected an artifact in clear, got a sealed one')
+  tokens = None if tokens is None else tuple(tokens)
+  length = about['state']['length']
+  if verdict.action == 'replay':
+    return Loaded(Decision('reprefilled', length, verdict.code, 'none',
+                           warnings, verdict.detail), id, about, None, tokens)
+  # V12 to V15.
+  promise, own = verdict.promise, host.program.capacity
+  capacity = own if capacity is None else capacity
+  state = restore(folder, about, plain, host, capacity)
+  if st.capacity(state) not in (None, own):
+    # Not the program of which the numerics speak.
+    promise, warnings = 'tolerance', warnings + ('W_NUMERICS',)
+  return Loaded(Decision('resumed', length, '', promise, tuple(
+      dict.fromkeys(warnings))), id, about, state, tokens)
+
+
+def admit(shop, id, about, principal, right, *, foreign: bool = False):
+  """V5 to V7: clock, revocations, rights; returns warnings.
+
+  Raises:
+    Refused: E_CLOCK, E_REVOKED, E_CRL_STALE, E_EXPIRED, E_ACL, E_GRANT.
+  """
+  now = shop.catalog.clock()
+  last = shop.catalog.newest()
+  if now < last:
+    raise Refused('E_CLOCK', f'expected a time after {last}, the newest in the '
+                  f'audit log, got {now}')
+  warnings = revoke.require(shop.catalog.revocations(), about, id,
+                            foreign=foreign, now=now)
+  access.require(about, principal, right, now=now)
+  return warnings
+
+
+def restore(folder, about: dict, plain: dict, host: identity.Host,
+            capacity: int):
+  """V12 to V15: returns the `ServingState` of one row.
+
+  Args:
+    folder: the artifact in clear, its files checked.
+    about: its manifest.
+    plain: its `plain.json`.
+    host: what this process is.
+    capacity: tokens that the growing leaves shall hold.
+
+  Raises:
+    Refused: E_SCHEMA, E_LIMIT, E_PAYLOAD, E_DIGEST, E_NONFINITE, E_BOUNDS,
+      E_WITNESS.
+  """
+  length, logits = about['state']['length'], about['state']['has_logits']
+  target = _target(about, host, length, logits)
+  _compare(folder, about, target)
+  try:
+    arrays = store.load_payload(folder / manifest.PAYLOAD, {
+        path: x for path, x in target.items() if x.size})
+  except Exception as error:  # of any type: Orbax promises none
+    raise Refused('E_PAYLOAD', f'expected a readable payload, got '
+                  f'{type(error).__name__}: {error}') from error
+  arrays = target | {path: np.asarray(x) for path, x in arrays.items()}
+  for path, x in arrays.items():
+    got = digest.leaf_digest(path, x)
+    if got != plain['leaves'][path]:
+      raise Refused('E_DIGEST', f'leaf {path}: expected '
+                    f'{plain["leaves"][path]}, got {got}')
+  live = _build(host.schema(1, length, logits=logits), arrays)
+  mint.check(live)
+  _meets(live, about, plain)
+  if _has_stores(live) and capacity < length:
+    raise Refused('E_LIMIT', f'expected a capacity of at least {length}, the '
+                  f'tokens absorbed, got {capacity}')
+  return _widen(live, host.schema(1, capacity, logits=logits))
+
+
+def _target(about, host, length, logits):
+  """{path: empty array} of what our own schema expects of such a row."""
+  schema = host.schema(1, length, logits=logits)
+  strides = dict(schema.strides)
+  target = {}
+  for path, leaf, axes, kind in st.leaves(schema):
+    shape = [n for a, n in zip(axes, leaf.shape) if a != 'batch']
+    if kind == 'growing':
+      kept = [a for a in axes if a != 'batch']
+      shape[kept.index('capacity')] = length // strides.get(path, 1)
+    target[path] = np.zeros(shape, leaf.dtype)
+  stored = {leaf['path']: (leaf['dtype'], tuple(leaf['shape']))
+            for leaf in about['state']['leaves']}
+  ours = {path: digest.describe(x) for path, x in target.items()}
+  _same('manifest', ours, stored)
+  return target
+
+
+def _compare(folder, about, target):
+  """V12: what Orbax says is stored must be what is expected."""
+  try:
+    stored = store.describe_payload(folder / manifest.PAYLOAD)
+  except Exception as error:  # of any type: Orbax promises none
+    raise Refused('E_PAYLOAD', f'expected readable metadata, got '
+                  f'{type(error).__name__}: {error}') from error
+  _same('payload', {path: digest.describe(x) for path, x in target.items()
+                    if x.size}, stored)
+
+
+def _same(what, expected, got):
+  for path in sorted(expected.keys() | got.keys()):
+    if expected.get(path) != got.get(path):
+      raise Refused('E_SCHEMA', f'{what}: leaf {path}: expected '
+                    f'{expected.get(path, "none")}, got '
+                    f'{got.get(path, "none")}')
+
+
+def _build(schema, arrays):
+  """The live row of these arrays, in the containers of the schema."""
+  return st.map_leaves(lambda path, axes, kind, leaf: arrays[path], schema)
+
+
+def _meets(live, about, plain):
+  """V15: the parts of a state must stand at the same place."""
+  state = about['state']
+  for what, expected, got in (
+      ('length', state['length'], int(live.length)),
+      ('pending', state['n_pending'], int(live.pending >= 0)),
+      ('witness', plain['witness'], mint.witness_of(live))):
+    if expected != got:
+      raise Refused('E_WITNESS', f'{what}: expected {expected}, got {got} in '
+                    'the arrays')
+
+
+def _has_stores(live):
+  return any(kind == 'growing' for _, _, _, kind in st.leaves(live))
+
+
+def _widen(live, schema):
+  """A state of one row with the schema's capacity, growing leaves padded."""
+  def one(path, axes, kind, leaf, x):
+    x = np.expand_dims(x, axes.index('batch'))
+    pad = [(0, n - m) for n, m in zip(leaf.shape, x.shape)]
+    return jnp.asarray(np.pad(x, pad) if kind == 'growing' else x)
+  return st.map_leaves(one, schema, live)

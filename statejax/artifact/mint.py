@@ -1,0 +1,266 @@
+"""Minting: one row of a state becomes an artifact, or nothing happens.
+
+The row is taken and checked while the state stands still; what follows works on
+a copy. See `objects.Store.keep` for what makes it durable.
+"""
+
+import dataclasses
+from secrets import token_hex
+
+import numpy as np
+
+from statejax import state as st
+from statejax.artifact import (
+  canonical,
+  digest,
+  identity,
+  layout,
+  manifest,
+  names,
+  store,
+)
+from statejax.artifact.access import Principal
+from statejax.artifact.objects import Kept
+from statejax.artifact.outcome import Refused
+
+# No sound leaf holds larger numbers, by role.
+CAPS = dict.fromkeys(manifest.ROLES[:8], 1e9)
+
+
+@dataclasses.dataclass(frozen=True)
+class Terms:
+  """To whom an artifact belongs and what it may be used for.
+
+  Attributes:
+    owner: principal.
+    org: organisation, '' for none.
+    sensitivity: 'public', 'internal', 'confidential' or 'restricted'.
+    acl: (who, rights) of members of the organisation; 'org:NAME' is all.
+    export: 'never', 'listed', 'org' or 'any'.
+    not_after: unix seconds, 0 for no end.
+    revoke_scope: 'self', or 'descendants': revoking it revokes these.
+    workflow: name for the accounts.
+    kind: 'live', 'prefix', 'tuned' or 'compacted'.
+    how: 'absorbed', 'trained', 'compacted', 'migrated' or 'exported'.
+  """
+
+  owner: str
+  org: str = ''
+  sensitivity: str = 'internal'
+  acl: tuple[tuple[str, tuple[str, ...]], ...] = ()
+  export: str = 'never'
+  not_after: int = 0
+  revoke_scope: str = 'self'
+  workflow: str = ''
+  kind: str = 'live'
+  how: str = 'absorbed'
+
+  def group(self, persona: str) -> dict:
+    """Returns the group `governance`."""
+    return {'org': self.org, 'owner': self.owner, 'class': self.sensitivity,
+            'persona': persona, 'workflow': self.workflow,
+            'acl': [{'who': who, 'may': list(may)} for who, may in self.acl],
+            'export': self.export, 'not_after': self.not_after,
+            'revoke_scope': self.revoke_scope}
+
+
+@dataclasses.dataclass(frozen=True)
+class Transcript:
+  """What a row has absorbed, as the host knows it.
+
+  Attributes:
+    tokens: absorbed ids.
+    edits: (length, 64 hex) of each edit; see `names.witness`.
+    keep: whether the artifact holds the tokens, so that it can be absorbed
+      again; else only their chain key.
+  """
+
+  tokens: tuple[int, ...]
+  edits: tuple[tuple[int, str], ...] = ()
+  keep: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Parent:
+  """An artifact from which a state stems: its id and its manifest."""
+
+  id: str
+  about: dict
+
+
+def mint(shop, state, row: int, host: identity.Host, terms: Terms, *,
+         transcript: Transcript | None = None, parent: Parent | None = None,
+         account: dict[str, int] | None = None, mint_key: str = '',
+         ref: str = '', expect: int = 0, vouch=None) -> Kept:
+  """Makes an artifact of one row; the state stays usable.
+
+  Args:
+    shop: `objects.Store`.
+    state: `ServingState`.
+    row: of it.
+    host: what this process is; the state must be of its schema.
+    terms: see `Terms`.
+    transcript: what the row has absorbed; without it there is no chain key and
+      the witness is taken as it stands.
+    parent: from which the state went on; None for none.
+    account: tokens and times for the manifest's group `account`.
+    mint_key: of this request, so that a retry makes no second one.
+    ref, expect, vouch: see `objects.Store.keep`.
+
+  Returns:
+    `objects.Kept`: id, receipt, name.
+
+  Raises:
+    Refused: E_WITNESS, E_NONFINITE, E_BOUNDS: the state is not sound;
+      E_NOSPACE, E_IO: it could not be kept. Nothing is left then.
+    ValueError: it is not a state of the host's model.
+  """
+  schema = host.schema(st.rows(state), st.capacity(state) or 0,
+                       logits=state.logits is not None)
+  st.validate(state, schema)
+  live = st.live(state, row)
+  check(live)
+  if transcript is not None:
+    _check_transcript(live, transcript)
+  about = _manifest(live, host, terms, transcript, parent, account) | {
+      'created': shop.catalog.clock()}
+  shop.room(about['state']['logical_bytes'])
+  plain = _plain(live, about, transcript)
+  with shop.stage() as folder:
+    named = digest.named_leaves(live)
+    store.save_payload(folder / manifest.PAYLOAD, {
+        path: x for path, x in named.items() if x.size})
+    (folder / manifest.PLAIN).write_bytes(plain)
+    if transcript is not None and transcript.keep:
+      waiting = [int(live.pending)] if live.pending >= 0 else []
+      (folder / manifest.TOKENS).write_bytes(
+          names.pack([*transcript.tokens, *waiting]))
+    tokens = int(live.length) - (
+        parent.about['state']['length'] if parent else 0)
+    return shop.keep(
+        folder, about, mint_key=mint_key or token_hex(16),
+        principal=terms.owner, action='mint', ref=ref, expect=expect,
+        vouch=vouch, charges={'tokens_absorbed': max(0, tokens)})
+
+
+def fork(shop, parent: Parent, principal: Principal, *, ref: str = '',
+         mint_key: str = '', vouch=None) -> Kept:
+  """Makes a second child of an artifact, which shares its payload's bytes.
+
+  What may be done with it is what may be done with the parent, but that it
+  belongs to whoever forks. Whether they may is for the caller to ask.
+
+  Args:
+    shop: `objects.Store`.
+    parent: the artifact, verified.
+    principal: who forks.
+    ref, mint_key, vouch: see `mint`.
+  """
+  about = parent.about | {
+      'nonce': token_hex(16), 'created': shop.catalog.clock(),
+      'governance': parent.about['governance'] | {'owner': principal.name},
+      'provenance': _provenance(parent, 'absorbed')}
+  source = shop.place(parent.id)
+  with shop.stage() as folder:
+    for name, _, _ in parent.about['files']:
+      (folder / name).parent.mkdir(parents=True, exist_ok=True)
+      if name != manifest.PLAIN:
+        (folder / name).hardlink_to(source / name)
+    (folder / manifest.PLAIN).write_bytes(_rechained(source, parent, about))
+    return shop.keep(folder, about, mint_key=mint_key or token_hex(16),
+                     principal=principal.name, action='fork', ref=ref,
+                     vouch=vouch, charges={'forks': 1})
+
+
+def check(live):
+  """M3, V15: raises unless the numbers of a row can be those of a sound state.
+
+  Raises:
+    Refused: E_NONFINITE, E_BOUNDS; names the leaf.
+  """
+  for path, x, axes, _ in st.leaves(live):
+    cap = CAPS.get(identity.role(path, axes))
+    if cap is None or x.dtype.kind in 'iub':
+      continue
+    x = np.asarray(x, np.float32)
+    if not np.isfinite(x).all():
+      raise Refused('E_NONFINITE', f'{path}: expected finite numbers, got '
+                    f'{int((~np.isfinite(x)).sum())} that are not')
+    if x.size and np.abs(x).max() > cap:
+      raise Refused('E_BOUNDS', f'{path}: expected at most {cap:g}, got '
+                    f'{np.abs(x).max():g}')
+  if not 0 <= int(live.length) <= manifest.MAX_LENGTH or not (
+      -1 <= int(live.pending) < names.MAX_TOKEN):
+    raise Refused('E_BOUNDS', f'length, pending: expected a length and a token '
+                  f'or -1, got {int(live.length)}, {int(live.pending)}')
+
+
+def witness_of(live) -> str:
+  """Returns the witness of a row as 32 hex digits."""
+  return np.asarray(live.witness).astype('<u4').tobytes().hex()
+
+
+def _check_transcript(live, transcript):
+  if len(transcript.tokens) != int(live.length):
+    raise Refused('E_WITNESS', f'expected {int(live.length)} tokens, as the '
+                  f'state has absorbed, got {len(transcript.tokens)}')
+  got = names.witness(list(transcript.tokens), transcript.edits)
+  if got != witness_of(live):
+    raise Refused('E_WITNESS', f'expected witness {got} of these tokens, got '
+                  f'{witness_of(live)} in the state')
+
+
+def _manifest(live, host, terms, transcript, parent, account):
+  groups = host.groups(logits=live.logits is not None)
+  leaves = identity.describe_row(live)
+  keep = transcript is not None and transcript.keep
+  pending = int(live.pending) >= 0
+  groups['state'] |= {
+      'length': int(live.length), 'n_pending': int(pending),
+      'logical_bytes': sum(map(manifest.nbytes, leaves)),
+      'has_logits': live.logits is not None,
+      'transcript': 'keep' if keep else 'none', 'leaves': leaves}
+  facts = {'tokens_absorbed': int(live.length), 'prefill_tokens': 0,
+           'decode_tokens': 0, 'device_us': 0, 'mflop': 0}
+  return groups | {
+      'format': manifest.FORMAT, 'version': manifest.VERSION,
+      'nonce': token_hex(16), 'kind': terms.kind, 'sealed': 'none',
+      'provenance': _provenance(parent, terms.how),
+      'governance': terms.group(
+          host.texts.keyed('governance.persona', host.texts.persona)),
+      'account': facts | (account or {})}
+
+
+def _provenance(parent, how):
+  if parent is None:
+    return {'root': 'self', 'parents': [], 'depth': 0, 'producer': 'local',
+            'how': how}
+  source = parent.about['provenance']
+  return {'root': parent.id if source['root'] == 'self' else source['root'],
+          'parents': [{'id': parent.id, 'role': 'state'}],
+          'depth': source['depth'] + 1, 'producer': 'local', 'how': how}
+
+
+def _plain(live, about, transcript):
+  leaves = digest.leaf_digests(live)
+  chain = ''
+  if transcript is not None:
+    space = names.namespace(about, about['governance']['owner'])
+    chain = names.chain(space, list(transcript.tokens))
+  edits = transcript.edits if transcript else ()
+  return canonical.dumps({
+      'tree': 'sha256:' + digest.combine(leaves), 'witness': witness_of(live),
+      'token_chain': chain, 'leaves': leaves,
+      'edits': [[length, mark] for length, mark in edits]})
+
+
+def _rechained(source, parent, about):
+  """Returns plain.json of a fork: its owner's namespace has another chain."""
+  data = layout.read(source, manifest.PLAIN)
+  plain, chain = manifest.parse_plain(data, parent.about), ''
+  if parent.about['state']['transcript'] == 'keep':
+    tokens = names.unpack(layout.read(source, manifest.TOKENS))
+    chain = names.chain(
+        names.namespace(about, about['governance']['owner']),
+        tokens[:about['state']['length']])
+  return canonical.dumps(plain | {'token_chain': chain})

@@ -1,0 +1,254 @@
+"""A store of artifacts: a directory of immutable objects and their catalog.
+
+    STORE.json   {format, version, id}
+    index.db     the catalog
+    objects/ab/<64 hex>/   the artifacts, by name
+    tmp/         being written; locked by its writer
+    trash/       being deleted
+
+Secrets lie elsewhere: one for the store, by which it knows its own manifests,
+and one for each organisation. Imports no jax.
+"""
+
+import dataclasses
+import errno
+import hashlib
+import os
+import pathlib
+import re
+import shutil
+from secrets import token_hex
+
+from statejax.artifact import (
+  canonical,
+  catalog,
+  commit,
+  layout,
+  manifest,
+  names,
+  verify,
+)
+from statejax.artifact.outcome import Receipt, Refused
+
+FORMAT, VERSION = 'statejax-store', 1
+_ID = re.compile(r'sj1-[0-9a-f]{64}')
+_NAME = re.compile(r'[A-Za-z0-9_][A-Za-z0-9._~/-]{0,127}')
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+  """What `Store.keep` has done.
+
+  Attributes:
+    id: of the artifact.
+    receipt: of the audit log.
+    ref: the name that points to it, '' for none.
+    conflict: whether somebody else had moved the name in the meantime.
+  """
+
+  id: str
+  receipt: Receipt
+  ref: str
+  conflict: bool
+
+
+class Secrets:
+  """A directory of secrets, readable by its owner only; never in a store."""
+
+  def __init__(self, path):
+    self.path = pathlib.Path(path)
+
+  def get(self, name: str) -> bytes:
+    """Returns 32 bytes, made at the first use of a name."""
+    file = self.path / f'{name}.secret'
+    try:
+      return bytes.fromhex(file.read_text())
+    except FileNotFoundError:
+      pass
+    self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    new = self.path / f'.{name}.{token_hex(8)}'
+    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with open(descriptor, 'w') as out:
+      out.write(token_hex(32))
+      out.flush()
+      os.fsync(out.fileno())
+    try:
+      os.link(new, file)  # of two that make it at once, one wins
+    except FileExistsError:
+      pass
+    new.unlink()
+    commit.sync(self.path)
+    return bytes.fromhex(file.read_text())
+
+  def org(self, org: str) -> bytes:
+    """Returns the secret of an organisation, for keyed digests."""
+    return self.get('org-' + hashlib.sha256(org.encode()).hexdigest()[:16])
+
+
+class Store:
+  """An open store.
+
+  Attributes:
+    path: its directory.
+    id: 32 hex digits.
+    secrets: see `Secrets`.
+    catalog: see `catalog.Catalog`.
+    quota: bytes that all its artifacts together may have.
+  """
+
+  def __init__(self, path, secrets, *, quota: int = 1 << 44, clock=None):
+    """Opens a store, or makes an empty one where nothing is.
+
+    Raises:
+      Refused: E_VERSION of a newer store.
+      ValueError: something else lies there, or its parent is missing.
+    """
+    self.path = pathlib.Path(os.path.abspath(path))
+    self.secrets, self.quota = secrets, quota
+    about = self.path / 'STORE.json'
+    if not self.path.exists():
+      self._make()
+    try:
+      facts = canonical.loads(about.read_bytes())
+      self.id, version = facts['id'], facts['version']
+      if facts['format'] != FORMAT or not re.fullmatch('[0-9a-f]{32}', self.id):
+        raise ValueError('another format')
+    except (OSError, ValueError, KeyError, TypeError) as error:
+      raise ValueError(f'{self.path}: expected a store, got something else '
+                       f'({error}); name another directory, or a new one.'
+                       ) from error
+    if version != VERSION:
+      raise Refused('E_VERSION', f'{about}: expected version {VERSION}, got '
+                    f'{version}')
+    self.catalog = catalog.Catalog(
+        self.path / 'index.db', **({'clock': clock} if clock else {}))
+
+  def _make(self):
+    with commit.stage(self.path) as folder:
+      for name in ('objects', 'tmp', 'trash', 'trust'):
+        (folder / name).mkdir(mode=0o700)
+      (folder / 'STORE.json').write_bytes(canonical.dumps({
+          'format': FORMAT, 'version': VERSION, 'id': token_hex(16)}))
+      try:
+        commit.place(folder, self.path)
+      except commit.AlreadyPublished:
+        pass  # another process was faster; it is as good
+
+  @property
+  def secret(self) -> bytes:
+    """By which the store knows its own manifests."""
+    return self.secrets.get(f'store-{self.id}')
+
+  def place(self, id: str) -> pathlib.Path:
+    """Returns the directory of an artifact.
+
+    Raises:
+      ValueError: no id.
+    """
+    if not _ID.fullmatch(id):
+      raise ValueError(f'id: expected sj1- and 64 hex digits, got {id[:80]!r}.')
+    return self.path / 'objects' / id[4:6] / id[4:]
+
+  def find(self, key: str) -> str:
+    """Returns the id of an artifact by id, beginning of an id, or name.
+
+    Raises:
+      Refused: E_ACL: there is none; it reads the same as one not to be seen.
+    """
+    there = self.catalog.objects()
+    named = self.catalog.ref(key)
+    if named:
+      key = named[0]
+    found = [key] if key in there else [
+        id for id in there if key.startswith('sj1-') and len(key) >= 12
+        and id.startswith(key)]
+    if len(found) != 1:
+      raise Refused('E_ACL', f'expected an artifact or name of this store, got '
+                    f'{key[:80]!r}')
+    return found[0]
+
+  def stage(self):
+    """Yields a fresh directory to fill, see `commit.stage`."""
+    return commit.stage(self.path / 'tmp' / 'new')
+
+  def room(self, nbytes: int):
+    """M1: raises unless there is quota and disk for so many bytes.
+
+    Raises:
+      Refused: E_NOSPACE.
+    """
+    used = sum(row[0] for row in self.catalog.objects().values())
+    if used + nbytes > self.quota:
+      raise Refused('E_NOSPACE', f'expected at most {self.quota} bytes in the '
+                    f'store, got {used} and {nbytes} more')
+    need = 2 * nbytes + (64 << 20)
+    free = shutil.disk_usage(self.path).free
+    if free < need:
+      raise Refused('E_NOSPACE', f'expected {need} bytes free, got {free}')
+
+  def keep(self, folder, about: dict, *, mint_key: str, principal: str,
+           action: str, ref: str = '', expect: int = 0, vouch=None,
+           charges=None) -> Kept:
+    """M7 to M13: gives a filled directory its manifest and its place, durably.
+
+    Args:
+      folder: of `stage`, holding all but the manifest.
+      about: the manifest but for `files`.
+      mint_key: of this request; a repeated one gets what the first one made.
+      principal: who does it.
+      action: for the audit log.
+      ref: name that shall point to it, '' for none.
+      expect: version the name has, 0 for a new one. If it has another one, the
+        artifact gets a name of its own beside it: a fork.
+      vouch: (folder, manifest bytes) -> None, writes `manifest.sig`; None
+        writes the store's own code.
+      charges: further units for the ledger.
+
+    Raises:
+      Refused: E_MANIFEST, E_NOSPACE, E_IO; nothing is kept then.
+    """
+    if ref and not _NAME.fullmatch(ref):
+      raise ValueError('ref: expected letters, digits, "_", ".", "-", "/", '
+                       f'got {ref[:80]!r}.')
+    try:
+      id, nbytes = self._settle(folder, about, vouch)
+    except OSError as error:
+      full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+      raise Refused('E_NOSPACE' if full else 'E_IO', str(error)) from error
+    with self.catalog.transaction():
+      earlier = self.catalog.minted(mint_key)
+      if earlier:  # a retry of what was done: gc takes the second copy
+        return Kept(earlier, self.catalog.head(), '', False)
+      receipt = self.catalog.audit(principal, action, id, 'allowed')
+      self.catalog.add(id, mint_key, nbytes, about['kind'],
+                       about['governance']['workflow'],
+                       [p['id'] for p in about['provenance']['parents']])
+      self.catalog.charge(principal, id, live_bytes=nbytes, **(charges or {}))
+      moved = bool(ref) and self.catalog.move(ref, id, expect)
+      if ref and not moved:
+        ref = f'{ref}~{token_hex(4)}'
+        self.catalog.move(ref, id, 0)
+    return Kept(id, receipt, ref, bool(ref) and not moved)
+
+  def _settle(self, folder, about, vouch):
+    about = about | {'files': layout.listing(folder)}
+    data = manifest.dumps(about)
+    (folder / manifest.NAME).write_bytes(data)
+    if vouch is None:
+      (folder / layout.MAC).write_bytes(verify.mac(self.secret, data))
+    else:
+      vouch(folder, data)
+    id = manifest.artifact_id(data)
+    nbytes = sum(layout.walk(folder).files.values())
+    for here, _, files in os.walk(folder):
+      for name in files:
+        os.chmod(os.path.join(here, name), 0o400)
+    place = self.place(id)
+    place.parent.mkdir(mode=0o700, exist_ok=True)
+    commit.sync(place.parent.parent)
+    commit.place(folder, place)
+    return id, nbytes
+
+  def keyed(self, org: str, field: str, text: str) -> str:
+    """Returns the keyed digest of a text of an organisation."""
+    return names.keyed(self.secrets.org(org), field, text)
