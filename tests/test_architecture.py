@@ -32,7 +32,8 @@ ALLOWED = {
     'artifact': f'{LOW} orbax __version__',
     # What a verifier runs on: the standard library.
     **{f'artifact/{name}': 'artifact' for name in (
-        'access', 'canonical', 'catalog', 'commit', 'compat', 'grammar',
+        'access', 'canonical', 'catalog', 'collect', 'commit', 'compat',
+        'grammar',
         'journal', 'layout', 'manifest', 'names', 'objects', 'outcome',
         'revoke', 'tree', 'verify')},
     'tasks': 'numpy grain config',

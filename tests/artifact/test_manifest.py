@@ -1,4 +1,5 @@
 import copy
+import itertools
 import json
 import random
 import subprocess
@@ -112,9 +113,11 @@ def mutants():
         yield path, name, changed(example.MANIFEST, path, change)
 
 
-def test_every_mutated_field_is_refused():
+@pytest.mark.parametrize('every', [
+    5, pytest.param(1, marks=pytest.mark.slow)])
+def test_mutated_fields_are_refused(every):
   tried = 0
-  for path, name, value in mutants():
+  for path, name, value in itertools.islice(mutants(), 0, None, every):
     with pytest.raises(Refused) as error:
       manifest.parse(canonical.dumps(value))
       raise AssertionError(f'{path} {name} was accepted')

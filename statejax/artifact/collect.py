@@ -1,0 +1,197 @@
+"""What is deleted, and whether what is there is whole. Imports no jax."""
+
+import dataclasses
+import os
+import shutil
+import time
+from secrets import token_hex
+
+from statejax.artifact import commit, layout, verify
+from statejax.artifact.outcome import Refused
+
+
+@dataclasses.dataclass(frozen=True)
+class Collected:
+  """What a collection has removed.
+
+  Attributes:
+    objects: ids of artifacts that nothing points to any more.
+    orphans: ids of directories that no catalog knows: their mint was killed.
+    leftovers: directories of dead writers and of deletions cut short.
+  """
+
+  objects: tuple[str, ...]
+  orphans: tuple[str, ...]
+  leftovers: tuple[str, ...]
+
+
+def roots(shop, generations: int = 1) -> set[str]:
+  """Returns the artifacts that must stay.
+
+  They are those which a name points to, those under a lease, and of both the
+  parents, so many generations back. A pin is a name like any other.
+  """
+  there = shop.catalog.objects()
+  marked = {id for id, _ in shop.catalog.refs().values()}
+  marked |= shop.catalog.leased()
+  edge = marked
+  for _ in range(generations):
+    edge = {parent for id in edge for parent in shop.catalog.parents(id)}
+    marked = marked | edge
+  return marked & there.keys()
+
+
+def collect(shop, *, grace: int = 3600, generations: int = 1,
+            principal: str = 'gc') -> Collected:
+  """Deletes what no name, lease or child within `generations` needs.
+
+  Args:
+    shop: `objects.Store`.
+    grace: seconds for which everything stays; longer than any mint takes.
+    generations: see `roots`.
+    principal: for the audit log.
+  """
+  leftovers = [str(p.name) for p in commit.sweep(shop.path / 'tmp')]
+  leftovers += _finish(shop)
+  now, marked = shop.catalog.clock(), roots(shop, generations)
+  gone = [id for id, (_, _, _, created) in shop.catalog.objects().items()
+          if id not in marked and created + grace <= now]
+  for id in gone:
+    # Asked again: a reader may have come since.
+    if id not in shop.catalog.leased():
+      delete(shop, id, principal, action='gc')
+  lost = []
+  for id in orphans(shop):
+    place = shop.place(id)
+    if os.stat(place).st_mtime + grace <= time.time():
+      _to_trash(shop, id)
+      shop.catalog.audit(principal, 'gc', id, 'orphan')
+      lost.append(id)
+  _finish(shop)
+  return Collected(tuple(gone), tuple(lost), tuple(leftovers))
+
+
+def delete(shop, id: str, principal: str, *, action: str = 'delete'):
+  """Deletes an artifact; whether it may be is for the caller to ask.
+
+  Renamed first, so that a kill leaves nothing half: the catalog follows, here
+  or in the next collection.
+  """
+  trash = _to_trash(shop, id)
+  _note(shop, id, principal, action)
+  shutil.rmtree(trash)
+
+
+def orphans(shop) -> list[str]:
+  """Returns artifacts' directories that the catalog does not know."""
+  known = shop.catalog.objects()
+  found = ['sj1-' + path.name
+           for path in (shop.path / 'objects').glob('??/' + '?' * 64)]
+  return sorted(set(found) - known.keys())
+
+
+def adopt(shop, id: str, principal: str) -> str:
+  """Enters an orphan of this store into its catalog, after verifying it.
+
+  Raises:
+    Refused: it is not whole, or another store vouches for it.
+  """
+  found = verify.verify(shop.place(id), name=id, secret=shop.secret)
+  nbytes = sum(layout.walk(shop.place(id)).files.values())
+  with shop.catalog.transaction():
+    shop.catalog.audit(principal, 'adopt', id, 'allowed')
+    shop.catalog.add(id, f'adopted-{id}', nbytes, found.about['kind'],
+                     found.about['governance']['workflow'],
+                     [p['id'] for p in found.about['provenance']['parents']])
+    shop.catalog.charge(principal, id, live_bytes=nbytes)
+  return id
+
+
+def check(shop) -> list[str]:
+  """Returns all that is wrong with a store, in words; empty if nothing is.
+
+  The chains of audit and ledger, every artifact's bytes, and that the ledger
+  accounts for exactly the bytes on the disk.
+  """
+  wrong = []
+  for table in ('audit', 'ledger'):
+    try:
+      shop.catalog.rows(table)
+    except Refused as error:
+      wrong.append(str(error))
+  total = 0
+  for id in shop.catalog.objects():
+    try:
+      verify.verify(shop.place(id), name=id, secret=shop.secret)
+      total += sum(layout.walk(shop.place(id)).files.values())
+    except (Refused, OSError) as error:
+      wrong.append(f'{id}: {error}')
+  wrong += [f'{id}: in no catalog; its mint was cut short' for id in
+            orphans(shop)]
+  if not wrong:
+    live = sum(row['delta'] for row in shop.catalog.rows('ledger')
+               if row['unit'] == 'live_bytes')
+    if live != total:
+      wrong.append(f'ledger: expected {total} live bytes, as on the disk, got '
+                   f'{live}')
+  return wrong
+
+
+def _to_trash(shop, id):
+  trash = shop.path / 'trash' / f'{id}-{token_hex(8)}'
+  place = shop.place(id)
+  os.rename(place, trash)
+  commit.sync(trash.parent)
+  commit.sync(place.parent)
+  return trash
+
+
+def _note(shop, id, principal, action):
+  with shop.catalog.transaction():
+    size = shop.catalog.objects()[id][0]
+    shop.catalog.audit(principal, action, id, 'allowed')
+    shop.catalog.charge(principal, id, live_bytes=-size)
+    shop.catalog.bury(id)
+    for name, (target, _) in shop.catalog.refs().items():
+      if target == id:
+        shop.catalog.drop(name)
+
+
+def _finish(shop):
+  """Ends deletions that a kill has cut short; returns their directories."""
+  done = []
+  for trash in sorted((shop.path / 'trash').iterdir()):
+    id = trash.name[:68]
+    if id in shop.catalog.objects() and not shop.place(id).exists():
+      _note(shop, id, 'gc', 'gc')
+    shutil.rmtree(trash)
+    done.append(trash.name)
+  return done
+
+
+def account(shop) -> list[dict]:
+  """Returns one row of sums for each principal and workflow.
+
+  Bytes times seconds follow from when bytes came and went, and are nowhere
+  stored. `tokens_skipped` are those which a resume has saved from being
+  absorbed again.
+
+  Returns:
+    dicts of principal, workflow, byte_seconds and the units of the ledger.
+  """
+  now = shop.catalog.clock()
+  workflow = {id: row[2] for gone in (False, True)
+              for id, row in shop.catalog.objects(gone=gone).items()}
+  # Bytes are the owner's, whoever deletes them.
+  owner: dict[str, str] = {}
+  sums: dict[tuple[str, str], dict[str, int]] = {}
+  for row in shop.catalog.rows('ledger'):
+    id, who = row['id'], row['principal']
+    if row['unit'] == 'live_bytes':
+      who = owner.setdefault(id, who)
+    entry = sums.setdefault((who, workflow.get(id, '')), {'byte_seconds': 0})
+    entry[row['unit']] = entry.get(row['unit'], 0) + row['delta']
+    if row['unit'] == 'live_bytes':
+      entry['byte_seconds'] += row['delta'] * (now - row['time'])
+  return [{'principal': who, 'workflow': name, **entry}
+          for (who, name), entry in sorted(sums.items())]
