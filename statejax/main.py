@@ -1,4 +1,4 @@
-"""Command line: train | generate | memory | show | doctor.
+"""Command line: train | generate | memory | state | show | doctor.
 
   python -m statejax.main train --config=configs/text_kda.py --workdir=runs/a
   python -m statejax.main generate --workdir=runs/a --prompt='def ' --save=s1
@@ -6,6 +6,7 @@
   python -m statejax.main memory list --workdir=runs/a --resume=s1
   python -m statejax.main memory delete --workdir=runs/a --resume=s1 --slot=3 \
       --save=s2 --journal=edits
+  python -m statejax.main state mint chat --workdir=runs/a --prompt='def '
   python -m statejax.main show runs/a
   python -m statejax.main doctor
 """
@@ -19,6 +20,8 @@ import runpy
 import sys
 
 from absl import app, flags
+
+from statejax import states
 
 CONFIG = flags.DEFINE_string('config', None, 'path of a file in configs/')
 SET = flags.DEFINE_multi_string('set', [], 'override, e.g. train.steps=200')
@@ -56,7 +59,7 @@ USES = {
                  'top_k', 'top_p', 'seed', 'save', 'resume'},
     'memory': {'workdir', 'resume', 'save', 'slot', 'row', 'expect',
                'statement', 'key', 'value', 'journal', 'host'},
-    'show': set(), 'doctor': set()}
+    'state': states.ALL, 'show': set(), 'doctor': set()}
 # Of `memory`; those of the first line make no new state.
 LOOKS = ('list', 'read')
 EDITS = ('write', 'lock', 'unlock', 'delete', 'rollback', 'quarantine',
@@ -283,18 +286,20 @@ def _refuse_unused(name):
 
 
 COMMANDS = {'train': train, 'generate': generate, 'memory': memory,
-            'show': show, 'doctor': doctor}
+            'state': states.run, 'show': show, 'doctor': doctor}
 
 
 def main(argv):
   """Runs one command; a user's mistake prints one line and exits with 2."""
   name, rest = (argv[1] if len(argv) > 1 else None), argv[2:]
   try:
-    takes = name in ('show', 'memory')
-    if name not in COMMANDS or len(rest) != takes:
+    takes = {'show': (1,), 'memory': (1,), 'state': (1, 2)}.get(
+        name or '', (0,))
+    if name not in COMMANDS or len(rest) not in takes:
       raise UserError(
           f'usage: python -m statejax.main {"|".join(COMMANDS)} [flags]; show '
-          f'takes one path, memory one of {", ".join((*LOOKS, *EDITS))}.')
+          f'takes one path, memory one of {", ".join((*LOOKS, *EDITS))}; '
+          f'{states.usage()}.')
     _refuse_unused(name)
     COMMANDS[name](*rest)
   except (UserError, ValueError, FloatingPointError, OSError) as error:

@@ -33,9 +33,9 @@ ALLOWED = {
     # What a verifier runs on: the standard library.
     **{f'artifact/{name}': 'artifact' for name in (
         'access', 'canonical', 'catalog', 'collect', 'commit', 'compat',
-        'grammar',
+        'desk', 'grammar',
         'journal', 'layout', 'manifest', 'names', 'objects', 'outcome',
-        'revoke', 'tree', 'verify')},
+        'portable', 'revoke', 'tree', 'verify')},
     'tasks': 'numpy grain config',
     'metrics': 'numpy grain config',
     'generate': f'{MODEL} artifact',
@@ -46,8 +46,9 @@ ALLOWED = {
     'serve': f'{MODEL} artifact generate starlette uvicorn',
     'train': f'{MODEL} artifact tasks parallel optax',
     'train/plot': f'{MODEL} artifact matplotlib',
-    'main': f'{MODEL} artifact tasks metrics generate memory train serve absl '
-            'pallas_kernels',
+    'states': f'{MODEL} artifact tasks generate train absl',
+    'main': f'{MODEL} artifact tasks metrics generate memory states train '
+            'serve absl pallas_kernels',
     'pallas_kernels': 'jax numpy',
     'configs': 'config',
 }

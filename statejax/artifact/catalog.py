@@ -58,7 +58,9 @@ class Catalog:
     Raises:
       Refused: E_IO: no such catalog can be opened there.
     """
-    self.path, self.clock, self._base = path, clock, None
+    self.path, self.clock = path, clock
+    # One that cannot be opened holds nothing, as it is closed all the same.
+    self._base = sqlite3.connect(':memory:')
     try:
       self._base = sqlite3.connect(path, timeout=60, isolation_level=None)
       self._base.execute('pragma journal_mode=wal')
@@ -70,8 +72,7 @@ class Catalog:
 
   def close(self):
     """Closes the file."""
-    if self._base is not None:
-      self._base.close()
+    self._base.close()
 
   def __del__(self):
     self.close()
@@ -123,7 +124,7 @@ class Catalog:
     """Returns the last row's number and hash; 0 and zeros where empty."""
     row = self._base.execute(
         f'select seq, hash from {table} order by seq desc limit 1').fetchone()
-    return Receipt(*(row or (0, _GENESIS)))
+    return Receipt(int(row[0]), str(row[1])) if row else Receipt(0, _GENESIS)
 
   def _append(self, table, row):
     with self.transaction():

@@ -210,7 +210,8 @@ def numerics(program: Program) -> dict:
       'runtime': _ascii(device.client.platform_version),
       'device': _ascii(_device(device)),
       'mesh': f'{program.mesh or "one device"}; capacity {program.capacity}',
-      'precision': _ascii(jax.config.jax_default_matmul_precision or 'default'),
+      'precision': _ascii(
+          jax.config.read('jax_default_matmul_precision') or 'default'),
   }
   hidden = {
       'flags': sorted(os.environ.get('XLA_FLAGS', '').split()),

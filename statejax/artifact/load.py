@@ -37,7 +37,7 @@ class Loaded:
   Attributes:
     decision: see `Decision`.
     id: of the artifact, '' where none was found.
-    about: its manifest; None where refused.
+    about: its manifest; empty where refused.
     state: `ServingState` of one row, where resumed.
     tokens: absorbed tokens then pending ones, where kept: to absorb again if
       the decision says so.
@@ -45,7 +45,7 @@ class Loaded:
 
   decision: Decision
   id: str = ''
-  about: dict | None = None
+  about: dict = dataclasses.field(default_factory=dict)
   state: Any = None
   tokens: tuple[int, ...] | None = None
 

@@ -52,6 +52,13 @@ class Kept:
   conflict: bool
 
 
+def check_ref(name: str):
+  """Raises ValueError unless a text can name an artifact."""
+  if not _NAME.fullmatch(name) or name.startswith('sj1-'):
+    raise ValueError('ref: expected letters, digits, "_", ".", "-", "/" and no '
+                     f'id, got {name[:80]!r}.')
+
+
 class Secrets:
   """A directory of secrets, readable by its owner only; never in a store."""
 
@@ -207,9 +214,8 @@ class Store:
     Raises:
       Refused: E_MANIFEST, E_NOSPACE, E_IO; nothing is kept then.
     """
-    if ref and not _NAME.fullmatch(ref):
-      raise ValueError('ref: expected letters, digits, "_", ".", "-", "/", '
-                       f'got {ref[:80]!r}.')
+    if ref:
+      check_ref(ref)
     try:
       id, nbytes = self._settle(folder, about, vouch)
     except OSError as error:

@@ -107,8 +107,8 @@ def before(owner, name):
   setattr(owner, name, die)
 def after(owner, name):
   original = getattr(owner, name)
-  def replaced(*args):
-    original(*args)
+  def replaced(*args, **named):
+    original(*args, **named)
     die()
   setattr(owner, name, replaced)
 {plan}

@@ -1,0 +1,360 @@
+"""The command `state`: mint, show, verify, resume, fork, revoke and so on.
+
+  python -m statejax.main state mint chat --workdir=runs/a --prompt='def '
+  python -m statejax.main state resume chat --workdir=runs/a --tokens=50
+  python -m statejax.main state show chat
+  python -m statejax.main state verify chat --workdir=runs/a
+  python -m statejax.main state fork chat --ref=other
+  python -m statejax.main state revoke other
+  python -m statejax.main state audit
+  python -m statejax.main state account
+  python -m statejax.main state gc
+
+A target is a name, an id or its beginning; `show` and `verify` also take a
+directory or a file that holds one artifact. Loads jax only where a model runs.
+"""
+
+import codecs
+import json
+import pathlib
+import sys
+from typing import Any
+
+from absl import flags
+
+STORE = flags.DEFINE_string('store', 'states', 'state: directory of artifacts')
+SECRETS = flags.DEFINE_string(
+    'secrets', '~/.config/statejax', 'state: directory of secrets')
+PRINCIPAL = flags.DEFINE_string('principal', 'local', 'state: who acts')
+ORG = flags.DEFINE_string('org', '', "state: the principal's organisation")
+REF = flags.DEFINE_string('ref', None, 'state fork: name of the child')
+ACL = flags.DEFINE_multi_string(
+    'acl', [], 'state mint: who may what, e.g. bob:resume,fork')
+SENSITIVITY = flags.DEFINE_enum(
+    'sensitivity', 'internal',
+    ['public', 'internal', 'confidential', 'restricted'], 'state mint: class')
+WORKFLOW = flags.DEFINE_string('workflow', '', 'state mint: for the accounts')
+SCOPE = flags.DEFINE_enum(
+    'scope', 'self', ['self', 'descendants'],
+    'state mint: what a revocation of it revokes')
+TRANSCRIPT = flags.DEFINE_enum(
+    'transcript', 'none', ['none', 'keep'],
+    'state mint: whether its tokens are kept, to absorb them again')
+MISMATCH = flags.DEFINE_enum(
+    'on_mismatch', 'refuse', ['refuse', 'reprefill'],
+    'state resume: what to do where another model would load it')
+GRACE = flags.DEFINE_integer(
+    'grace', 3600, 'state gc: seconds for which everything stays')
+
+OWN = {'store', 'secrets', 'principal', 'org'}
+SAMPLING = {'workdir', 'tokens', 'capacity', 'temperature', 'top_k', 'top_p'}
+# What each verb reads beside `OWN`.
+USES = {
+    'mint': SAMPLING | {'prompt', 'seed', 'resume', 'row', 'acl', 'sensitivity',
+                        'workflow', 'scope', 'transcript'},
+    'resume': SAMPLING | {'on_mismatch'},
+    'show': {'workdir'}, 'verify': {'workdir'}, 'fork': {'ref'},
+    'revoke': set(), 'audit': set(), 'account': set(), 'gc': {'grace'}}
+# Which of them take no target.
+WHOLE = ('audit', 'account', 'gc')
+ALL = OWN.union(*USES.values())
+
+
+def usage() -> str:
+  """One line that says how the command is called."""
+  return (f'state takes one of {", ".join(USES)} and, but for '
+          f'{", ".join(WHOLE)}, a target')
+
+
+def run(verb: str, *target: str):
+  """Runs one verb; raises ValueError with one line for a user's mistake."""
+  if verb not in USES or len(target) != (verb not in WHOLE):
+    raise ValueError(f'usage: {usage()}.')
+  given = {name for name in ALL if flags.FLAGS[name].present}
+  for name in sorted(given - USES[verb] - OWN):
+    raise ValueError(f'--{name}: state {verb} does not use it.')
+  VERBS[verb](*target)
+
+
+def _flag(name) -> Any:
+  """The value of a flag that `statejax.main` defines."""
+  return flags.FLAGS[name].value
+
+
+def _shop():
+  from statejax.artifact import objects
+  return objects.Store(STORE.value, objects.Secrets(
+      pathlib.Path(SECRETS.value).expanduser()))
+
+
+def _principal():
+  from statejax.artifact.access import Principal
+  return Principal(PRINCIPAL.value, ORG.value)
+
+
+def _model():
+  """Returns (model, params as a step takes them, digest of the parameters)."""
+  from statejax.artifact import digest
+  from statejax.tasks import text
+  from statejax.train import restore
+  workdir = _flag('workdir')
+  if workdir is None:
+    raise ValueError('--workdir: name the directory of the run.')
+  model, params = restore.from_workdir(workdir)
+  if model.config.vocab != text.VOCAB:
+    raise ValueError(f'{workdir}: expected a text model of {text.VOCAB} tokens,'
+                     f' got {model.config.vocab}.')
+  return model, model.unstack(params), digest.tree_digest(params)
+
+
+def _host(model, digest, capacity):
+  from statejax.artifact import identity
+  from statejax.tasks import text
+  return identity.Host(
+      model.config, model.state_schema, digest,
+      program=identity.Program(capacity=capacity),
+      tokenizer={'bytes': b'%d ids' % text.VOCAB}, special={'end': text.END})
+
+
+def _room(tokens):
+  """Capacity for so many tokens, in steps: equal ones are equal programs."""
+  return _flag('capacity') or -(-tokens // 256) * 256
+
+
+def _sampling():
+  from statejax import generate as gen
+  return gen.Sampling(*(_flag(name) for name in (
+      'temperature', 'top_k', 'top_p')))
+
+
+def _emit(model, params, state, steps):
+  """Generates and prints; returns the emitted tokens and the state."""
+  from statejax import generate as gen
+  from statejax.tasks import text
+  decoder, out = codecs.getincrementaldecoder('utf-8')('replace'), []
+  def show(tokens):
+    out.extend(token for token in tokens.tolist() if token >= 0)
+    sys.stdout.write(decoder.decode(bytes(
+        token for token in tokens.tolist() if 0 <= token < text.END)))
+    sys.stdout.flush()
+  _, state = gen.generate(model, params, state, steps, sampling=_sampling(),
+                          stop=(text.END,), callback=show)
+  print(decoder.decode(b'', final=True))
+  # A token that ends a row is emitted and not absorbed.
+  return [token for token in out if token != text.END], state
+
+
+def mint(name):
+  """Makes an artifact of a saved state, or of a prompt and what follows it."""
+  import jax
+
+  from statejax import generate as gen
+  from statejax.artifact import mint as minting
+  from statejax.artifact import objects, serving
+  from statejax.tasks import text
+  saved, prompt = _flag('resume'), _flag('prompt')
+  if (saved is None) == (prompt is None):
+    raise ValueError('--resume, --prompt: expected one of them: a saved state, '
+                     'or text to begin with.')
+  objects.check_ref(name)
+  acl = tuple((who, tuple(may.split(','))) for who, _, may in (
+      entry.partition(':') for entry in ACL.value))
+  terms = minting.Terms(
+      PRINCIPAL.value, ORG.value, SENSITIVITY.value, acl,
+      workflow=WORKFLOW.value, revoke_scope=SCOPE.value)
+  model, params, digest = _model()
+  shop, transcript, row = _shop(), None, 0
+  if saved is not None:
+    if TRANSCRIPT.value == 'keep':
+      raise ValueError('--transcript=keep: a saved state does not have its '
+                       'tokens; mint it from a --prompt.')
+    state, row = serving.load_state(saved, model, params), _flag('row')
+  else:
+    ids = text.encode(prompt)
+    steps = _flag('tokens')
+    state = model.init_state(1, _room(len(ids) + steps), key=jax.random.key(
+        _flag('seed')))
+    sys.stdout.write(prompt)
+    state = gen.prefill(model, params, state, ids[None], sampling=_sampling())
+    emitted, state = _emit(model, params, state, steps)
+    transcript = minting.Transcript((*ids.tolist(), *emitted),
+                                    keep=TRANSCRIPT.value == 'keep')
+  version = (shop.catalog.ref(name) or ('', 0))[1]
+  kept = minting.mint(
+      shop, state, row, _host(model, digest, state.capacity or 0), terms,
+      transcript=transcript, ref=name, expect=version)
+  _say(kept)
+
+
+def resume(key):
+  """Goes on from an artifact, and mints what came of it under its name."""
+  from statejax.artifact import load
+  from statejax.artifact import mint as minting
+  from statejax.artifact.compat import Ask
+  from statejax.artifact.outcome import Refused
+  shop, who, steps = _shop(), _principal(), _flag('tokens')
+  model, params, digest = _model()
+  ref = shop.catalog.ref(key)
+  host = _host(model, digest, _room(_length(shop, key) + steps))
+  found = load.load(shop, key, who, host, Ask(on_mismatch=MISMATCH.value))
+  decision = found.decision
+  print(f'{decision} promise={decision.promise} '
+        f'{" ".join(decision.warnings)} {decision.detail}'.rstrip(),
+        file=sys.stderr)
+  if decision.outcome == 'refused':
+    raise Refused(decision.code, decision.detail)
+  state = found.state if decision.outcome == 'resumed' else (
+      _absorb_again(model, params, found))
+  emitted, state = _emit(model, params, state, steps)
+  rules = found.about['governance']
+  terms = minting.Terms(
+      rules['owner'], rules['org'], rules['class'],
+      tuple((e['who'], tuple(e['may'])) for e in rules['acl']),
+      rules['export'], rules['not_after'], rules['revoke_scope'],
+      rules['workflow'])
+  transcript = None
+  if found.tokens is not None:
+    length = found.about['state']['length']
+    transcript = minting.Transcript((*found.tokens[:length], *emitted),
+                                    keep=True)
+  kept = minting.mint(
+      shop, state, 0, host, terms, transcript=transcript,
+      parent=minting.Parent(found.id, found.about), ref=key if ref else '',
+      expect=ref[1] if ref else 0)
+  _say(kept)
+
+
+def _length(shop, key):
+  """Tokens an artifact says it has; 0 where the load will refuse it."""
+  from statejax.artifact import verify
+  from statejax.artifact.outcome import Refused
+  try:
+    return verify.head(shop.place(shop.find(key)))[2]['state']['length']
+  except Refused:
+    return 0
+
+
+def _absorb_again(model, params, found):
+  """The state after the kept tokens, the last of them pending as it was."""
+  import dataclasses
+
+  import jax.numpy as jnp
+  import numpy as np
+
+  from statejax import generate as gen
+  length = found.about['state']['length']
+  tokens = np.array(found.tokens, np.int32)
+  state = model.init_state(1, _room(length + _flag('tokens')))
+  state = gen.prefill(model, params, state, tokens[None, :length],
+                      sampling=_sampling())
+  if len(tokens) == length:
+    return state
+  return dataclasses.replace(state, pending=jnp.asarray(tokens[length:],
+                                                        jnp.int32))
+
+
+def show(key):
+  """Prints what an artifact is, whose, and whether it would load here."""
+  from statejax.artifact import desk, verify
+  if pathlib.Path(key).exists():
+    with desk.opened(key) as folder:
+      found = verify.verify(folder)
+  else:
+    found = desk.examine(_shop(), key, _principal(), 'inspect')
+  print('\n'.join(desk.describe(found)))
+  print(f'  would it load here: {_would_load(found.about)}')
+
+
+def _would_load(about):
+  if _flag('workdir') is None:
+    return 'name the run with --workdir to know'
+  from statejax.artifact import compat
+  from statejax.artifact.outcome import CODES
+  model, _, digest = _model()
+  here = _host(model, digest, _room(about['state']['length'])).groups(
+      logits=about['state']['has_logits'])
+  verdict = compat.compare(about, here)
+  if verdict.action == 'go':
+    return ' '.join(('yes, promise', verdict.promise, *verdict.warnings))
+  return f'no, {verdict.code}: {verdict.detail}; {CODES[verdict.code]}'
+
+
+def verify(key):
+  """Verifies every byte; with a run also that the arrays load there."""
+  from statejax.artifact import desk, verify
+  if pathlib.Path(key).exists():
+    with desk.opened(key) as folder:
+      found = verify.verify(folder)
+    result = {'vouched': 'not asked'}
+  else:
+    shop = _shop()
+    found = desk.examine(shop, key, _principal(), 'inspect')
+    result = {'vouched': found.vouched}
+    if _flag('workdir') is not None:
+      from statejax.artifact import load
+      model, _, digest = _model()
+      host = _host(model, digest, _room(found.about['state']['length']))
+      decision = load.load(shop, key, _principal(), host).decision
+      result |= {'load': str(decision), 'promise': decision.promise,
+                 'why': decision.detail}
+  print(json.dumps({'verified': True, 'id': found.id, **result}))
+
+
+def fork(key):
+  """Makes a second child of an artifact under a name of its own."""
+  from statejax.artifact import desk, objects
+  from statejax.artifact import mint as minting
+  if REF.value is None:
+    raise ValueError('--ref: name the child.')
+  objects.check_ref(REF.value)
+  shop, who = _shop(), _principal()
+  found = desk.examine(shop, key, who, 'fork')
+  _say(minting.fork(shop, minting.Parent(found.id, found.about), who,
+                    ref=REF.value))
+
+
+def revoke(key):
+  """Revokes an artifact; prints what the list names now."""
+  from statejax.artifact import desk
+  for kind, value in desk.withdraw(_shop(), key, _principal()):
+    print(json.dumps({'revoked': kind, 'value': value}))
+
+
+def audit():
+  """Prints the audit log; fails if it, or what is stored, is not whole."""
+  from statejax.artifact import collect
+  shop = _shop()
+  wrong = collect.check(shop)
+  if not any('audit' in text for text in wrong):
+    for row in shop.catalog.rows():
+      print(json.dumps(row))
+  head = shop.catalog.head()
+  print(json.dumps({'rows': head.seq, 'head': head.head, 'wrong': wrong}))
+  if wrong:
+    raise ValueError(f'{STORE.value}: {len(wrong)} faults, e.g. {wrong[0]}')
+
+
+def account():
+  """Prints bytes times seconds, tokens and resumes of each principal."""
+  from statejax.artifact import collect
+  for row in collect.account(_shop()):
+    print(json.dumps(row))
+
+
+def gc():
+  """Deletes what no name and no reader needs."""
+  from statejax.artifact import collect
+  found = collect.collect(_shop(), grace=GRACE.value)
+  print(json.dumps({'objects': found.objects, 'orphans': found.orphans,
+                    'leftovers': found.leftovers}))
+
+
+def _say(kept):
+  print(json.dumps({'id': kept.id, 'ref': kept.ref, 'conflict': kept.conflict,
+                    'seq': kept.receipt.seq, 'head': kept.receipt.head}),
+        file=sys.stderr)
+
+
+VERBS = {'mint': mint, 'resume': resume, 'show': show, 'verify': verify,
+         'fork': fork, 'revoke': revoke, 'audit': audit, 'account': account,
+         'gc': gc}

@@ -1,0 +1,151 @@
+"""The command `state`, from minting to collection."""
+
+import dataclasses
+import functools
+import json
+import sys
+
+import jax
+import pytest
+from test_main import TRAIN, call, run  # noqa: F401
+
+from statejax import config as c
+from statejax import model as lm
+from statejax import states
+from statejax.artifact import digest
+
+FULL = c.LayerConfig('full', c.AttentionConfig(
+    heads=1, kv_heads=1, key=8, value=8), c.SwiGLUConfig(8))
+MODEL = lm.LanguageModel(c.ModelConfig(
+    vocab=257, width=8, layers=(FULL,), groups=(c.GroupConfig(('full',)),)))
+
+
+@functools.cache
+def model(seed=0):
+  params = MODEL.init(jax.random.key(seed))
+  return MODEL, MODEL.unstack(params), digest.tree_digest(params)
+
+
+@pytest.fixture
+def state(run, monkeypatch, tmp_path):  # noqa: F811
+  """Runs `state ...` with an untrained model; status, lines, errors."""
+  monkeypatch.setattr(states, '_model', model)
+  def state(*argv):
+    code, out, err = run('state', *argv, f'--store={tmp_path}/store',
+                         f'--secrets={tmp_path}/secrets')
+    return code, out, err
+  return state
+
+
+def test_life_of_an_artifact(state, monkeypatch):
+  go = ['--workdir=x', '--temperature=0']
+  whole = state('mint', 'whole', *go, '--prompt=ab', '--tokens=12')[1]
+  code, first, err = state(
+      'mint', 'chat', *go, '--prompt=ab', '--tokens=5', '--transcript=keep',
+      '--acl=bob:resume', '--org=acme', '--workflow=demo')
+  assert code == 0
+  one = json.loads(err)
+  assert one['ref'] == 'chat' and not one['conflict']
+  # On from there, as if it had never stopped; the name moves along.
+  code, second, err = state('resume', 'chat', *go, '--tokens=7', '--org=acme')
+  assert code == 0 and err.startswith('resumed(7) promise=bit')
+  assert first.rstrip('\n') + second == whole
+  two = json.loads(err.splitlines()[-1])
+  assert two['id'] != one['id'] and two['ref'] == 'chat'
+  # What it is, for a person.
+  code, out, _ = state('show', 'chat', '--org=acme', '--workdir=x')
+  assert code == 0 and 'whose: local of acme' in out and two['id'] in out
+  assert 'after 14 tokens' in out and 'bob may resume' in out
+  assert f'from {one["id"]}' in out
+  assert 'would it load here: yes, promise bit' in out
+  monkeypatch.setattr(states, '_model', lambda: model(1))
+  out = state('show', 'chat', '--org=acme', '--workdir=x')[1]
+  assert 'would it load here: no, E_WEIGHTS: model.params' in out
+  # Another model refuses it, or absorbs the kept tokens again.
+  code, _, err = state('resume', 'chat', *go, '--tokens=2', '--org=acme')
+  assert code == 2 and 'refused(E_WEIGHTS)' in err
+  code, _, err = state('resume', one['id'], *go, '--tokens=2', '--org=acme',
+                       '--on_mismatch=reprefill')
+  assert code == 0 and err.startswith('reprefilled(7, E_WEIGHTS) promise=none')
+  monkeypatch.setattr(states, '_model', model)
+  code, out, _ = state('verify', 'chat', '--org=acme', '--workdir=x')
+  assert code == 0 and json.loads(out)['load'] == 'resumed(14)'
+  # Others.
+  who = ['--org=acme', '--principal=bob']
+  assert state('resume', 'chat', *go, '--tokens=2', *who)[0] == 0
+  code, _, err = state('fork', 'chat', '--ref=b', *who)
+  assert code == 2 and 'E_ACL: bob of acme may not fork' in err
+  assert state('fork', 'chat', '--ref=b', '--org=acme')[0] == 0
+  # Revoked.
+  code, out, _ = state('revoke', 'b', '--org=acme')
+  assert code == 0 and json.loads(out)['revoked'] == 'artifact'
+  code, _, err = state('resume', 'b', *go, '--org=acme')
+  assert code == 2 and 'E_REVOKED' in err
+  # The books.
+  code, out, _ = state('audit')
+  rows = [json.loads(line) for line in out.splitlines()]
+  assert code == 0 and rows[-1]['rows'] == len(rows) - 1 and not rows[-1][
+      'wrong']
+  assert [row['outcome'] for row in rows[:3]] == [
+      'allowed', 'allowed', 'resumed(7)']
+  assert {row['code'] for row in rows[:-1]} == {
+      '', 'E_WEIGHTS', 'E_ACL', 'E_REVOKED'}
+  accounts = [json.loads(x) for x in state('account')[1].splitlines()]
+  demo = next(row for row in accounts if row['workflow'] == 'demo' and
+              row['principal'] == 'local')
+  assert demo['tokens_skipped'] == 7 + 14 and demo['tokens_reprefilled'] == 7
+  assert json.loads(state('gc')[1])['objects'] == []
+  assert len(json.loads(state('gc', '--grace=0')[1])['objects']) >= 1
+  assert state('audit')[0] == 0
+
+
+@pytest.mark.parametrize('argv, message', [
+    ([], 'usage: '), (['fly'], 'state takes one of mint, resume, show'),
+    (['mint'], 'and, but for audit, account, gc, a target'),
+    (['audit', 'x'], 'usage'),
+    (['show', 'x', '--ref=y'], '--ref: state show does not use it'),
+    (['mint', 'x', '--workdir=w'], 'expected one of them'),
+    (['mint', 'x', '--prompt=a', '--resume=b'], 'expected one of them'),
+    (['fork', 'x'], '--ref: name the child'),
+    (['show', 'nothing'], 'E_ACL: expected an artifact or name'),
+    (['resume', 'nothing', '--workdir=w'], 'refused(E_ACL)'),
+    (['mint', 'a b', '--prompt=a', '--tokens=1', '--workdir=w'],
+     'ref: expected'),
+    (['mint', 'x', '--resume=b', '--transcript=keep'], 'does not have its')])
+def test_mistakes(state, argv, message):
+  code, _, err = state(*argv)
+  assert code == 2 and message in err
+
+
+def test_needs_a_workdir(run, tmp_path):  # noqa: F811
+  code, _, err = run('state', 'mint', 'x', '--prompt=a',
+                     f'--store={tmp_path}/s', f'--secrets={tmp_path}/k')
+  assert code == 2 and '--workdir: name the directory of the run' in err
+
+
+@pytest.mark.slow
+def test_in_processes_of_their_own(tmp_path):
+  import subprocess
+  assert call(*TRAIN, f'--workdir={tmp_path}/run') == 0
+  assert call('generate', f'--workdir={tmp_path}/run', '--tokens=3',
+              f'--save={tmp_path}/saved') == 0
+  base = [sys.executable, '-m', 'statejax.main', 'state']
+  where = [f'--store={tmp_path}/store', f'--secrets={tmp_path}/secrets']
+  go = [f'--workdir={tmp_path}/run', '--temperature=0', *where]
+  def state(*argv):
+    return subprocess.run([*base, *argv], check=True, text=True,
+                          capture_output=True)
+  whole = state('mint', 'w', *go, '--prompt=ab', '--tokens=12').stdout
+  first = state('mint', 'a', *go, '--prompt=ab', '--tokens=5').stdout
+  second = state('resume', 'a', *go, '--tokens=7')
+  assert first.rstrip('\n') + second.stdout == whole
+  assert second.stderr.startswith('resumed(7) promise=bit')
+  state('mint', 's', *go, f'--resume={tmp_path}/saved')
+  assert 'resumed(4)' in state('verify', 's', *go[:1], *where).stdout
+  assert state('audit', *where).returncode == 0
+
+
+def test_flags_of_the_table_exist():
+  from absl import flags
+  assert all(name in flags.FLAGS for name in states.ALL)
+  assert dataclasses.is_dataclass(MODEL)
