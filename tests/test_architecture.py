@@ -30,10 +30,12 @@ ALLOWED = {
     'account': f'{MODEL}',
     'laws': f'{MODEL}',
     'artifact': f'{LOW} orbax __version__',
+    **{f'artifact/{name}': 'artifact cryptography' for name in (
+        'keys', 'sealing', 'trust')},
     # What a verifier runs on: the standard library.
     **{f'artifact/{name}': 'artifact' for name in (
         'access', 'canonical', 'catalog', 'collect', 'commit', 'compat',
-        'desk', 'grammar',
+        'desk', 'envelope', 'grammar',
         'journal', 'layout', 'manifest', 'names', 'objects', 'outcome',
         'portable', 'revoke', 'tree', 'verify')},
     'tasks': 'numpy grain config',

@@ -24,19 +24,20 @@ def dumps(value) -> bytes:
                     ensure_ascii=False).encode()
 
 
-def loads(data: bytes):
+def loads(data: bytes, *, max_bytes: int = MAX_BYTES):
   """Returns the value of a canonical text of printable ASCII.
 
   Args:
-    data: at most 1 MiB, nested at most 6 deep.
+    data: nested at most 6 deep.
+    max_bytes: how long it may be.
 
   Raises:
     ValueError: too large, too deep, or not the bytes that `dumps` gives for
       what they say: floats, null, huge integers, duplicate keys, other order,
       spaces, escapes that need not be. Says which, where it can.
   """
-  if len(data) > MAX_BYTES:
-    raise ValueError(f'expected at most {MAX_BYTES} bytes, got {len(data)}')
+  if len(data) > max_bytes:
+    raise ValueError(f'expected at most {max_bytes} bytes, got {len(data)}')
   odd = next((i for i, byte in enumerate(data) if not 32 <= byte < 127), None)
   if odd is not None:
     raise ValueError(f'expected printable ASCII, got byte {data[odd]} at {odd}')

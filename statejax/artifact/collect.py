@@ -6,7 +6,7 @@ import shutil
 import time
 from secrets import token_hex
 
-from statejax.artifact import commit, layout, verify
+from statejax.artifact import commit, layout, trust, verify
 from statejax.artifact.outcome import Refused
 
 
@@ -122,8 +122,11 @@ def check(shop) -> list[str]:
   total = 0
   for id in shop.catalog.objects():
     try:
-      verify.verify(shop.place(id), name=id, secret=shop.secret)
-      total += sum(layout.walk(shop.place(id)).files.values())
+      place = shop.place(id)
+      found, data, about, _ = verify.head(place, name=id)
+      trust.vouch(shop, place, found, data, about)
+      layout.check(place, found, about)
+      total += sum(found.files.values())
     except (Refused, OSError) as error:
       wrong.append(f'{id}: {error}')
   wrong += [f'{id}: in no catalog; its mint was cut short' for id in

@@ -7,7 +7,15 @@ import contextlib
 import pathlib
 import tempfile
 
-from statejax.artifact import access, portable, revoke, verify
+from statejax.artifact import (
+  access,
+  layout,
+  portable,
+  revoke,
+  sealing,
+  trust,
+  verify,
+)
 from statejax.artifact.access import Principal
 from statejax.artifact.outcome import Refused
 
@@ -30,11 +38,13 @@ def examine(shop, key: str, principal: Principal,
     id = shop.find(key)
     place = shop.place(id)
     found, data, about, _ = verify.head(place, name=id)
-    vouched = verify.vouch(place, found, data, shop.secret)
+    vouched = trust.vouch(shop, place, found, data, about)
     hit = revoke.match(shop.catalog.revocations(), about, id)
     allowed = access.require(about, principal, right, revoked=bool(hit),
                              now=shop.catalog.clock())
-    plain, tokens = verify.content(place, found, about)
+    layout.check(place, found, about)
+    with sealing.opened(shop, place, about) as clear:
+      plain, tokens = verify.unsealed(clear, about)
   except Refused as error:
     shop.catalog.audit(principal.name, right, id or key[:80], 'refused',
                        code=error.code)

@@ -211,12 +211,12 @@ def numerics(program: Program) -> dict:
       'device': _ascii(_device(device)),
       'mesh': f'{program.mesh or "one device"}; capacity {program.capacity}',
       'precision': _ascii(
-          jax.config.read('jax_default_matmul_precision') or 'default'),
+          _setting('jax_default_matmul_precision') or 'default'),
   }
   hidden = {
       'flags': sorted(os.environ.get('XLA_FLAGS', '').split()),
-      'unoptimized': bool(jax.config.read('jax_disable_most_optimizations')),
-      'x64': bool(jax.config.read('jax_enable_x64')), 'kernels': kernels()}
+      'unoptimized': bool(_setting('jax_disable_most_optimizations')),
+      'x64': bool(_setting('jax_enable_x64')), 'kernels': kernels()}
   shapes = {'batch_slots': program.batch_slots, 'chunks': [program.chunk]}
   return {'id': names.document({**facts, **hidden, **shapes}), **facts,
           'code': __version__, **shapes}
@@ -235,6 +235,13 @@ def kernels() -> str:
     name = str(path.relative_to(root)).encode()
     mark.update(b'%d %s %d ' % (len(name), name, len(data)) + data)
   return mark.hexdigest()
+
+
+def _setting(name):
+  # Those that can be set for a while are attributes, the others are not.
+  if hasattr(jax.config, name):
+    return getattr(jax.config, name)
+  return jax.config.read(name)
 
 
 def _device(device):

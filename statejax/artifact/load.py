@@ -19,10 +19,12 @@ from statejax.artifact import (
   compat,
   digest,
   identity,
+  layout,
   manifest,
   mint,
-  revoke,
+  sealing,
   store,
+  trust,
   verify,
 )
 from statejax.artifact.access import Principal
@@ -93,9 +95,10 @@ def _load(shop, id, principal, host, ask, capacity):
   folder = shop.place(id)
   # V1 to V4.
   found, data, about, _ = verify.head(folder, name=id, max_bytes=ask.max_bytes)
-  verify.vouch(folder, found, data, shop.secret)
+  vouched = trust.vouch(shop, folder, found, data, about)
   # V5 to V7.
-  warnings = admit(shop, id, about, principal, ask.right)
+  warnings = trust.valid(shop, id, about, vouched)
+  access.require(about, principal, ask.right, now=shop.catalog.clock())
   # V8.
   here = host.groups(logits=about['state']['has_logits'])
   verdict = compat.compare(about, here, ask)
@@ -105,10 +108,14 @@ def _load(shop, id, principal, host, ask, capacity):
   if verdict.action == 'replay' and about['state']['transcript'] == 'none':
     raise Refused(verdict.code, f'{verdict.detail}, and the transcript, from '
                   'which it could be absorbed again, is not kept')
-  # V9 and V11.
-  plain, tokens = verify.content(folder, found, about)
-  if plain is None:
-    raise Refused('E_SEALED', 'expected an artifact in clear, got a sealed one')
+  # V9 to V11.
+  layout.check(folder, found, about)
+  with sealing.opened(shop, folder, about) as clear:
+    return _opened(clear, id, about, host, capacity, verdict, warnings)
+
+
+def _opened(folder, id, about, host, capacity, verdict, warnings):
+  plain, tokens = verify.unsealed(folder, about)
   tokens = None if tokens is None else tuple(tokens)
   length = about['state']['length']
   if verdict.action == 'replay':
@@ -123,23 +130,6 @@ def _load(shop, id, principal, host, ask, capacity):
     promise, warnings = 'tolerance', warnings + ('W_NUMERICS',)
   return Loaded(Decision('resumed', length, '', promise, tuple(
       dict.fromkeys(warnings))), id, about, state, tokens)
-
-
-def admit(shop, id, about, principal, right, *, foreign: bool = False):
-  """V5 to V7: clock, revocations, rights; returns warnings.
-
-  Raises:
-    Refused: E_CLOCK, E_REVOKED, E_CRL_STALE, E_EXPIRED, E_ACL, E_GRANT.
-  """
-  now = shop.catalog.clock()
-  last = shop.catalog.newest()
-  if now < last:
-    raise Refused('E_CLOCK', f'expected a time after {last}, the newest in the '
-                  f'audit log, got {now}')
-  warnings = revoke.require(shop.catalog.revocations(), about, id,
-                            foreign=foreign, now=now)
-  access.require(about, principal, right, now=now)
-  return warnings
 
 
 def restore(folder, about: dict, plain: dict, host: identity.Host,

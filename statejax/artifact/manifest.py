@@ -128,6 +128,13 @@ def artifact_id(data: bytes) -> str:
   return 'sj1-' + hashlib.sha256(data).hexdigest()
 
 
+def must_seal(about: dict) -> bool:
+  """Whether an artifact of these rules may only be stored sealed."""
+  rules = about['governance']
+  return rules['export'] != 'never' or (
+      rules['class'] in ('confidential', 'restricted'))
+
+
 def nbytes(leaf) -> int:
   """Bytes of a manifest's leaf, in Python integers of any size."""
   return math.prod(leaf['shape']) * tree.ITEM_BYTES[leaf['dtype']]
@@ -212,6 +219,9 @@ def check(value: dict):
   _agree('state.has_logits', roles.count('logits'), int(state['has_logits']))
   sealed = value['sealed'] != 'none'
   _agree('presence of seal', sealed, 'seal' in value)
+  if must_seal(value) and not sealed:
+    raise ValueError('sealed: expected aes256gcm1 of what may be exported, or '
+                     'is confidential, got none')
   _agree('presence of files plain.json', True, PLAIN in files)
   _agree('presence of files tokens.u32', state['transcript'] == 'keep',
          TOKENS in files)

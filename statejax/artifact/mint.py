@@ -17,6 +17,7 @@ from statejax.artifact import (
   layout,
   manifest,
   names,
+  sealing,
   store,
 )
 from statejax.artifact.access import Principal
@@ -42,6 +43,7 @@ class Terms:
     workflow: name for the accounts.
     kind: 'live', 'prefix', 'tuned' or 'compacted'.
     how: 'absorbed', 'trained', 'compacted', 'migrated' or 'exported'.
+    sealed: whether to seal it even where it need not be.
   """
 
   owner: str
@@ -54,6 +56,7 @@ class Terms:
   workflow: str = ''
   kind: str = 'live'
   how: str = 'absorbed'
+  sealed: bool = False
 
   def group(self, persona: str) -> dict:
     """Returns the group `governance`."""
@@ -105,7 +108,8 @@ def mint(shop, state, row: int, host: identity.Host, terms: Terms, *,
     parent: from which the state went on; None for none.
     account: tokens and times for the manifest's group `account`.
     mint_key: of this request, so that a retry makes no second one.
-    ref, expect, vouch: see `objects.Store.keep`.
+    ref, expect: see `objects.Store.keep`.
+    vouch: `keys.Signer`; None vouches by the store's own code.
 
   Returns:
     `objects.Kept`: id, receipt, name.
@@ -122,25 +126,36 @@ def mint(shop, state, row: int, host: identity.Host, terms: Terms, *,
   check(live)
   if transcript is not None:
     _check_transcript(live, transcript)
-  about = _manifest(live, host, terms, transcript, parent, account) | {
+  about = _manifest(live, host, terms, transcript, parent, account, vouch) | {
       'created': shop.catalog.clock()}
   shop.room(about['state']['logical_bytes'])
-  plain = _plain(live, about, transcript)
   with shop.stage() as folder:
-    named = digest.named_leaves(live)
-    store.save_payload(folder / manifest.PAYLOAD, {
-        path: x for path, x in named.items() if x.size})
-    (folder / manifest.PLAIN).write_bytes(plain)
-    if transcript is not None and transcript.keep:
-      waiting = [int(live.pending)] if live.pending >= 0 else []
-      (folder / manifest.TOKENS).write_bytes(
-          names.pack([*transcript.tokens, *waiting]))
+    if terms.sealed or manifest.must_seal(about):
+      key, group = sealing.new_key(shop, about)
+      about |= {'sealed': 'aes256gcm1', 'seal': group}
+      with sealing.scratch(shop) as clear:
+        _fill(clear, live, about, transcript)
+        sealing.seal_tree(clear, folder, about['nonce'], key)
+    else:
+      _fill(folder, live, about, transcript)
     tokens = int(live.length) - (
         parent.about['state']['length'] if parent else 0)
     return shop.keep(
         folder, about, mint_key=mint_key or token_hex(16),
         principal=terms.owner, action='mint', ref=ref, expect=expect,
         vouch=vouch, charges={'tokens_absorbed': max(0, tokens)})
+
+
+def _fill(folder, live, about, transcript):
+  """Writes all files of an artifact but its manifest."""
+  named = digest.named_leaves(live)
+  store.save_payload(folder / manifest.PAYLOAD, {
+      path: x for path, x in named.items() if x.size})
+  (folder / manifest.PLAIN).write_bytes(_plain(live, about, transcript))
+  if transcript is not None and transcript.keep:
+    waiting = [int(live.pending)] if live.pending >= 0 else []
+    (folder / manifest.TOKENS).write_bytes(
+        names.pack([*transcript.tokens, *waiting]))
 
 
 def fork(shop, parent: Parent, principal: Principal, *, ref: str = '',
@@ -159,14 +174,22 @@ def fork(shop, parent: Parent, principal: Principal, *, ref: str = '',
   about = parent.about | {
       'nonce': token_hex(16), 'created': shop.catalog.clock(),
       'governance': parent.about['governance'] | {'owner': principal.name},
-      'provenance': _provenance(parent, 'absorbed')}
+      'provenance': _provenance(parent, 'absorbed', vouch)}
   source = shop.place(parent.id)
   with shop.stage() as folder:
-    for name, _, _ in parent.about['files']:
-      (folder / name).parent.mkdir(parents=True, exist_ok=True)
-      if name != manifest.PLAIN:
-        (folder / name).hardlink_to(source / name)
-    (folder / manifest.PLAIN).write_bytes(_rechained(source, parent, about))
+    if about['sealed'] != 'none':
+      # Its bytes are bound to its name: they are sealed anew.
+      key, about['seal'] = sealing.new_key(shop, about)
+      with sealing.opened(shop, source, parent.about) as clear:
+        plain = _rechained(clear, parent, about)
+        (clear / manifest.PLAIN).write_bytes(plain)
+        sealing.seal_tree(clear, folder, about['nonce'], key)
+    else:
+      for name, _, _ in parent.about['files']:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if name != manifest.PLAIN:
+          (folder / name).hardlink_to(source / name)
+      (folder / manifest.PLAIN).write_bytes(_rechained(source, parent, about))
     return shop.keep(folder, about, mint_key=mint_key or token_hex(16),
                      principal=principal.name, action='fork', ref=ref,
                      vouch=vouch, charges={'forks': 1})
@@ -210,7 +233,7 @@ def _check_transcript(live, transcript):
                   f'{witness_of(live)} in the state')
 
 
-def _manifest(live, host, terms, transcript, parent, account):
+def _manifest(live, host, terms, transcript, parent, account, vouch):
   groups = host.groups(logits=live.logits is not None)
   leaves = identity.describe_row(live)
   keep = transcript is not None and transcript.keep
@@ -225,20 +248,21 @@ def _manifest(live, host, terms, transcript, parent, account):
   return groups | {
       'format': manifest.FORMAT, 'version': manifest.VERSION,
       'nonce': token_hex(16), 'kind': terms.kind, 'sealed': 'none',
-      'provenance': _provenance(parent, terms.how),
+      'provenance': _provenance(parent, terms.how, vouch),
       'governance': terms.group(
           host.texts.keyed('governance.persona', host.texts.persona)),
       'account': facts | (account or {})}
 
 
-def _provenance(parent, how):
+def _provenance(parent, how, vouch):
+  producer = vouch.name if vouch else 'local'
   if parent is None:
-    return {'root': 'self', 'parents': [], 'depth': 0, 'producer': 'local',
+    return {'root': 'self', 'parents': [], 'depth': 0, 'producer': producer,
             'how': how}
   source = parent.about['provenance']
   return {'root': parent.id if source['root'] == 'self' else source['root'],
           'parents': [{'id': parent.id, 'role': 'state'}],
-          'depth': source['depth'] + 1, 'producer': 'local', 'how': how}
+          'depth': source['depth'] + 1, 'producer': producer, 'how': how}
 
 
 def _plain(live, about, transcript):

@@ -10,6 +10,7 @@ Secrets lie elsewhere: one for the store, by which it knows its own manifests,
 and one for each organisation. Imports no jax.
 """
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -52,6 +53,18 @@ class Kept:
   conflict: bool
 
 
+@contextlib.contextmanager
+def _said():
+  """A disk that is full or broken becomes a refusal."""
+  try:
+    yield
+  except commit.AlreadyPublished:
+    raise
+  except OSError as error:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    raise Refused('E_NOSPACE' if full else 'E_IO', str(error)) from error
+
+
 def check_ref(name: str):
   """Raises ValueError unless a text can name an artifact."""
   if not _NAME.fullmatch(name) or name.startswith('sj1-'):
@@ -87,9 +100,29 @@ class Secrets:
     commit.sync(self.path)
     return bytes.fromhex(file.read_text())
 
+  def find(self, name: str) -> bytes | None:
+    """Returns what is kept under a name, None for nothing; makes nothing."""
+    file = self.path / f'{name}.secret'
+    if not re.fullmatch('[a-z0-9-]{1,64}', name) or not file.exists():
+      return None
+    return bytes.fromhex(file.read_text())
+
+  def destroy(self, name: str):
+    """Overwrites and removes a secret; what it alone opens is gone."""
+    if self.find(name) is not None:
+      file = self.path / f'{name}.secret'
+      file.write_text('0' * 64)
+      commit.sync(file)
+      file.unlink()
+      commit.sync(self.path)
+
+  def org_name(self, org: str, use: str) -> str:
+    """Returns the name of an organisation's secret for a use."""
+    return f'org-{hashlib.sha256(org.encode()).hexdigest()[:16]}-{use}'
+
   def org(self, org: str) -> bytes:
     """Returns the secret of an organisation, for keyed digests."""
-    return self.get('org-' + hashlib.sha256(org.encode()).hexdigest()[:16])
+    return self.get(self.org_name(org, 'keyed'))
 
 
 class Store:
@@ -101,9 +134,12 @@ class Store:
     secrets: see `Secrets`.
     catalog: see `catalog.Catalog`.
     quota: bytes that all its artifacts together may have.
+    root: PEM of the public key that signs the trust document; '' trusts nobody.
+    scratch: directory in memory, where sealed artifacts are opened.
   """
 
-  def __init__(self, path, secrets, *, quota: int = 1 << 44, clock=None):
+  def __init__(self, path, secrets, *, quota: int = 1 << 44, clock=None,
+               root: str = '', scratch: str = '/dev/shm'):
     """Opens a store, or makes an empty one where nothing is.
 
     Raises:
@@ -112,6 +148,7 @@ class Store:
     """
     self.path = pathlib.Path(os.path.abspath(path))
     self.secrets, self.quota = secrets, quota
+    self.root, self.scratch = root, scratch
     about = self.path / 'STORE.json'
     if not self.path.exists():
       self._make()
@@ -207,8 +244,8 @@ class Store:
       ref: name that shall point to it, '' for none.
       expect: version the name has, 0 for a new one. If it has another one, the
         artifact gets a name of its own beside it: a fork.
-      vouch: (folder, manifest bytes) -> None, writes `manifest.sig`; None
-        writes the store's own code.
+      vouch: `keys.Signer`, which writes `manifest.sig`; None writes the
+        store's own code.
       charges: further units for the ledger.
 
     Raises:
@@ -216,11 +253,35 @@ class Store:
     """
     if ref:
       check_ref(ref)
-    try:
-      id, nbytes = self._settle(folder, about, vouch)
-    except OSError as error:
-      full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-      raise Refused('E_NOSPACE' if full else 'E_IO', str(error)) from error
+    with _said():
+      id = self._settle(folder, about, vouch)
+      nbytes = self._install(folder, id)
+    return self._enter(id, nbytes, about, mint_key, principal, action, ref,
+                       expect, charges)
+
+  def take_in(self, folder, id: str, about: dict, principal: str,
+              ref: str = '') -> Kept:
+    """M9 to M13 of an artifact from elsewhere, verified, as it is.
+
+    Args:
+      folder: of `stage`, holding it.
+      id: its name.
+      about: its manifest.
+      principal: who brought it.
+      ref: a new name that shall point to it, '' for none.
+    """
+    if ref:
+      check_ref(ref)
+    with _said():
+      try:
+        nbytes = self._install(folder, id)
+      except commit.AlreadyPublished:  # the same bytes, as the name says
+        nbytes = sum(layout.walk(self.place(id)).files.values())
+    return self._enter(id, nbytes, about, f'import-{id}', principal, 'import',
+                       ref, 0, None)
+
+  def _enter(self, id, nbytes, about, mint_key, principal, action, ref, expect,
+             charges):
     with self.catalog.transaction():
       earlier = self.catalog.minted(mint_key)
       if earlier:  # a retry of what was done: gc takes the second copy
@@ -244,7 +305,9 @@ class Store:
       (folder / layout.MAC).write_bytes(verify.mac(self.secret, data))
     else:
       vouch(folder, data)
-    id = manifest.artifact_id(data)
+    return manifest.artifact_id(data)
+
+  def _install(self, folder, id):
     nbytes = sum(layout.walk(folder).files.values())
     for here, _, files in os.walk(folder):
       for name in files:
@@ -253,7 +316,7 @@ class Store:
     place.parent.mkdir(mode=0o700, exist_ok=True)
     commit.sync(place.parent.parent)
     commit.place(folder, place)
-    return id, nbytes
+    return nbytes
 
   def keyed(self, org: str, field: str, text: str) -> str:
     """Returns the keyed digest of a text of an organisation."""

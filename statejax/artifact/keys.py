@@ -1,0 +1,112 @@
+"""Signing keys: ECDSA over P-256, P-384 or P-521. Needs the extra [sign]."""
+
+import dataclasses
+import hashlib
+
+from statejax.artifact import envelope, layout, manifest
+from statejax.artifact.outcome import Refused
+
+_HASHES = {'secp256r1': 'SHA256', 'secp384r1': 'SHA384', 'secp521r1': 'SHA512'}
+
+
+def generate() -> bytes:
+  """Returns a new private key, as PEM without a password."""
+  ec, serialization, _ = _library()
+  return ec.generate_private_key(ec.SECP256R1()).private_bytes(
+      serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8,
+      serialization.NoEncryption())
+
+
+def public(private: bytes) -> str:
+  """Returns the public key of a private one, as SPKI PEM text."""
+  _, serialization, _ = _library()
+  return _private(private).public_key().public_bytes(
+      serialization.Encoding.PEM,
+      serialization.PublicFormat.SubjectPublicKeyInfo).decode()
+
+
+def hint(pem: str) -> str:
+  """Returns the name of a public key: hex of H(SPKI PEM)."""
+  return hashlib.sha256(pem.encode()).hexdigest()
+
+
+def sign(private: bytes, kind: str, payload: bytes) -> bytes:
+  """Returns the DER signature of a payload of a type."""
+  ec, _, hashes = _library()
+  key = _private(private)
+  return key.sign(envelope.pae(kind, payload), ec.ECDSA(
+      getattr(hashes, _HASHES[key.curve.name])()))
+
+
+def check(pem: str, kind: str, payload: bytes, signature: bytes):
+  """Raises unless a key has signed a payload of a type.
+
+  Raises:
+    Refused: E_SIG.
+  """
+  from cryptography import exceptions
+
+  ec, serialization, hashes = _library()
+  try:
+    key = serialization.load_pem_public_key(pem.encode())
+  except (ValueError, exceptions.UnsupportedAlgorithm) as error:
+    raise Refused('E_SIG', f'expected a public key, got {error}') from None
+  if not isinstance(key, ec.EllipticCurvePublicKey) or (
+      key.curve.name not in _HASHES):
+    raise Refused('E_SIG', f'expected a key on one of {list(_HASHES)}')
+  try:
+    key.verify(signature, envelope.pae(kind, payload), ec.ECDSA(
+        getattr(hashes, _HASHES[key.curve.name])()))
+  except exceptions.InvalidSignature:
+    raise Refused('E_SIG', f'expected a signature by key {hint(pem)[:16]}, got '
+                  'another one') from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Signer:
+  """A private key at work; for `vouch` of `objects.Store.keep`.
+
+  Attributes:
+    private: PEM.
+  """
+
+  private: bytes = dataclasses.field(repr=False)
+
+  @property
+  def name(self) -> str:
+    """As a manifest names its producer: 'key:' and 64 hex digits."""
+    return f'key:{hint(public(self.private))}'
+
+  def __call__(self, folder, data: bytes):
+    """Writes `manifest.sig` over a manifest and the files which it lists."""
+    payload = envelope.statement(data, manifest.parse(data))
+    (folder / layout.SIG).write_bytes(envelope.bundle(
+        payload, sign(self.private, envelope.STATEMENT, payload),
+        hint(public(self.private))))
+
+  def document(self, kind: str, payload: bytes) -> bytes:
+    """Returns a signed document; see `envelope.KINDS`."""
+    return envelope.seal(
+        kind, payload, sign(self.private, envelope.media(kind), payload),
+        hint(public(self.private)))
+
+
+def _private(pem):
+  ec, serialization, _ = _library()
+  key = serialization.load_pem_private_key(pem, None)
+  if not isinstance(key, ec.EllipticCurvePrivateKey) or (
+      key.curve.name not in _HASHES):
+    raise ValueError(f'key: expected one on a curve of {list(_HASHES)}, got '
+                     f'{type(key).__name__}.')
+  return key
+
+
+def _library():
+  try:
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+  except ImportError:
+    raise ValueError('signatures: expected the package cryptography, found '
+                     "none; install it with: pip install 'statejax[sign]'"
+                     ) from None
+  return ec, serialization, hashes

@@ -1,0 +1,167 @@
+"""Sealed files: AES-256-GCM in chunks of 1 MiB. Needs the extra [sign].
+
+    wrapped  = nonce + GCM(KEK, nonce, data key, aad = manifest nonce)
+    file key = HKDF-SHA256(data key, info = path)
+    chunk i  = GCM(file key, nonce = i as 96 bits, aad = "statejax.seal.v1\\0" +
+               manifest nonce + u32 length + path + u64 i + u8 last)
+
+A chunk moved, cut off or taken from another file or artifact does not open.
+Destroying the key that wraps the data key destroys the content.
+"""
+
+import base64
+import contextlib
+import os
+import pathlib
+import struct
+import tempfile
+
+from statejax.artifact import layout
+from statejax.artifact.outcome import Refused
+
+CHUNK = 1 << 20
+_TAG = 16
+
+
+def wrap(kek: bytes, key: bytes, nonce: str) -> str:
+  """Returns the data key as the manifest holds it, base64.
+
+  Args:
+    kek: 32 bytes.
+    key: 32 bytes.
+    nonce: of the manifest, 32 hex.
+  """
+  gcm, _, _ = _library()
+  salt = os.urandom(12)
+  return base64.b64encode(salt + gcm(kek).encrypt(
+      salt, key, bytes.fromhex(nonce))).decode()
+
+
+def unwrap(kek: bytes, wrapped: str, nonce: str) -> bytes:
+  """Undoes `wrap`.
+
+  Raises:
+    Refused: E_SEALED: another key, or other content.
+  """
+  from cryptography import exceptions
+
+  gcm, _, _ = _library()
+  try:
+    raw = base64.b64decode(wrapped, validate=True)
+    return gcm(kek).decrypt(raw[:12], raw[12:], bytes.fromhex(nonce))
+  except (exceptions.InvalidTag, ValueError):
+    raise Refused('E_SEALED', 'expected the key that wraps this artifact, got '
+                  'another one') from None
+
+
+def seal(key: bytes, nonce: str, path: str, data: bytes) -> bytes:
+  """Returns the ciphertext of a file."""
+  gcm = _file_key(key, path)
+  count = max(1, -(-len(data) // CHUNK))
+  return b''.join(
+      gcm.encrypt(_counter(i), data[i * CHUNK:(i + 1) * CHUNK],
+                  _aad(nonce, path, i, i == count - 1)) for i in range(count))
+
+
+def unseal(key: bytes, nonce: str, path: str, data: bytes) -> bytes:
+  """Undoes `seal`.
+
+  Raises:
+    Refused: E_SEALED.
+  """
+  from cryptography import exceptions
+
+  gcm, step = _file_key(key, path), CHUNK + _TAG
+  count = max(1, -(-len(data) // step))
+  try:
+    return b''.join(
+        gcm.decrypt(_counter(i), data[i * step:(i + 1) * step],
+                    _aad(nonce, path, i, i == count - 1))
+        for i in range(count))
+  except (exceptions.InvalidTag, ValueError):
+    raise Refused('E_SEALED', f'{path}: expected a file sealed under this key '
+                  'and name, got another one') from None
+
+
+def new_key(shop, about: dict) -> tuple[bytes, dict]:
+  """Returns a fresh data key, and the group `seal` that wraps it.
+
+  Args:
+    shop: `objects.Store`, whose secrets hold the organisation's wrapping key.
+    about: the manifest, with its nonce.
+  """
+  name = shop.secrets.org_name(about['governance']['org'], 'kek')
+  key = os.urandom(32)
+  return key, {'kek': name, 'chunk': CHUNK, 'wrapped': wrap(
+      shop.secrets.get(name), key, about['nonce'])}
+
+
+def seal_tree(source, target, nonce: str, key: bytes):
+  """Writes the files of a directory, sealed, into another one."""
+  source, target = pathlib.Path(source), pathlib.Path(target)
+  for file in sorted(p for p in source.rglob('*') if p.is_file()):
+    name = str(file.relative_to(source))
+    (target / name).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    (target / name).write_bytes(seal(key, nonce, name, file.read_bytes()))
+
+
+@contextlib.contextmanager
+def opened(shop, folder, about: dict):
+  """V10: yields a directory with an artifact's files in clear.
+
+  That is the artifact itself where it is not sealed; else a private directory
+  in memory, gone at the end.
+
+  Raises:
+    Refused: E_SEALED: the key is not here, or is another one.
+  """
+  if about['sealed'] == 'none':
+    yield pathlib.Path(folder)
+    return
+  kek = shop.secrets.find(about['seal']['kek'])
+  if kek is None:
+    raise Refused('E_SEALED', f'expected key {about["seal"]["kek"]}, got none')
+  key = unwrap(kek, about['seal']['wrapped'], about['nonce'])
+  with scratch(shop) as clear:
+    for name, _, _ in about['files']:
+      (clear / name).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+      (clear / name).write_bytes(unseal(
+          key, about['nonce'], name, layout.read(folder, name)))
+    yield clear
+
+
+@contextlib.contextmanager
+def scratch(shop):
+  """Yields a private directory in memory, for what must not reach a disk."""
+  if not pathlib.Path(shop.scratch).is_dir():
+    raise Refused('E_SEALED', f'expected a file system in memory at '
+                  f'{shop.scratch}, got none; name one as scratch of the store')
+  with tempfile.TemporaryDirectory(dir=shop.scratch) as folder:
+    yield pathlib.Path(folder)
+
+
+def _file_key(key, path):
+  gcm, hkdf, hashes = _library()
+  return gcm(hkdf(algorithm=hashes.SHA256(), length=32, salt=None,
+                  info=path.encode()).derive(key))
+
+
+def _counter(i):
+  return i.to_bytes(12, 'big')
+
+
+def _aad(nonce, path, i, last):
+  raw = path.encode()
+  return (b'statejax.seal.v1\0' + bytes.fromhex(nonce)
+          + struct.pack('<I', len(raw)) + raw + struct.pack('<QB', i, last))
+
+
+def _library():
+  try:
+    from cryptography.hazmat.primitives import hashes
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+    from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+  except ImportError:
+    raise ValueError('sealing: expected the package cryptography, found none; '
+                     "install it with: pip install 'statejax[sign]'") from None
+  return AESGCM, HKDF, hashes

@@ -1,0 +1,125 @@
+"""Artifacts that leave a store as one file, and come into another one.
+
+What leaves is a new artifact: sealed, signed, without its transcript. What
+comes in is nobody's word but its signer's: every check of a load is made before
+it is kept. Needs the extra [sign].
+"""
+
+import pathlib
+import shutil
+from secrets import token_hex
+
+from statejax.artifact import (
+  access,
+  canonical,
+  desk,
+  keys,
+  layout,
+  load,
+  manifest,
+  portable,
+  revoke,
+  sealing,
+  trust,
+  verify,
+)
+from statejax.artifact.access import Principal
+from statejax.artifact.objects import Kept
+from statejax.artifact.outcome import Refused
+
+
+def export(shop, key: str, principal: Principal, signer: keys.Signer,
+           path) -> str:
+  """Writes an artifact as one new file; returns the id of what was written.
+
+  Args:
+    shop: `objects.Store`.
+    key: id, beginning of one, or name.
+    principal: needs the right to export it.
+    signer: in the name of the artifact's organisation.
+    path: of the file; must not exist.
+
+  Raises:
+    Refused: not allowed, or not whole.
+  """
+  if pathlib.Path(path).exists():
+    raise ValueError(f'{path}: exists already, and nothing is overwritten; '
+                     'choose another name.')
+  found = desk.examine(shop, key, principal, 'export')
+  source = found.about['provenance']
+  about = found.about | {
+      'created': shop.catalog.clock(), 'nonce': token_hex(16),
+      'sealed': 'aes256gcm1',
+      'state': found.about['state'] | {'transcript': 'none'},
+      'provenance': {
+          'root': found.id if source['root'] == 'self' else source['root'],
+          'parents': [{'id': found.id, 'role': 'exported'}],
+          'depth': source['depth'] + 1, 'producer': signer.name,
+          'how': 'exported'}}
+  wrapped, about['seal'] = sealing.new_key(shop, about)
+  with shop.stage() as folder:
+    with sealing.opened(shop, shop.place(found.id), found.about) as clear, (
+        sealing.scratch(shop)) as bare:
+      for name, _, _ in found.about['files']:
+        if name not in (manifest.TOKENS, manifest.SLOTS):
+          (bare / name).parent.mkdir(parents=True, exist_ok=True)
+          shutil.copyfile(clear / name, bare / name)
+      sealing.seal_tree(bare, folder, about['nonce'], wrapped)
+    data = manifest.dumps(about | {'files': layout.listing(folder)})
+    (folder / manifest.NAME).write_bytes(data)
+    signer(folder, data)
+    portable.pack(folder, path)
+  id = manifest.artifact_id(data)
+  with shop.catalog.transaction():
+    shop.catalog.audit(principal.name, 'export', id, 'written')
+    shop.catalog.charge(principal.name, found.id, exports=1)
+  return id
+
+
+def receive(shop, path, principal: Principal, *, host=None,
+            ref: str = '') -> Kept:
+  """Verifies a file as a stranger's, and keeps it as it is.
+
+  Args:
+    shop: `objects.Store`; its trust says whose signatures count.
+    path: of the file.
+    principal: must at least be allowed to look at it.
+    host: `identity.Host`, to verify its arrays too (V12 to V15); None leaves
+      that to the first load, which does it anyway.
+    ref: a new name for it, '' for none.
+
+  Raises:
+    Refused: the first check that fails; it is in the log, and nothing is kept.
+  """
+  id = ''
+  try:
+    with shop.stage() as folder:
+      portable.unpack(path, folder, max_bytes=shop.quota)
+      found, data, about, id = verify.head(folder, max_bytes=shop.quota,
+                                           foreign=True)
+      if found.voucher != layout.SIG:
+        raise Refused('E_UNSIGNED', f'expected {layout.SIG}, got '
+                      f'{found.voucher}, which only its own store can check')
+      vouched = trust.vouch(shop, folder, found, data, about)
+      trust.valid(shop, id, about, vouched)
+      access.require(about, principal, 'inspect', now=shop.catalog.clock())
+      shop.room(sum(found.files.values()))
+      layout.check(folder, found, about)
+      with sealing.opened(shop, folder, about) as clear:
+        plain, _ = verify.unsealed(clear, about)
+        if host is not None:
+          load.restore(clear, about, plain, host, about['state']['length'])
+      return shop.take_in(folder, id, about, principal.name, ref)
+  except Refused as error:
+    shop.catalog.audit(principal.name, 'import', id or 'unknown', 'refused',
+                       code=error.code)
+    raise
+
+
+def issue_revocations(shop, signer: keys.Signer) -> bytes:
+  """Returns the store's revocation list as a signed document for others."""
+  now = shop.catalog.clock()
+  with shop.catalog.transaction():
+    body = revoke.extended(shop.catalog.revocations(), (), now=now)
+    shop.catalog.keep_revocations(body)
+  return signer.document('crl', canonical.dumps(body))

@@ -1,0 +1,265 @@
+"""Whose signatures count here: the trust document, and what follows from it.
+
+It names the keys of every organisation, what each may sign and when. It is
+signed by a root key which whoever runs the store has pinned; a newer document
+replaces an older one and never the other way round. Needs the extra [sign].
+"""
+
+import dataclasses
+import pathlib
+
+from statejax.artifact import (
+  canonical,
+  commit,
+  envelope,
+  keys,
+  layout,
+  manifest,
+  names,
+  revoke,
+  verify,
+)
+from statejax.artifact.grammar import Int, Items, OneOf, Record, Table, Text
+from statejax.artifact.outcome import Refused
+
+ROLES = ('mint', 'grant', 'revoke')
+_PEM = Text(1024, '[ -~\\n]+', empty=False, name='a PEM text')
+GRAMMAR = Record({
+    'number': Int(1), 'min_epoch': Int(),
+    'classes': Items(OneOf(manifest.CLASSES), 4),
+    'orgs': Table(manifest.text(128), Items(Record({
+        'pem': _PEM, 'status': OneOf(('active', 'retired')),
+        'not_before': Int(), 'not_after': Int(),
+        'may': Items(OneOf(ROLES), 3)}), 64), 1024)})
+FILE, CRL = 'trust.dsse.json', 'crl.dsse.json'
+
+
+@dataclasses.dataclass(frozen=True)
+class Trust:
+  """A verified trust document.
+
+  Attributes:
+    number: it never decreases.
+    min_epoch: oldest epoch of policies that is trusted.
+    classes: of artifacts that may come from elsewhere.
+    orgs: {organisation: keys}.
+  """
+
+  number: int
+  min_epoch: int
+  classes: tuple[str, ...]
+  orgs: dict[str, list]
+
+  def key(self, hint: str, org: str, role: str, when: int) -> str:
+    """Returns the PEM of a key that may do something for an organisation.
+
+    Raises:
+      Refused: E_TRUST: unknown, of another organisation, retired, without that
+        right, or not valid at the time.
+    """
+    for entry in self.orgs.get(org, ()):
+      if keys.hint(entry['pem']) != hint:
+        continue
+      if entry['status'] != 'active' or role not in entry['may']:
+        raise Refused('E_TRUST', f'key {hint[:16]}: expected an active key that'
+                      f' may {role}, got {entry["status"]}, {entry["may"]}')
+      if not entry['not_before'] <= when <= entry['not_after']:
+        raise Refused('E_TRUST', f'key {hint[:16]}: expected a time of '
+                      f'{entry["not_before"]}..{entry["not_after"]}, got '
+                      f'{when}')
+      return entry['pem']
+    raise Refused('E_TRUST', f'key {hint[:16]}: expected a key of '
+                  f'{org or "no organisation"} in the trust document, got none')
+
+
+def parse(data: bytes, root: str) -> Trust:
+  """Returns the trust of a signed document.
+
+  Args:
+    data: the document.
+    root: PEM of the pinned key.
+
+  Raises:
+    Refused: E_SIG: not signed by it; E_TRUST: of another form.
+  """
+  payload, signature, hint = envelope.open_document('trust', data)
+  if hint != keys.hint(root):
+    raise Refused('E_SIG', f'trust: expected a signature of the pinned key '
+                  f'{keys.hint(root)[:16]}, got one of {hint[:16]}')
+  keys.check(root, envelope.media('trust'), payload, signature)
+  try:
+    value = canonical.loads(payload)
+    GRAMMAR(value, '')
+  except (ValueError, RecursionError) as error:
+    raise Refused('E_TRUST', f'trust: {error}') from None
+  return Trust(value['number'], value['min_epoch'], tuple(value['classes']),
+               value['orgs'])
+
+
+def extended(old: Trust | None, pem: str, org: str, *, may=ROLES, not_before=0,
+             not_after=manifest.U.high) -> bytes:
+  """Returns the document that follows `old` and trusts one key more, unsigned.
+
+  Args:
+    old: the present trust, None for the first.
+    pem: the public key.
+    org: whose it is.
+    may: of `ROLES`.
+    not_before, not_after: unix seconds.
+  """
+  entry = {'pem': pem, 'status': 'active', 'not_before': not_before,
+           'not_after': not_after, 'may': list(may)}
+  orgs = dict(old.orgs) if old else {}
+  orgs[org] = [e for e in orgs.get(org, ()) if e['pem'] != pem] + [entry]
+  value = {'number': old.number + 1 if old else 1, 'orgs': orgs,
+           'min_epoch': old.min_epoch if old else 0,
+           'classes': list(old.classes if old else manifest.CLASSES)}
+  GRAMMAR(value, '')
+  return canonical.dumps(value)
+
+
+def install(shop, data: bytes) -> Trust:
+  """Keeps a trust document in a store; returns it.
+
+  Raises:
+    Refused: E_SIG, E_TRUST; also where its number is not above the present one.
+  """
+  new, old = parse(data, _root(shop)), load(shop)
+  if old is not None and new.number <= old.number:
+    raise Refused('E_TRUST', f'trust: expected a number above {old.number}, '
+                  f'got {new.number}')
+  _replace(shop.path / 'trust' / FILE, data)
+  return new
+
+
+def load(shop) -> Trust | None:
+  """Returns the trust that is kept in a store; None where there is none."""
+  path = shop.path / 'trust' / FILE
+  return parse(path.read_bytes(), _root(shop)) if path.exists() else None
+
+
+def _root(shop):
+  if not shop.root:
+    raise Refused('E_TRUST', 'expected a pinned root key, got none; open the '
+                  'store with the public key of whoever decides on trust')
+  return shop.root
+
+
+def install_revocations(shop, org: str, data: bytes) -> dict:
+  """Keeps an organisation's signed revocation list; returns it.
+
+  Raises:
+    Refused: E_SIG, E_TRUST; also where its number is below the present one.
+  """
+  known = _require(shop)
+  new = signed_revocations(known, org, data, now=shop.catalog.clock())
+  old = revocations(shop, known, org)
+  if old is not None and new['number'] < old['number']:
+    raise Refused('E_TRUST', f'crl: expected a number of at least '
+                  f'{old["number"]}, got {new["number"]}')
+  _replace(_crl_path(shop, org), data)
+  return new
+
+
+def revocations(shop, known: Trust, org: str) -> dict | None:
+  """Returns the signed list kept of an organisation, None for none."""
+  path = _crl_path(shop, org)
+  return signed_revocations(known, org, path.read_bytes(), now=shop.catalog
+                            .clock()) if path.exists() else None
+
+
+def _crl_path(shop, org):
+  return shop.path / 'trust' / f'{names.sha256(org.encode())[7:23]}-{CRL}'
+
+
+def _require(shop):
+  known = load(shop)
+  if known is None:
+    raise Refused('E_UNSIGNED', 'expected a trust document in this store, got '
+                  'none, so that no signature counts')
+  return known
+
+
+def signed_revocations(known: Trust, org: str, data: bytes, *,
+                       now: int) -> dict:
+  """Returns a signed revocation list of an organisation.
+
+  Raises:
+    Refused: E_SIG, E_TRUST.
+  """
+  payload, signature, hint = envelope.open_document('crl', data)
+  pem = known.key(hint, org, 'revoke', now)
+  keys.check(pem, envelope.media('crl'), payload, signature)
+  try:
+    value = canonical.loads(payload)
+    revoke.GRAMMAR(value, '')
+  except (ValueError, RecursionError) as error:
+    raise Refused('E_TRUST', f'crl: {error}') from None
+  return value
+
+
+def vouch(shop, folder, found: layout.Walk, data: bytes, about: dict) -> str:
+  """V4 and V5: returns 'mac', or 'key:' and the hint of the key that signed.
+
+  Args:
+    shop: `objects.Store`.
+    folder: the artifact.
+    found: what lies in it.
+    data: bytes of its manifest.
+    about: the same, parsed.
+
+  Raises:
+    Refused: E_UNSIGNED: nobody is trusted here; E_SIG; E_TRUST; E_EPOCH.
+  """
+  if found.voucher == layout.MAC:
+    return verify.vouch(folder, found, data, shop.secret)
+  known = _require(shop)
+  payload, signature, hint = envelope.open_bundle(layout.read(folder,
+                                                              layout.SIG))
+  if payload != envelope.statement(data, about):
+    raise Refused('E_SIG', f'{layout.SIG}: expected a statement over exactly '
+                  'the files of the manifest, got another one')
+  pem = known.key(hint, about['governance']['org'], 'mint', about['created'])
+  keys.check(pem, envelope.STATEMENT, payload, signature)
+  if about['provenance']['producer'] != f'key:{hint}':
+    raise Refused('E_TRUST', f'provenance.producer: expected key:{hint}, got '
+                  f'{about["provenance"]["producer"]}')
+  if about['governance']['class'] not in known.classes:
+    raise Refused('E_TRUST', f'expected a class of {known.classes}, got '
+                  f'{about["governance"]["class"]}')
+  if about['policy']['epoch'] < known.min_epoch:
+    raise Refused('E_EPOCH', f'policy.epoch: expected at least '
+                  f'{known.min_epoch}, got {about["policy"]["epoch"]}')
+  return f'key:{hint}'
+
+
+def valid(shop, id: str, about: dict, vouched: str) -> tuple[str, ...]:
+  """V5 and V6: clock and revocations; returns warnings.
+
+  What another one vouches for needs a fresh list of its organisation.
+
+  Raises:
+    Refused: E_CLOCK, E_REVOKED, E_CRL_STALE.
+  """
+  now, last = shop.catalog.clock(), shop.catalog.newest()
+  if now < last:
+    raise Refused('E_CLOCK', f'expected a time after {last}, the newest in the '
+                  f'audit log, got {now}')
+  warnings = revoke.require(shop.catalog.revocations(), about, id,
+                            foreign=False, now=now)
+  if vouched == 'mac':
+    return warnings
+  org = about['governance']['org']
+  crl = revocations(shop, _require(shop), org)
+  if crl is None:
+    raise Refused('E_CRL_STALE', f'expected a signed revocation list of '
+                  f'{org or "no organisation"}, got none')
+  return warnings + revoke.require(crl, about, id, foreign=True, now=now)
+
+
+def _replace(path: pathlib.Path, data: bytes):
+  new = path.with_suffix('.new')
+  new.write_bytes(data)
+  commit.sync(new)
+  new.replace(path)
+  commit.sync(path.parent)
