@@ -1,4 +1,4 @@
-"""The command `state`: mint, show, verify, resume, fork, revoke and so on.
+r"""The command `state`: mint, show, verify, resume, fork, transfer and so on.
 
   python -m statejax.main state mint chat --workdir=runs/a --prompt='def '
   python -m statejax.main state resume chat --workdir=runs/a --tokens=50
@@ -11,11 +11,30 @@
   python -m statejax.main state gc
 
 A target is a name, an id or its beginning; `show` and `verify` also take a
-directory or a file that holds one artifact. Loads jax only where a model runs.
+directory or a file that holds one artifact. From store to store, with the extra
+[sign] and the organisation's secrets at both ends:
+
+  python -m statejax.main state keygen root
+  python -m statejax.main state keygen acme
+  python -m statejax.main state trust acme.pub --org=acme \
+      --signing_key=root.pem
+  python -m statejax.main state transfer chat --org=acme \
+      --signing_key=acme.pem --out=chat.tar
+  python -m statejax.main state crl acme.crl --signing_key=acme.pem
+  # and in the store that shall have it:
+  python -m statejax.main state trust acme.pub --org=acme \
+      --signing_key=root.pem --store=there
+  python -m statejax.main state trust acme.crl --org=acme --root=root.pub \
+      --store=there
+  python -m statejax.main state transfer chat.tar --org=acme --root=root.pub \
+      --store=there --ref=chat
+
+Loads jax only where a model runs.
 """
 
 import codecs
 import json
+import os
 import pathlib
 import sys
 from typing import Any
@@ -46,15 +65,26 @@ MISMATCH = flags.DEFINE_enum(
 GRACE = flags.DEFINE_integer(
     'grace', 3600, 'state gc: seconds for which everything stays')
 
-OWN = {'store', 'secrets', 'principal', 'org'}
+EXPORT = flags.DEFINE_enum(
+    'export', 'never', ['never', 'listed', 'org', 'any'],
+    'state mint: to whom it may be transferred; what may is kept sealed')
+SIGNING_KEY = flags.DEFINE_string(
+    'signing_key', None, 'state: file of a private key')
+ROOT = flags.DEFINE_string(
+    'root', None, 'state: file of the public key that decides on trust')
+OUT = flags.DEFINE_string('out', None, 'state transfer: file to write')
+
+OWN = {'store', 'secrets', 'principal', 'org', 'root'}
 SAMPLING = {'workdir', 'tokens', 'capacity', 'temperature', 'top_k', 'top_p'}
 # What each verb reads beside `OWN`.
 USES = {
     'mint': SAMPLING | {'prompt', 'seed', 'resume', 'row', 'acl', 'sensitivity',
-                        'workflow', 'scope', 'transcript'},
+                        'workflow', 'scope', 'transcript', 'export'},
     'resume': SAMPLING | {'on_mismatch'},
     'show': {'workdir'}, 'verify': {'workdir'}, 'fork': {'ref'},
-    'revoke': set(), 'audit': set(), 'account': set(), 'gc': {'grace'}}
+    'transfer': {'signing_key', 'out', 'ref', 'workdir'}, 'revoke': set(),
+    'audit': set(), 'account': set(), 'gc': {'grace'},
+    'keygen': set(), 'trust': {'signing_key'}, 'crl': {'signing_key'}}
 # Which of them take no target.
 WHOLE = ('audit', 'account', 'gc')
 ALL = OWN.union(*USES.values())
@@ -83,8 +113,17 @@ def _flag(name) -> Any:
 
 def _shop():
   from statejax.artifact import objects
+  root = pathlib.Path(ROOT.value).read_text() if ROOT.value else ''
   return objects.Store(STORE.value, objects.Secrets(
-      pathlib.Path(SECRETS.value).expanduser()))
+      pathlib.Path(SECRETS.value).expanduser()), root=root)
+
+
+def _signer():
+  from statejax.artifact import keys
+  if SIGNING_KEY.value is None:
+    raise ValueError('--signing_key: name the file of a private key; make one '
+                     'with state keygen.')
+  return keys.Signer(pathlib.Path(SIGNING_KEY.value).read_bytes())
 
 
 def _principal():
@@ -160,7 +199,7 @@ def mint(name):
   acl = tuple((who, tuple(may.split(','))) for who, _, may in (
       entry.partition(':') for entry in ACL.value))
   terms = minting.Terms(
-      PRINCIPAL.value, ORG.value, SENSITIVITY.value, acl,
+      PRINCIPAL.value, ORG.value, SENSITIVITY.value, acl, EXPORT.value,
       workflow=WORKFLOW.value, revoke_scope=SCOPE.value)
   model, params, digest = _model()
   shop, transcript, row = _shop(), None, 0
@@ -313,6 +352,64 @@ def fork(key):
                     ref=REF.value))
 
 
+def transfer(target):
+  """Writes an artifact as one file, or takes one in."""
+  from statejax.artifact import transfer
+  shop, who = _shop(), _principal()
+  if pathlib.Path(target).is_file():
+    host = None
+    if _flag('workdir') is not None:
+      model, _, digest = _model()
+      host = _host(model, digest, 0)
+    _say(transfer.receive(shop, target, who, host=host, ref=REF.value or ''))
+    return
+  if OUT.value is None:
+    raise ValueError(f'{target}: expected a file to take in, or with --out a '
+                     'name or id to write as one.')
+  print(json.dumps({'id': transfer.export(
+      shop, target, who, _signer(), OUT.value), 'file': OUT.value}))
+
+
+def keygen(name):
+  """Writes a new private key and its public one."""
+  from statejax.artifact import keys
+  private = keys.generate()
+  for suffix, mode, data in (('pem', 0o600, private),
+                             ('pub', 0o644, keys.public(private).encode())):
+    path = f'{name}.{suffix}'
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode),
+              'wb') as out:
+      out.write(data)
+    print(path)
+
+
+def trust(path):
+  """Trusts a public key, or takes an organisation's revocation list."""
+  from statejax.artifact import keys
+  from statejax.artifact import trust as trusting
+  data = pathlib.Path(path).read_bytes()
+  if not data.startswith(b'-----BEGIN PUBLIC KEY'):
+    found = trusting.install_revocations(_shop(), ORG.value, data)
+    print(json.dumps({'crl': found['number'], 'until': found['next_update'],
+                      'entries': len(found['entries'])}))
+    return
+  root, shop = _signer(), _shop()
+  shop.root = shop.root or keys.public(root.private)
+  body = trusting.extended(trusting.load(shop), data.decode(), ORG.value)
+  found = trusting.install(shop, root.document('trust', body))
+  print(json.dumps({'trust': found.number, 'org': ORG.value,
+                    'key': keys.hint(data.decode())}))
+
+
+def crl(path):
+  """Writes the store's revocation list, signed, for other stores."""
+  from statejax.artifact import transfer
+  data = transfer.issue_revocations(_shop(), _signer())
+  with open(path, 'xb') as out:
+    out.write(data)
+  print(path)
+
+
 def revoke(key):
   """Revokes an artifact; prints what the list names now."""
   from statejax.artifact import desk
@@ -356,5 +453,6 @@ def _say(kept):
 
 
 VERBS = {'mint': mint, 'resume': resume, 'show': show, 'verify': verify,
-         'fork': fork, 'revoke': revoke, 'audit': audit, 'account': account,
+         'fork': fork, 'transfer': transfer, 'keygen': keygen, 'trust': trust,
+         'crl': crl, 'revoke': revoke, 'audit': audit, 'account': account,
          'gc': gc}

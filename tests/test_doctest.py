@@ -7,7 +7,9 @@ import pytest
 
 
 @pytest.mark.parametrize('name', [
-    'config.override', 'model', 'ops.delta_rule', 'ops.witness'])
+    'config.override', 'model', 'ops.delta_rule', 'ops.witness',
+    'artifact.canonical', 'artifact.tree', 'artifact.names',
+    'artifact.envelope', 'artifact.identity'])
 def test_docstring_examples(name):
   module = importlib.import_module(f'statejax.{name}')
   result = doctest.testmod(module, extraglobs={

@@ -102,6 +102,8 @@ def test_life_of_an_artifact(state, monkeypatch):
 @pytest.mark.parametrize('argv, message', [
     ([], 'usage: '), (['fly'], 'state takes one of mint, resume, show'),
     (['mint'], 'and, but for audit, account, gc, a target'),
+    (['trust', 'nothing'], 'No such file'),
+    (['crl', 'x'], '--signing_key: name the file'),
     (['audit', 'x'], 'usage'),
     (['show', 'x', '--ref=y'], '--ref: state show does not use it'),
     (['mint', 'x', '--workdir=w'], 'expected one of them'),
@@ -121,6 +123,44 @@ def test_needs_a_workdir(run, tmp_path):  # noqa: F811
   code, _, err = run('state', 'mint', 'x', '--prompt=a',
                      f'--store={tmp_path}/s', f'--secrets={tmp_path}/k')
   assert code == 2 and '--workdir: name the directory of the run' in err
+
+
+def test_from_store_to_store(state, monkeypatch, tmp_path):
+  pytest.importorskip('cryptography', reason='the extra [sign] is not there')
+  monkeypatch.chdir(tmp_path)
+  assert state('keygen', 'root')[0] == state('keygen', 'acme')[0] == 0
+  assert state('keygen', 'root')[0] == 2  # nothing is overwritten
+  assert oct((tmp_path / 'root.pem').stat().st_mode)[-3:] == '600'
+  org, there = ['--org=acme'], ['--org=acme', '--root=root.pub']
+  mint = ['--workdir=x', '--prompt=ab', '--tokens=3', '--temperature=0', *org]
+  assert state('mint', 'chat', *mint, '--export=org')[0] == 0
+  assert state('mint', 'mine', *mint)[0] == 0
+  assert state('trust', 'acme.pub', *org, '--signing_key=root.pem')[0] == 0
+  code, out, _ = state('transfer', 'chat', *org, '--signing_key=acme.pem',
+                       '--out=chat.tar')
+  assert code == 0
+  one = json.loads(out)['id']
+  code, _, err = state('transfer', 'mine', *org, '--signing_key=acme.pem',
+                       '--out=x')
+  assert code == 2 and 'E_ACL: the artifact is never exported' in err
+  assert state('transfer', 'mine', *org)[0] == 2
+  assert state('crl', 'acme.crl', '--signing_key=acme.pem')[0] == 0
+  out = state('show', 'chat.tar')[1]
+  assert one in out and 'sealed: aes256gcm1' in out
+  # The other store.
+  (tmp_path / 'store').rename(tmp_path / 'first')
+  code, _, err = state('transfer', 'chat.tar', *there, '--ref=chat')
+  assert code == 2 and 'E_UNSIGNED' in err
+  assert state('trust', 'acme.pub', *org, '--signing_key=root.pem')[0] == 0
+  code, _, err = state('transfer', 'chat.tar', *there, '--ref=chat')
+  assert code == 2 and 'E_CRL_STALE' in err
+  assert state('trust', 'acme.crl', *there)[0] == 0
+  code, _, err = state('transfer', 'chat.tar', *there, '--ref=chat',
+                       '--workdir=x')
+  assert code == 0 and json.loads(err)['id'] == one
+  code, out, _ = state('verify', 'chat', *there, '--workdir=x')
+  assert code == 0 and json.loads(out)['load'] == 'resumed(5)'
+  assert state('audit', *there)[0] == 0
 
 
 @pytest.mark.slow
