@@ -9,6 +9,7 @@ import os
 import pathlib
 import re
 import stat
+from concurrent import futures
 
 from statejax.artifact import canonical, manifest
 from statejax.artifact.outcome import Refused
@@ -106,10 +107,10 @@ def read(folder, name) -> bytes:
 
 def listing(folder) -> list:
   """Returns [path, size, digest] of every file but the manifest's own."""
-  folder = pathlib.Path(folder)
-  return [[name, about.st_size, _digest(folder, name)]
-          for name, about in sorted(_entries(folder))
-          if not name.startswith('manifest.')]
+  found = [(name, about.st_size) for name, about in sorted(
+      _entries(pathlib.Path(folder))) if not name.startswith('manifest.')]
+  digests = _digests(folder, [name for name, _ in found])
+  return [[name, size, digests[name]] for name, size in found]
 
 
 def check(folder, found: Walk, about: dict):
@@ -125,17 +126,21 @@ def check(folder, found: Walk, about: dict):
     if name not in there or name not in listed:
       raise Refused('E_FILES', f'{name}: expected '
                     f'{"a file" if name in listed else "no such file"}')
-    size, digest = listed[name]
-    if there[name] != size:
-      raise Refused('E_FILES', f'{name}: expected {size} bytes, got '
+    if there[name] != listed[name][0]:
+      raise Refused('E_FILES', f'{name}: expected {listed[name][0]} bytes, got '
                     f'{there[name]}')
-    got = _digest(folder, name)
-    if got != digest:
-      raise Refused('E_FILES', f'{name}: expected sha256 {digest}, got {got}')
+  for name, got in _digests(folder, sorted(there)).items():
+    if got != listed[name][1]:
+      raise Refused('E_FILES', f'{name}: expected sha256 {listed[name][1]}, '
+                    f'got {got}')
 
 
-def _digest(folder, name):
-  descriptor = os.open(pathlib.Path(folder) / name,
-                       os.O_RDONLY | os.O_NOFOLLOW)
-  with open(descriptor, 'rb') as file:
-    return hashlib.file_digest(file, 'sha256').hexdigest()
+def _digests(folder, names):
+  """Returns {name: SHA-256}, of several files at once."""
+  def one(name):
+    descriptor = os.open(pathlib.Path(folder) / name,
+                         os.O_RDONLY | os.O_NOFOLLOW)
+    with open(descriptor, 'rb') as file:
+      return hashlib.file_digest(file, 'sha256').hexdigest()
+  with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    return dict(zip(names, pool.map(one, names)))

@@ -7,6 +7,8 @@ it is refused, the caller gets no state, so that no slot is touched.
 """
 
 import dataclasses
+import os
+from concurrent import futures
 from secrets import token_hex
 from typing import Any
 
@@ -157,8 +159,9 @@ def restore(folder, about: dict, plain: dict, host: identity.Host,
     raise Refused('E_PAYLOAD', f'expected a readable payload, got '
                   f'{type(error).__name__}: {error}') from error
   arrays = target | {path: np.asarray(x) for path, x in arrays.items()}
-  for path, x in arrays.items():
-    got = digest.leaf_digest(path, x)
+  with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    digests = pool.map(digest.leaf_digest, arrays, arrays.values())
+  for path, got in zip(arrays, digests):
     if got != plain['leaves'][path]:
       raise Refused('E_DIGEST', f'leaf {path}: expected '
                     f'{plain["leaves"][path]}, got {got}')
@@ -233,6 +236,9 @@ def _widen(live, schema):
   """A state of one row with the schema's capacity, growing leaves padded."""
   def one(path, axes, kind, leaf, x):
     x = np.expand_dims(x, axes.index('batch'))
-    pad = [(0, n - m) for n, m in zip(leaf.shape, x.shape)]
-    return jnp.asarray(np.pad(x, pad) if kind == 'growing' else x)
+    if x.shape != leaf.shape:
+      wide = np.zeros(leaf.shape, x.dtype)
+      wide[tuple(map(slice, x.shape))] = x
+      x = wide
+    return jnp.asarray(x)
   return st.map_leaves(one, schema, live)

@@ -24,8 +24,8 @@ import test_laws_memory
 KSA = c.KSAConfig(heads=4, kv_heads=2, key=6, value=5,
                   summary=c.SummaryConfig(chunk=5, count=2), chunks=2)
 MIXERS = {
-    'ksa': KSA, **test_laws.MIXERS, **test_laws_attention.MIXERS, **test_laws_delta.MIXERS,
-    **test_laws_memory.MIXERS}
+    'ksa': KSA, **test_laws.MIXERS, **test_laws_attention.MIXERS,
+    **test_laws_delta.MIXERS, **test_laws_memory.MIXERS}
 ALICE = Principal('alice', 'acme')
 STEP, CAPACITY = 8, 40
 # Nothing absorbed, one token, in the middle of chunks and blocks, on a border.
