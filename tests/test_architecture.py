@@ -31,7 +31,7 @@ ALLOWED = {
     'laws': f'{MODEL}',
     'artifact': f'{LOW} orbax __version__',
     **{f'artifact/{name}': 'artifact cryptography' for name in (
-        'keys', 'sealing', 'trust')},
+        'grant', 'keys', 'sealing', 'trust')},
     # What a verifier runs on: the standard library.
     **{f'artifact/{name}': 'artifact' for name in (
         'access', 'canonical', 'catalog', 'collect', 'commit', 'compat',

@@ -59,10 +59,10 @@ class Catalog:
       Refused: E_IO: no such catalog can be opened there.
     """
     self.path, self.clock = path, clock
-    # One that cannot be opened holds nothing, as it is closed all the same.
-    self._base = sqlite3.connect(':memory:')
     try:
-      self._base = sqlite3.connect(path, timeout=60, isolation_level=None)
+      # Whichever thread collects it may close it.
+      self._base = sqlite3.connect(path, timeout=60, isolation_level=None,
+                                   check_same_thread=False)
       self._base.execute('pragma journal_mode=wal')
       self._base.execute('pragma synchronous=full')
       self._base.executescript(_TABLES)
@@ -75,7 +75,8 @@ class Catalog:
     self._base.close()
 
   def __del__(self):
-    self.close()
+    if hasattr(self, '_base'):  # else it could not be opened
+      self.close()
 
   @contextlib.contextmanager
   def transaction(self):

@@ -62,6 +62,62 @@ def check(pem: str, kind: str, payload: bytes, signature: bytes):
                   'another one') from None
 
 
+def encrypt(pem: str, data: bytes) -> bytes:
+  """Returns data that only the holder of a key can read.
+
+  An ephemeral key on the holder's curve, its shared secret by HKDF-SHA256, then
+  AES-256-GCM: u16 length + ephemeral SPKI DER + ciphertext.
+  """
+  ec, serialization, _ = _library()
+  target = _curve(serialization.load_pem_public_key(pem.encode()))
+  mine = ec.generate_private_key(target.curve)
+  head = mine.public_key().public_bytes(
+      serialization.Encoding.DER,
+      serialization.PublicFormat.SubjectPublicKeyInfo)
+  body = _shared(mine, target, head).encrypt(bytes(12), data, head)
+  return len(head).to_bytes(2, 'little') + head + body
+
+
+def decrypt(private: bytes, data: bytes) -> bytes:
+  """Undoes `encrypt`.
+
+  Raises:
+    Refused: E_SEALED: for another key, or changed.
+  """
+  from cryptography import exceptions
+
+  _, serialization, _ = _library()
+  size = int.from_bytes(data[:2], 'little')
+  head, body = data[2:2 + size], data[2 + size:]
+  try:
+    theirs = _curve(serialization.load_der_public_key(head))
+    return _shared(_private(private), theirs, head).decrypt(
+        bytes(12), body, head)
+  except (exceptions.InvalidTag, ValueError):
+    raise Refused('E_SEALED', 'expected a key sealed to this holder, got '
+                  'another one') from None
+
+
+def _shared(private, public, info):
+  from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+  from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+  ec, _, hashes = _library()
+  return AESGCM(HKDF(
+      algorithm=hashes.SHA256(), length=32, salt=None,
+      info=b'statejax.grant.v1\0' + info).derive(
+          private.exchange(ec.ECDH(), public)))
+
+
+def _curve(key):
+  ec, _, _ = _library()
+  if not isinstance(key, ec.EllipticCurvePublicKey) or (
+      key.curve.name not in _HASHES):
+    raise ValueError(f'key: expected one on a curve of {list(_HASHES)}, got '
+                     f'{type(key).__name__}.')
+  return key
+
+
 @dataclasses.dataclass(frozen=True)
 class Signer:
   """A private key at work; for `vouch` of `objects.Store.keep`.

@@ -16,7 +16,7 @@ import pathlib
 import struct
 import tempfile
 
-from statejax.artifact import layout
+from statejax.artifact import layout, manifest
 from statejax.artifact.outcome import Refused
 
 CHUNK = 1 << 20
@@ -105,6 +105,26 @@ def seal_tree(source, target, nonce: str, key: bytes):
     (target / name).write_bytes(seal(key, nonce, name, file.read_bytes()))
 
 
+def data_name(id: str) -> str:
+  """Returns the name of the secret that opens one artifact alone."""
+  return f'data-{id[4:36]}'
+
+
+def data_key(shop, id: str, about: dict) -> bytes:
+  """Returns the key of a sealed artifact, by a grant's or the organisation's.
+
+  Raises:
+    Refused: E_SEALED: neither is here, or it is another one.
+  """
+  own = shop.secrets.find(data_name(id))
+  if own is not None:
+    return own
+  kek = shop.secrets.find(about['seal']['kek'])
+  if kek is None:
+    raise Refused('E_SEALED', f'expected key {about["seal"]["kek"]}, got none')
+  return unwrap(kek, about['seal']['wrapped'], about['nonce'])
+
+
 @contextlib.contextmanager
 def opened(shop, folder, about: dict):
   """V10: yields a directory with an artifact's files in clear.
@@ -118,10 +138,7 @@ def opened(shop, folder, about: dict):
   if about['sealed'] == 'none':
     yield pathlib.Path(folder)
     return
-  kek = shop.secrets.find(about['seal']['kek'])
-  if kek is None:
-    raise Refused('E_SEALED', f'expected key {about["seal"]["kek"]}, got none')
-  key = unwrap(kek, about['seal']['wrapped'], about['nonce'])
+  key = data_key(shop, manifest.artifact_id(manifest.dumps(about)), about)
   with scratch(shop) as clear:
     for name, _, _ in about['files']:
       (clear / name).parent.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ from statejax.artifact import (
   access,
   canonical,
   desk,
+  grant,
   keys,
   layout,
   load,
@@ -76,8 +77,8 @@ def export(shop, key: str, principal: Principal, signer: keys.Signer,
   return id
 
 
-def receive(shop, path, principal: Principal, *, host=None,
-            ref: str = '') -> Kept:
+def receive(shop, path, principal: Principal, *, host=None, ref: str = '',
+            granted: tuple[bytes, bytes] | None = None) -> Kept:
   """Verifies a file as a stranger's, and keeps it as it is.
 
   Args:
@@ -87,6 +88,7 @@ def receive(shop, path, principal: Principal, *, host=None,
     host: `identity.Host`, to verify its arrays too (V12 to V15); None leaves
       that to the first load, which does it anyway.
     ref: a new name for it, '' for none.
+    granted: a grant and the holder's private key, of another organisation's.
 
   Raises:
     Refused: the first check that fails; it is in the log, and nothing is kept.
@@ -102,6 +104,8 @@ def receive(shop, path, principal: Principal, *, host=None,
                       f'{found.voucher}, which only its own store can check')
       vouched = trust.vouch(shop, folder, found, data, about)
       trust.valid(shop, id, about, vouched)
+      if granted is not None:
+        principal = _shown(shop, about, id, principal, *granted)
       access.require(about, principal, 'inspect', now=shop.catalog.clock())
       shop.room(sum(found.files.values()))
       layout.check(folder, found, about)
@@ -114,6 +118,16 @@ def receive(shop, path, principal: Principal, *, host=None,
     shop.catalog.audit(principal.name, 'import', id or 'unknown', 'refused',
                        code=error.code)
     raise
+
+
+def _shown(shop, about, id, principal, data, private):
+  """The principal with what their own grant gives; keeps its key."""
+  nonce = token_hex(16)
+  principal = grant.present(shop, data, about, id, principal, nonce,
+                            grant.prove(private, nonce, data))
+  if not principal.grant_fault:
+    grant.keep_key(shop, private, grant.read(shop, data, about, id))
+  return principal
 
 
 def issue_revocations(shop, signer: keys.Signer) -> bytes:

@@ -23,12 +23,12 @@ from statejax.artifact.grammar import Int, Items, OneOf, Record, Table, Text
 from statejax.artifact.outcome import Refused
 
 ROLES = ('mint', 'grant', 'revoke')
-_PEM = Text(1024, '[ -~\\n]+', empty=False, name='a PEM text')
+PEM = Text(1024, '[ -~\\n]+', empty=False, name='a PEM text')
 GRAMMAR = Record({
     'number': Int(1), 'min_epoch': Int(),
     'classes': Items(OneOf(manifest.CLASSES), 4),
     'orgs': Table(manifest.text(128), Items(Record({
-        'pem': _PEM, 'status': OneOf(('active', 'retired')),
+        'pem': PEM, 'status': OneOf(('active', 'retired')),
         'not_before': Int(), 'not_after': Int(),
         'may': Items(OneOf(ROLES), 3)}), 64), 1024)})
 FILE, CRL = 'trust.dsse.json', 'crl.dsse.json'
@@ -151,7 +151,7 @@ def install_revocations(shop, org: str, data: bytes) -> dict:
   Raises:
     Refused: E_SIG, E_TRUST; also where its number is below the present one.
   """
-  known = _require(shop)
+  known = require(shop)
   new = signed_revocations(known, org, data, now=shop.catalog.clock())
   old = revocations(shop, known, org)
   if old is not None and new['number'] < old['number']:
@@ -172,7 +172,8 @@ def _crl_path(shop, org):
   return shop.path / 'trust' / f'{names.sha256(org.encode())[7:23]}-{CRL}'
 
 
-def _require(shop):
+def require(shop) -> Trust:
+  """As `load`; raises E_UNSIGNED where there is none."""
   known = load(shop)
   if known is None:
     raise Refused('E_UNSIGNED', 'expected a trust document in this store, got '
@@ -213,7 +214,7 @@ def vouch(shop, folder, found: layout.Walk, data: bytes, about: dict) -> str:
   """
   if found.voucher == layout.MAC:
     return verify.vouch(folder, found, data, shop.secret)
-  known = _require(shop)
+  known = require(shop)
   payload, signature, hint = envelope.open_bundle(layout.read(folder,
                                                               layout.SIG))
   if payload != envelope.statement(data, about):
@@ -250,7 +251,7 @@ def valid(shop, id: str, about: dict, vouched: str) -> tuple[str, ...]:
   if vouched == 'mac':
     return warnings
   org = about['governance']['org']
-  crl = revocations(shop, _require(shop), org)
+  crl = revocations(shop, require(shop), org)
   if crl is None:
     raise Refused('E_CRL_STALE', f'expected a signed revocation list of '
                   f'{org or "no organisation"}, got none')

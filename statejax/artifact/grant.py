@@ -1,0 +1,145 @@
+"""Short-lived grants: what an owner allows somebody of another organisation.
+
+A grant is a signed document that names one artifact, the rights, the holder's
+public key, an end within 24 hours and how often it may be used. Whoever shows
+it must sign a fresh nonce with the holder's key, so that a copy is worth
+nothing; it cannot be passed on. It may carry the key of a sealed artifact,
+sealed to the holder. Needs the extra [sign].
+"""
+
+import base64
+import dataclasses
+from secrets import token_hex
+
+from statejax.artifact import (
+  access,
+  canonical,
+  envelope,
+  grammar,
+  keys,
+  manifest,
+  sealing,
+  trust,
+)
+from statejax.artifact.access import Principal
+from statejax.artifact.desk import examine
+from statejax.artifact.outcome import Refused
+
+LONGEST = 24 * 3600
+CHALLENGE = 'application/vnd.statejax.challenge'
+GRAMMAR = grammar.Record({
+    'id': manifest.X16, 'target': manifest.ID, 'org': manifest.text(128),
+    'rights': grammar.Items(grammar.OneOf(access.GRANTABLE), 4, 1),
+    'holder': trust.PEM, 'not_before': manifest.U, 'not_after': manifest.U,
+    'max_uses': grammar.Int(1, 10 ** 6),
+    'key': grammar.Text(1024, '[A-Za-z0-9+/]+=*', name='base64')})
+
+
+def issue(shop, key: str, owner: Principal, holder: str, rights,
+          signer: keys.Signer, *, seconds: int = LONGEST,
+          max_uses: int = 1) -> bytes:
+  """Returns a signed grant.
+
+  Args:
+    shop: `objects.Store`.
+    key: id, beginning of one, or name.
+    owner: of the artifact.
+    holder: PEM of the public key of whoever may use it.
+    rights: of `access.GRANTABLE`.
+    signer: a key of the organisation that may grant.
+    seconds: until it ends, at most a day.
+    max_uses: how often it may be shown.
+
+  Raises:
+    Refused: E_ACL: not the owner.
+    ValueError: longer than a day, or no such right.
+  """
+  if not 0 < seconds <= LONGEST:
+    raise ValueError(f'seconds: expected 1..{LONGEST}, got {seconds}.')
+  found = examine(shop, key, owner, 'revoke')  # which only its owner may
+  now, about = shop.catalog.clock(), found.about
+  wrapped = ''
+  if about['sealed'] != 'none':
+    wrapped = base64.b64encode(keys.encrypt(
+        holder, sealing.data_key(shop, found.id, about))).decode()
+  body = {'id': token_hex(16), 'target': found.id,
+          'org': about['governance']['org'], 'rights': sorted(rights),
+          'holder': holder, 'not_before': now, 'not_after': now + seconds,
+          'max_uses': max_uses, 'key': wrapped}
+  GRAMMAR(body, '')
+  shop.catalog.audit(owner.name, 'grant', found.id, body['id'])
+  return signer.document('grant', canonical.dumps(body))
+
+
+def prove(private: bytes, nonce: str, data: bytes) -> bytes:
+  """Returns the holder's answer to a nonce, for one grant."""
+  return keys.sign(private, CHALLENGE, _asked(nonce, data))
+
+
+def present(shop, data: bytes, about: dict, id: str, who: Principal,
+            nonce: str, proof: bytes) -> Principal:
+  """Returns the principal with what a grant gives, or with why it gives none.
+
+  Counts a use. The nonce must be fresh and of this process: see `secrets`.
+
+  Args:
+    shop: `objects.Store`.
+    data: the grant.
+    about: the artifact's manifest.
+    id: its name.
+    who: whoever shows it.
+    nonce: which this process has made up for this request.
+    proof: of `prove`.
+  """
+  try:
+    body = read(shop, data, about, id)
+    keys.check(body['holder'], CHALLENGE, _asked(nonce, data), proof)
+    if not shop.catalog.use_grant(body['id'], body['max_uses']):
+      raise Refused('E_GRANT', f'it was used {body["max_uses"]} times')
+  except Refused as error:
+    return dataclasses.replace(who, granted=frozenset(),
+                               grant_fault=error.detail)
+  return dataclasses.replace(who, granted=frozenset(body['rights']),
+                             grant_fault='')
+
+
+def read(shop, data: bytes, about: dict, id: str) -> dict:
+  """Returns a grant, after all but its holder and its uses were checked.
+
+  Raises:
+    Refused: E_SIG, E_TRUST, E_GRANT.
+  """
+  payload, signature, hint = envelope.open_document('grant', data)
+  now, org = shop.catalog.clock(), about['governance']['org']
+  pem = trust.require(shop).key(hint, org, 'grant', now)
+  keys.check(pem, envelope.media('grant'), payload, signature)
+  try:
+    body = canonical.loads(payload)
+    GRAMMAR(body, '')
+  except (ValueError, RecursionError) as error:
+    raise Refused('E_GRANT', str(error)) from None
+  if (body['target'], body['org']) != (id, org):
+    raise Refused('E_GRANT', f'expected a grant for {id} of {org}, got one for '
+                  f'{body["target"]} of {body["org"]}')
+  if not body['not_before'] <= now <= body['not_after'] or (
+      body['not_after'] - body['not_before'] > LONGEST):
+    raise Refused('E_GRANT', f'expected a time of {body["not_before"]}..'
+                  f'{body["not_after"]}, at most a day, got {now}')
+  return body
+
+
+def keep_key(shop, private: bytes, body: dict):
+  """Keeps the key of a sealed artifact, which a grant has brought.
+
+  Args:
+    shop: `objects.Store` of the holder.
+    private: the holder's key.
+    body: of `read`.
+  """
+  if body['key']:
+    shop.secrets.put(sealing.data_name(body['target']), keys.decrypt(
+        private, base64.b64decode(body['key'])))
+
+
+def _asked(nonce, data):
+  return f'{nonce} '.encode() + data
