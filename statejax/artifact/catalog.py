@@ -109,6 +109,9 @@ class Catalog:
   def audit(self, principal: str, action: str, id: str, outcome: str, *,
             code: str = '', promise: str = '') -> Receipt:
     """Writes down a decision, allow or deny; returns the receipt of it."""
+    # Whatever was asked for can be written down.
+    principal, id = (text.encode('ascii', 'replace').decode()
+                     for text in (principal, id))
     return self._append('audit', {
         'principal': principal, 'action': action, 'id': id,
         'outcome': outcome, 'code': code, 'promise': promise})
@@ -173,9 +176,12 @@ class Catalog:
   def add(self, id: str, mint_key: str, nbytes: int, kind: str, workflow: str,
           parents=()):
     """Enters an object; raises sqlite3.IntegrityError if its key is taken."""
+    # What was deleted may come back: the same bytes under the same key.
+    self._base.execute('delete from art where id = ? and mint_key = ? and gone',
+                       (id, mint_key))
     self._base.execute('insert into art values (?, ?, ?, ?, ?, ?, 0)', (
         id, mint_key, nbytes, kind, workflow, self.clock()))
-    self._base.executemany('insert into kin values (?, ?)',
+    self._base.executemany('insert or ignore into kin values (?, ?)',
                            [(id, parent) for parent in parents])
 
   def minted(self, mint_key: str) -> str | None:

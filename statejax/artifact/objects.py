@@ -291,8 +291,12 @@ class Store:
              charges):
     with self.catalog.transaction():
       earlier = self.catalog.minted(mint_key)
-      if earlier:  # a retry of what was done: gc takes the second copy
+      if earlier in self.catalog.objects():
+        # A retry of what was done: gc takes the second copy.
         return Kept(earlier, self.catalog.head(), '', False)
+      if earlier not in (None, id):
+        raise ValueError(f'mint_key: expected one not used yet, got that of '
+                         f'{earlier}, which was deleted; choose another one.')
       receipt = self.catalog.audit(principal, action, id, 'allowed')
       self.catalog.add(id, mint_key, nbytes, about['kind'],
                        about['governance']['workflow'],

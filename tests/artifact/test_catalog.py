@@ -53,6 +53,11 @@ def test_chain_shows_every_change(book, tmp_path):
   assert not book.holds(Receipt(1, receipts[1].head))
 
 
+def test_whatever_is_asked_for_can_be_written_down(book):
+  book.audit('J\u00fcrgen', 'resume', '\ud800\n', 'refused')
+  assert book.rows()[0]['principal'] == 'J?rgen'
+
+
 def test_all_or_nothing(book):
   with pytest.raises(KeyError):
     with book.transaction():

@@ -79,6 +79,14 @@ def test_check_sees_damage_and_wrong_sums(shop):
   assert 'E_FILES' in collect.check(shop)[0]
 
 
+def test_a_request_whose_artifact_was_deleted(shop):
+  one = add(shop, mint_key='k')
+  assert add(shop, mint_key='k').id == one.id
+  collect.delete(shop, one.id, 'alice')
+  with pytest.raises(ValueError, match='which was deleted'):
+    add(shop, mint_key='k')
+
+
 def test_accounts(shop):
   one = add(shop)
   shop.catalog.charge('bob', one.id, tokens_skipped=11, resumes=1)

@@ -294,6 +294,10 @@ def test_from_store_to_store(file, other, shop, kept):
   assert kept_there.id == found.id and collect.check(other) == []
   # Again: the same bytes are the same artifact.
   assert transfer.receive(other, file, ALICE).id == found.id
+  # Deleted, it may come again.
+  collect.delete(other, found.id, 'alice')
+  assert transfer.receive(other, file, ALICE, ref='again').ref == 'again'
+  assert other.find('again') == found.id and collect.check(other) == []
   units = {row['unit'] for row in shop.catalog.rows('ledger')}
   assert 'exports' in units
 
