@@ -82,6 +82,7 @@ def test_every_mixer(name, tmp_path):
   print(f'{name}: tried {found}, lost 0, other bits 0')
 
 
+@pytest.mark.slow
 def test_the_list_is_whole():
   """A mixer that is registered is also tried."""
   from statejax.layers import block
