@@ -307,11 +307,11 @@ def show(key):
 def _would_load(about):
   if _flag('workdir') is None:
     return 'name the run with --workdir to know'
-  from statejax.artifact import compat
+  from statejax.artifact import compat, identity
   from statejax.artifact.outcome import CODES
   model, _, digest = _model()
   here = _host(model, digest, _room(about['state']['length'])).groups(
-      logits=about['state']['has_logits'])
+      identity.Carried.by(about))
   verdict = compat.compare(about, here)
   if verdict.action == 'go':
     return ' '.join(('yes, promise', verdict.promise, *verdict.warnings))

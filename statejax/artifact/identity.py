@@ -76,6 +76,31 @@ class Texts:
 
 
 @dataclasses.dataclass(frozen=True)
+class Carried:
+  """What a state may carry or not.
+
+  Attributes:
+    logits: whether it has the next-token logits.
+    spans: how many spans of a row it can follow.
+  """
+
+  logits: bool = False
+  spans: int = 0
+
+  @classmethod
+  def of(cls, state):
+    """Returns what a state carries."""
+    return cls(state.logits is not None, st.spans(state))
+
+  @classmethod
+  def by(cls, about: dict):
+    """Returns what the state of a manifest carries."""
+    rows = [leaf['shape'][0] for leaf in about['state']['leaves']
+            if leaf['path'] == 'spans' and leaf['shape']]
+    return cls(about['state']['has_logits'], sum(rows))
+
+
+@dataclasses.dataclass(frozen=True)
 class Host:
   """What this process mints with, and what it accepts.
 
@@ -101,16 +126,17 @@ class Host:
   special: dict[str, int] = dataclasses.field(default_factory=dict)
   texts: Texts = Texts()
 
-  def groups(self, *, logits: bool = False) -> dict:
-    """Returns the groups of a manifest that do not depend on a row.
+  def schema_of(self, rows: int, capacity: int, carried: Carried):
+    """Returns the schema of a state of this model."""
+    more = {'spans': carried.spans} if carried.spans else {}
+    return self.schema(rows, capacity, logits=carried.logits, **more)
 
-    Args:
-      logits: whether the state carries the next-token logits.
-    """
+  def groups(self, carried: Carried) -> dict:
+    """Returns the groups of a manifest that do not depend on a row."""
     c, texts = self.config, self.texts
     digest_of = lambda value: names.document(value) if value else ''
     groups = {
-        'state': layout(self.schema(1, 0, logits=logits)),
+        'state': layout(self.schema_of(1, 0, carried)),
         'model': {
             'family': '+'.join(sorted(set(c.names)))[:64],
             'params': f'sha256:{self.params}',
@@ -179,7 +205,7 @@ def role(path: str, axes) -> str:
   'conv'
   """
   if '/' not in path:
-    return 'sampler' if path == 'key' else path
+    return {'key': 'sampler', 'spans': 'slot'}.get(path, path)
   for axis, name in (
       ('taps', 'conv'), ('slots', 'slot'), ('aliases', 'slot'),
       ('events', 'slot'), ('latent', 'latent'), ('rope', 'latent'),

@@ -102,7 +102,7 @@ def _load(shop, id, principal, host, ask, capacity):
   warnings = trust.valid(shop, id, about, vouched)
   access.require(about, principal, ask.right, now=shop.catalog.clock())
   # V8.
-  here = host.groups(logits=about['state']['has_logits'])
+  here = host.groups(identity.Carried.by(about))
   verdict = compat.compare(about, here, ask)
   warnings += verdict.warnings
   if verdict.action == 'refuse':
@@ -149,8 +149,8 @@ def restore(folder, about: dict, plain: dict, host: identity.Host,
     Refused: E_SCHEMA, E_LIMIT, E_PAYLOAD, E_DIGEST, E_NONFINITE, E_BOUNDS,
       E_WITNESS.
   """
-  length, logits = about['state']['length'], about['state']['has_logits']
-  target = _target(about, host, length, logits)
+  length, carried = about['state']['length'], identity.Carried.by(about)
+  target = _target(about, host.schema_of(1, length, carried), length)
   _compare(folder, about, target)
   try:
     arrays = store.load_payload(folder / manifest.PAYLOAD, {
@@ -165,18 +165,17 @@ def restore(folder, about: dict, plain: dict, host: identity.Host,
     if got != plain['leaves'][path]:
       raise Refused('E_DIGEST', f'leaf {path}: expected '
                     f'{plain["leaves"][path]}, got {got}')
-  live = _build(host.schema(1, length, logits=logits), arrays)
+  live = _build(host.schema_of(1, length, carried), arrays)
   mint.check(live)
   _meets(live, about, plain)
   if _has_stores(live) and capacity < length:
     raise Refused('E_LIMIT', f'expected a capacity of at least {length}, the '
                   f'tokens absorbed, got {capacity}')
-  return _widen(live, host.schema(1, capacity, logits=logits))
+  return _widen(live, host.schema_of(1, capacity, carried))
 
 
-def _target(about, host, length, logits):
+def _target(about, schema, length):
   """{path: empty array} of what our own schema expects of such a row."""
-  schema = host.schema(1, length, logits=logits)
   strides = dict(schema.strides)
   target = {}
   for path, leaf, axes, kind in st.leaves(schema):

@@ -119,8 +119,8 @@ def mint(shop, state, row: int, host: identity.Host, terms: Terms, *,
       E_NOSPACE, E_IO: it could not be kept. Nothing is left then.
     ValueError: it is not a state of the host's model.
   """
-  schema = host.schema(st.rows(state), st.capacity(state) or 0,
-                       logits=state.logits is not None)
+  schema = host.schema_of(st.rows(state), st.capacity(state) or 0,
+                          identity.Carried.of(state))
   st.validate(state, schema)
   live = st.live(state, row)
   check(live)
@@ -245,7 +245,8 @@ def _check_transcript(live, transcript):
 
 
 def _manifest(live, host, terms, transcript, parent, account, vouch):
-  groups = host.groups(logits=live.logits is not None)
+  groups = host.groups(identity.Carried(
+      live.logits is not None, 0 if live.spans is None else len(live.spans)))
   leaves = identity.describe_row(live)
   keep = transcript is not None and transcript.keep
   pending = int(live.pending) >= 0

@@ -51,7 +51,7 @@ def head(folder, *, name: str | None = None, max_bytes: int = 1 << 40,
   Args:
     folder: the artifact.
     name: the id it was asked by; None takes what it has.
-    max_bytes: of all its files.
+    max_bytes: of all its files, and of its arrays.
     foreign: see `layout.walk`.
 
   Raises:
@@ -60,6 +60,9 @@ def head(folder, *, name: str | None = None, max_bytes: int = 1 << 40,
   found = layout.walk(folder, max_bytes=max_bytes, foreign=foreign)
   data = layout.read(folder, manifest.NAME)
   about = manifest.parse(data)
+  if about['state']['logical_bytes'] > max_bytes:
+    raise Refused('E_LIMIT', f'expected at most {max_bytes} bytes of state, '
+                  f'got {about["state"]["logical_bytes"]}')
   got = manifest.artifact_id(data)
   if name is not None and got != name:
     raise Refused('E_ID', f'expected {name}, got {got}')

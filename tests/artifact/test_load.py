@@ -107,6 +107,7 @@ def test_into_another_capacity(shop, kept, capacity):
   assert found.decision.warnings == ('W_NUMERICS',)
 
 
+@pytest.mark.slow
 def test_into_a_slot(shop, kept):
   found = end(shop, kept)
   engine = small.MODEL.init_state(4, small.CAPACITY)
@@ -142,6 +143,15 @@ def test_with_logits_and_empty(shop):
   found = end(shop, two.id)
   assert str(found.decision) == 'resumed(0)'
   assert st.diff(found.state, fresh) is None
+
+
+def test_with_spans(shop):
+  schema = small.MODEL.state_schema(1, small.CAPACITY, spans=2)
+  state = small.st.allocate(schema)
+  one = mint.mint(shop, state, 0, small.host(), small.TERMS)
+  found = end(shop, one.id)
+  assert str(found.decision) == 'resumed(0)' and st.spans(found.state) == 2
+  assert st.diff(found.state, state) is None
 
 
 def test_retries_make_no_second_artifact(shop, kept):
@@ -250,6 +260,17 @@ def test_every_end_is_in_the_log_and_accounted(shop, kept):
 def test_limits(shop, kept):
   assert str(end(shop, kept, capacity=10).decision) == 'refused(E_LIMIT)'
   assert str(end(shop, kept, ask=Ask(max_bytes=9)).decision) == (
+      'refused(E_LIMIT)')
+
+
+def test_arrays_larger_than_their_files(broken):
+  shop, place = broken
+  about = json.loads((place / 'manifest.json').read_bytes())
+  leaf = next(x for x in about['state']['leaves'] if x['path'] == 'witness')
+  leaf |= {'shape': [1 << 20], 'tile': [1 << 20]}
+  about['state']['logical_bytes'] += (1 << 22) - 16
+  id = adopt(shop, place, state=about['state'])
+  assert str(end(shop, id, ask=Ask(max_bytes=1 << 20)).decision) == (
       'refused(E_LIMIT)')
 
 
@@ -530,7 +551,7 @@ def test_opens_nothing_of_another_store(shop, kept, tmp_path):
 
 
 def test_roles_and_layout_of_the_small_model():
-  about = small.host().groups()['state']
+  about = small.host().groups(identity.Carried())['state']
   roles = {leaf['path']: leaf['role'] for leaf in about['leaves']}
   assert roles['layers/kda/matrix'] == 'recurrent'
   assert roles['layers/kda/tail_k'] == 'conv'
