@@ -43,6 +43,15 @@ def test_chain_shows_every_change(book, tmp_path):
     other.close()
     for end in ('', '-wal', '-shm'):
       (tmp_path / f'copy.db{end}').unlink(missing_ok=True)
+  # Even a row that is right in itself does not fit what follows it.
+  (body, _), (_, first) = book._base.execute(
+      'select body, hash from audit where seq in (2, 1) order by seq desc')
+  other = body.replace('alice', 'mallory')
+  with pytest.raises(Refused, match='audit row 3'):
+    with book.transaction():
+      book._base.execute('update audit set body = ?, hash = ? where seq = 2', (
+          other, catalog._link('audit', first, other.encode())))
+      book.rows()  # the transaction ends undone
   # A log cut short is whole in itself; a receipt tells.
   base = sqlite3.connect(tmp_path / 'index.db')
   base.execute('delete from audit where seq > 2')

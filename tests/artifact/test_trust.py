@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import tarfile
 
 import pytest
 import small
@@ -365,6 +366,9 @@ def hostile(data, rng):
   yield data.replace(b'plain.json', b'/etc/xjson', 1)
   at = data.index(b'plain.json')
   yield data[:at + 156] + b'2' + data[at + 157:]  # a symbolic link
+  odd = tarfile.TarInfo.frombuf(data[:512], 'ascii', 'strict')
+  odd.mtime = 5  # a header that is valid, and not the one that it can have
+  yield odd.tobuf(tarfile.USTAR_FORMAT, 'ascii', 'strict') + data[512:]
   for _ in range(60):
     at = rng.randrange(len(data))
     yield data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1:]
