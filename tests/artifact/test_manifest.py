@@ -143,6 +143,8 @@ def test_mutated_fields_are_refused(every):
     (dict(state={'leaves': example.LEAVES[1:], 'logical_bytes': 248}),
      'role sampler'),
     (dict(sealed='aes256gcm1'), 'presence of seal'),
+    (dict(governance={'export': 'any'}), 'sealed: expected aes256gcm1'),
+    (dict(governance={'class': 'restricted'}), 'sealed: expected aes256gcm1'),
     (dict(files=example.MANIFEST['files'][1:]), 'plain.json'),
     (dict(files=[['/etc/x', 1, '0' * 64]]), 'files.*expected a plain relative'),
     (dict(files=[['a/../b', 1, '0' * 64]]), 'files.*expected a plain relative'),
