@@ -63,7 +63,7 @@ class Inputs(NamedTuple):
   write: jax.Array | None
 
 
-class _Chunk(NamedTuple):
+class Chunk(NamedTuple):
   """One chunk in accumulation precision, neutral where padded."""
 
   q: jax.Array  # [B, HK, 1, C, K]
@@ -75,7 +75,7 @@ class _Chunk(NamedTuple):
   write: jax.Array | None
 
 
-class _Kept(NamedTuple):
+class Kept(NamedTuple):
   """What the backward pass does not compute again; without erase, R = u."""
 
   state: jax.Array  # before the chunk, [B, HK, R, K, V]
@@ -135,15 +135,15 @@ def _run_backward(scale, size, residuals, cotangents):
     d_state, buffers = carry
     index, kept = index_and_kept
     dtype = kept.state.dtype
-    valid = _valid(index, size, n_valid)
-    reset = None if resets is None else _slice(resets, index, size)
+    valid = valid_tokens(index, size, n_valid)
+    reset = None if resets is None else slice_tokens(resets, index, size)
     heads = inputs.q.shape[2]
-    x = _load_chunk(inputs, index, size, scale, valid, reset, dtype)
-    d_out = _load(d_y, index, size, heads, valid, dtype)
-    grads, d_state = _chunk_backward(x, kept, d_out, d_state)
+    x = load_chunk(inputs, index, size, scale, valid, reset, dtype)
+    d_out = load(d_y, index, size, heads, valid, dtype)
+    grads, d_state = chunk_backward(x, kept, d_out, d_state)
     grads = grads._replace(q=grads.q * scale)
     buffers = jax.tree.map(
-        lambda b, g: _store(b, g, index, valid), buffers, grads
+        lambda b, g: store(b, g, index, valid), buffers, grads
     )
     return (d_state, buffers), None
 
@@ -159,15 +159,15 @@ _run.defvjp(_run_forward, _run_backward)
 
 
 def _scan_forward(scale, size, inputs, state, n_valid, resets, keep):
-  """Returns y, the final state and, if asked to `keep`, `_Kept` by chunk."""
+  """Returns y, the final state and, if asked to `keep`, `Kept` by chunk."""
 
   def body(carry, index):
     state, y = carry
-    valid = _valid(index, size, n_valid)
-    reset = None if resets is None else _slice(resets, index, size)
-    x = _load_chunk(inputs, index, size, scale, valid, reset, state.dtype)
+    valid = valid_tokens(index, size, n_valid)
+    reset = None if resets is None else slice_tokens(resets, index, size)
+    x = load_chunk(inputs, index, size, scale, valid, reset, state.dtype)
     out, after, kept = _chunk_forward(x, state)
-    return (after, _store(y, out, index, valid)), kept if keep else None
+    return (after, store(y, out, index, valid)), kept if keep else None
 
   count = inputs.q.shape[1] // size
   y = jnp.zeros_like(inputs.v)
@@ -178,19 +178,19 @@ def _scan_forward(scale, size, inputs, state, n_valid, resets, keep):
 # Moving chunks between the public layout and [B, HK, R, C, D].
 
 
-def _slice(x, index, size):
+def slice_tokens(x, index, size):
   return lax.dynamic_slice_in_dim(x, index * size, size, axis=1)
 
 
-def _valid(index, size, n_valid):
+def valid_tokens(index, size, n_valid):
   if n_valid is None:
     return None
   return index * size + jnp.arange(size)[None, :] < n_valid[:, None]
 
 
-def _load(x, index, size, heads, valid, dtype):
+def load(x, index, size, heads, valid, dtype):
   """Takes one chunk of [B, T, H] or [B, T, H, D]; padding becomes zero."""
-  x = _slice(x, index, size).astype(dtype)
+  x = slice_tokens(x, index, size).astype(dtype)
   if x.ndim == 3:
     x = x[..., None]
   if valid is not None:
@@ -200,7 +200,7 @@ def _load(x, index, size, heads, valid, dtype):
   return x.transpose(0, 2, 3, 1, 4)
 
 
-def _store(buffer, x, index, valid):
+def store(buffer, x, index, valid):
   """Puts one chunk [B, HK, R, C, D] back; padding becomes zero."""
   batch, heads, groups, size, width = x.shape
   x = x.transpose(0, 3, 1, 2, 4).reshape(batch, size, heads * groups, width)
@@ -210,11 +210,11 @@ def _store(buffer, x, index, valid):
   return lax.dynamic_update_slice_in_dim(buffer, x, index * size, axis=1)
 
 
-def _load_chunk(inputs, index, size, scale, valid, reset, dtype):
+def load_chunk(inputs, index, size, scale, valid, reset, dtype):
   """Reads the tokens of one chunk."""
   heads = inputs.q.shape[2]
   x = jax.tree.map(
-      lambda x: _load(x, index, size, heads, valid, dtype), inputs
+      lambda x: load(x, index, size, heads, valid, dtype), inputs
   )
   log_decay = x.log_decay
   if reset is not None:
@@ -223,13 +223,13 @@ def _load_chunk(inputs, index, size, scale, valid, reset, dtype):
     infinity = jnp.asarray(-jnp.inf, dtype)
     log_decay = jnp.where(reset[:, None, None, :, None], infinity, log_decay)
   e = None if x.erase is None else x.erase * x.k
-  return _Chunk(x.q * scale, x.k, e, x.v, log_decay, x.erase, x.write)
+  return Chunk(x.q * scale, x.k, e, x.v, log_decay, x.erase, x.write)
 
 
 # One chunk.
 
 
-def _from_state(x, intra):
+def from_state(x, intra):
   """Queries and erasing keys as they meet the chunk's first state."""
   erasing = None if x.e is None else x.e * intra.pre
   return join(x.q * intra.pre, erasing)
@@ -238,14 +238,14 @@ def _from_state(x, intra):
 def _chunk_forward(x, state):
   """Returns y, the state after the chunk, and what is kept."""
   intra = intra_chunk(x)
-  recalled = dot('bhrck,bhrkv->bhrcv', _from_state(x, intra), state)
+  recalled = dot('bhrck,bhrkv->bhrcv', from_state(x, intra), state)
   y, erased = split(recalled, x.e)
   residual = x.v if x.write is None else x.write * x.v
-  kept = _Kept(state, None, None)
+  kept = Kept(state, None, None)
   if x.e is not None:
     inverse = ladder_inverse(intra.erasing)
     residual = dot('bhrij,bhrjv->bhriv', inverse, residual - erased)
-    kept = _Kept(state, inverse, residual)
+    kept = Kept(state, inverse, residual)
   y += dot('bhrij,bhrjv->bhriv', intra.reading, residual)
   after = intra.tot[..., None] * state + dot(
       'bhrck,bhrcv->bhrkv', x.k * intra.suf, residual
@@ -253,10 +253,10 @@ def _chunk_forward(x, state):
   return y, after, kept
 
 
-def _chunk_backward(x, kept, d_y, d_after):
+def chunk_backward(x, kept, d_y, d_after):
   """Returns the gradients of the chunk's `Inputs` and of its first state."""
   intra = intra_chunk(x)
-  reads = _from_state(x, intra)
+  reads = from_state(x, intra)
   keys = x.k * intra.suf
   state, residual = kept.state, kept.residual
   if x.e is None:

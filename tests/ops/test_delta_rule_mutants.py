@@ -189,9 +189,9 @@ MUTANTS = {
         'values', CHANNEL, CHUNK, 'padding = -length % chunk_size',
         'padding = 0'),
     'state in bfloat16': (
-        'values', HEAD, CHUNK, 'return (after, _store(y',
+        'values', HEAD, CHUNK, 'return (after, store(y',
         'after = after.astype(jnp.bfloat16).astype(state.dtype)\n'
-        '    return (after, _store(y'),
+        '    return (after, store(y'),
     'gate in bfloat16': (
         'values', CHANNEL, CHUNK, '  log_decay = x.log_decay\n',
         '  log_decay = x.log_decay.astype(jnp.bfloat16).astype(dtype)\n'),
