@@ -1,0 +1,340 @@
+"""What holds and how fast it is on a GPU.
+
+  python -m experiments.gpu_check
+
+Claims: on a GPU, where products of float32 are rounded unless told otherwise,
+the delta rule gives the golden vectors and the float64 recurrence within the
+limits that hold on a CPU, values and gradients, bfloat16 operands within theirs;
+delta, attention, sparse and slots layers obey every law of carried state with
+the usual tolerances, decoding and prefilling alike among them. The decode kernel
+`pallas_gpu` equals the equation. Reported beside that: times of the chunked
+forms and of decode steps against the Triton kernels of fla
+(flash-linear-attention), interleaved; see `experiments/gpu_times.py`.
+
+About ten minutes on an H100, most of them compilation. --smoke: on any device,
+tiny shapes, nothing of fla, no law but two. --parts runs some of the parts.
+"""
+
+import concurrent.futures
+import functools
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import pathlib
+import time
+import traceback
+
+from absl import app, flags, logging
+
+from experiments import report
+
+OUT = flags.DEFINE_string('out', 'experiments/results/gpu_check.json', 'file')
+PARTS = flags.DEFINE_list(
+    'parts', 'step,golden,oracle,decode,forward,gradient,laws', 'what to run')
+TURNS = flags.DEFINE_integer('turns', 9, 'interleaved repeats')
+SMOKE = flags.DEFINE_bool('smoke', False, 'tiny shapes, one repeat, no peer')
+
+GOLDEN = pathlib.Path(__file__).parents[1] / 'tests' / 'golden'
+
+
+def golden() -> list[report.Row]:
+  """Golden vectors of the delta rule: largest error over its limit."""
+  import jax
+  import jax.numpy as jnp
+  import numpy as np
+
+  from statejax.ops import delta_chunk, delta_rule, delta_wide
+  about = json.loads((GOLDEN / 'ops.json').read_text())
+  cases = {n: f for n, f in about.items() if f['op'] in ('gdn', 'kda')}
+  if SMOKE.value:
+    cases = {n: cases[n] for n in ('gdn_grad', 'kda_one_token')}
+
+  def unit(x, norm):
+    return x * jax.lax.rsqrt(
+        jnp.sum(x * x, axis=-1, keepdims=True) + 1e-6) if norm else x
+
+  def op(*args, form):
+    if form in ('xla', 'reference'):
+      return delta_rule(*args, implementation=form)
+    module = delta_wide if form == 'groups' else delta_chunk
+    *inputs, state = args
+    return module.chunked(delta_chunk.Inputs(*inputs), state, None, None,
+                          scale=inputs[0].shape[-1] ** -0.5, chunk_size=16)
+
+  def loss(x, weights, norm, form):
+    out = op(unit(x['q'], norm), unit(x['k'], norm), x['v'], x['g'], x['beta'],
+             x['beta'], x['initial_state'], form=form)
+    return sum(jnp.vdot(w, y) for w, y in zip(weights, out)), out
+
+  rows = []
+  for form in ('xla', 'chunks', 'groups', 'reference'):
+    worst = {'values': 0.0, 'gradients': 0.0}
+    for name, facts in cases.items():
+      arrays = dict(np.load(GOLDEN / f'{name}.npz'))
+      arrays.setdefault('initial_state', np.zeros_like(arrays['final_state']))
+      x = {n: arrays[n]
+           for n in ('q', 'k', 'v', 'g', 'beta', 'initial_state')}
+      weights = [arrays[n] for n in ('loss_w_out', 'loss_w_state')
+                 if n in arrays]
+      run = jax.jit(jax.value_and_grad(functools.partial(
+          loss, weights=weights, norm=facts['use_qk_l2norm'], form=form),
+          has_aux=True))
+      (_, out), grads = run(x)
+      limits = facts['float32_error']['chunk']
+      for got, want, limit in zip(out, ('out', 'final_state'), limits):
+        error = np.abs(got - arrays[want]).max() / (10 * limit)
+        worst['values'] = max(worst['values'], float(error))
+      for n in grads if weights else ():
+        want = arrays[f'd_{n}']
+        error = np.abs(grads[n] - want).max() / np.abs(want).max() / 5e-6
+        worst['gradients'] = max(worst['gradients'], float(error))
+    for what, share in worst.items():
+      rows.append(report.Row(
+          f'golden vectors, {form}, {what}: error over its limit', '<= 1',
+          f'{share:.2f}', share <= 1))
+  return rows
+
+
+def oracle() -> list[report.Row]:
+  """The chunked forms against the recurrence in float64 on the CPU."""
+  import jax
+  import numpy as np
+
+  from experiments import gpu_times
+  from pallas_kernels.workloads import DeltaRule
+  from statejax.ops import delta_rule
+
+  rows, tiny = [], SMOKE.value
+  for kind in ('head', 'channel'):
+    for dtype, limit in (('float32', 2e-6), ('bfloat16', 1e-2)):
+      shape = (DeltaRule(1, 2, 16, 16, kind, 1, 80, dtype) if tiny else
+               DeltaRule(2, 4, 128, 128, kind, 2, 300, dtype))
+      arrays = shape.arrays()
+      want = recurrence(arrays)
+      inputs = tuple(arrays[n] for n in ('q', 'k', 'v', *gpu_times.GATES))
+      for name, form in gpu_times.forms((64,), (1 << 12,)).items():
+        run = jax.jit(gpu_times.passes(form, shape.width ** -0.5, 'forward'))
+        got = run(inputs, arrays['state'], None)
+        error = max(gpu_times.off(a, b) for a, b in zip(got, want))
+        rows.append(report.Row(
+            f'decay by {kind}, {dtype}, {name}: as in float64',
+            f'<= {limit:.0e}', f'{error:.1e}', error <= limit))
+      got = jax.jit(functools.partial(
+          delta_rule, implementation='reference'))(
+              *inputs, arrays['state'])
+      error = max(gpu_times.off(a, b) for a, b in zip(got, want))
+      rows.append(report.Row(
+          f'decay by {kind}, {dtype}, reference: as in float64',
+          f'<= {limit:.0e}', f'{error:.1e}', error <= limit))
+      assert np.isfinite(error)
+  return rows
+
+
+def recurrence(arrays):
+  """The equations of `delta_rule` in numpy, float64; returns y and the state."""
+  import numpy as np
+  wide = {n: np.asarray(x, np.float32).astype(np.float64)
+          for n, x in arrays.items()}
+  groups = wide['v'].shape[2] // wide['q'].shape[2]
+  q, k = (np.repeat(wide[n], groups, axis=2) for n in 'qk')
+  decay, erase, write = (
+      x if x.ndim == 4 else x[..., None]
+      for x in (wide['log_decay'], wide['erase'], wide['write']))
+  state, out = wide['state'], []
+  for t in range(q.shape[1]):
+    state = np.exp(decay[:, t])[..., None] * state
+    residual = write[:, t] * wide['v'][:, t] - np.einsum(
+        'bhk,bhkv->bhv', erase[:, t] * k[:, t], state)
+    state = state + k[:, t][..., None] * residual[..., None, :]
+    out.append(np.einsum('bhk,bhkv->bhv', q[:, t], state))
+  return q.shape[-1] ** -0.5 * np.stack(out, axis=1), state
+
+
+def step() -> list[report.Row]:
+  """The decode kernel against the equation in float64."""
+  import jax
+  import numpy as np
+
+  from experiments import gpu_times
+  from pallas_kernels import delta_rule_step_gpu
+  from pallas_kernels.workloads import DeltaRule
+  interpret = jax.default_backend() != 'gpu'
+  if interpret and delta_rule_step_gpu.declines(
+      *(np.zeros((1, 1, 1, 128)),) * 2):
+    return []
+  shapes = [DeltaRule(1, 2, 32, 32, 'channel', 2, 1, 'float32')]
+  if not interpret:
+    shapes = [DeltaRule(heads // groups, heads, width, values, kind, batch, 1,
+                        dtype, gates)
+              for heads, groups, width, values, batch in (
+                  (4, 2, 128, 128, 3), (2, 1, 64, 96, 2), (2, 2, 256, 32, 1))
+              for kind, gates in (('head', 'head'), ('channel', 'channel'),
+                                  ('channel', 'head'))
+              for dtype in ('float32', 'bfloat16')]
+  worst = {'state': 0.0, 'y, float32': 0.0, 'y, bfloat16': 0.0}
+  kept = True
+  for i, shape in enumerate(shapes):
+    arrays = shape.arrays(i)
+    want = recurrence(arrays)
+    state = arrays.pop('state')
+    run = jax.jit(functools.partial(
+        delta_rule_step_gpu.delta_rule_step, scale=shape.width ** -0.5,
+        interpret=interpret))
+    y, after = run(**arrays, state=state)
+    worst['state'] = max(worst['state'], gpu_times.off(after, want[1]))
+    name = f'y, {shape.dtype}'
+    worst[name] = max(worst[name], gpu_times.off(y, want[0]))
+    n_valid = np.arange(shape.batch, dtype=np.int32) % 2
+    y, after = run(**arrays, state=state, n_valid=n_valid)
+    idle = n_valid == 0
+    kept &= bool(np.array_equal(after[idle], state[idle])
+                 and not np.any(np.asarray(y[idle], np.float32)))
+    if not idle.all():
+      worst['state'] = max(worst['state'], gpu_times.off(
+          np.asarray(after)[~idle], want[1][~idle]))
+  limits = {'state': 3e-7, 'y, float32': 3e-7, 'y, bfloat16': 4e-3}
+  rows = [report.Row(f'decode kernel, {n}: as in float64, {len(shapes)} shapes',
+                     f'<= {limits[n]:.0e}', f'{e:.1e}', e <= limits[n])
+          for n, e in worst.items()]
+  return [*rows, report.Row('decode kernel: rows without a token', 'as before',
+                            'as before' if kept else 'changed', kept)]
+
+
+def subjects():
+  """What the laws are checked of: one layer of a kind, and a model."""
+  import importlib
+
+  from statejax import config as c
+  heads = c.AttentionConfig(heads=4, kv_heads=2, key=8, value=8)
+  latent = c.MLAConfig(heads=2, nope=6, rope_width=4, value=5, rank=8,
+                       q_rank=7)
+  found = {
+      'KDA': c.KDAConfig(heads=2, key=8, value=8, rank=8, chunk=8),
+      'Gated DeltaNet': c.GatedDeltaNetConfig(
+          heads=2, value_heads=4, key=8, value=12, chunk=4, max_erase=2.0),
+      'attention': heads,
+      'window with a sink': c.AttentionConfig(
+          heads=4, kv_heads=2, key=8, value=8, window=5, sink=True),
+      'sparse latent attention (DSA)': c.DSAConfig(
+          mla=latent, k=4, index_heads=8, index_width=8),
+      'block sparse attention (MoBA)': c.MoBAConfig(heads, block=4, k=2),
+      'slots, a model': importlib.import_module(
+          'configs.tiny_slots').get_config().model,
+  }
+  return {n: found[n] for n in ('KDA',)} if SMOKE.value else found
+
+
+def held(name, subject, names):
+  """Checks the laws of one subject, in a process of its own."""
+  from statejax import laws
+  clock, worst, broken = time.perf_counter(), {}, {}
+  for law in names or laws.LAWS:
+    try:
+      worst |= laws.check(subject, laws=law).worst
+    except laws.LawError as error:
+      broken[law] = str(error)[:600]
+  return name, worst, broken, round(time.perf_counter() - clock)
+
+
+def law_rows() -> tuple[list[report.Row], dict]:
+  """Every subject in a process of its own, all at once."""
+  from statejax import laws
+  names = ('split', 'decode') if SMOKE.value else None
+  rows, facts = [], {}
+  context = multiprocessing.get_context('spawn')
+  with concurrent.futures.ProcessPoolExecutor(8, context) as pool:
+    jobs = [pool.submit(held, n, s, names) for n, s in subjects().items()]
+    for job in concurrent.futures.as_completed(jobs):
+      name, worst, broken, seconds = job.result()
+      facts[name] = {'worst': worst, 'broken': broken, 'seconds': seconds}
+      print(name, json.dumps(facts[name]), flush=True)
+      total = len(names or laws.LAWS)
+      rows.append(report.Row(
+          f'laws, {name}', f'{total} of {total}',
+          f'{total - len(broken)} of {total}' + ''.join(
+              f'; not {law}' for law in broken), not broken))
+  return rows, facts
+
+
+def cases(part):
+  """Name -> shape of what a part times."""
+  from pallas_kernels.workloads import DeltaRule
+  kinds = {'gdn': (16, 32, 'head'), 'kda': (32, 32, 'channel')}
+  if SMOKE.value:
+    return {'gdn, 1 x 80': DeltaRule(
+        1, 2, 32, 32, 'head', 1, 1 if part == 'decode' else 80)}
+  out = {}
+  for kind, (key_heads, heads, decay) in kinds.items():
+    if part == 'decode':
+      out |= {f'{kind}, batch {b}, {heads} heads': DeltaRule(
+          key_heads, heads, 128, 128, decay, b, 1) for b in (1, 4, 16, 64)}
+      continue
+    shapes = ((1, 8192), (8, 4096)) if part == 'forward' else ((1, 8192),)
+    out |= {f'{kind}, {b} x {t}, {heads} heads': DeltaRule(
+        key_heads, heads, 128, 128, decay, b, t) for b, t in shapes}
+  return out
+
+
+def timed(part):
+  """Times every case of a part; returns rows and facts."""
+  from experiments import gpu_times
+  rows, facts = [], {}
+  smoke = SMOKE.value
+  turns = 1 if smoke else TURNS.value
+  for name, shape in cases(part).items():
+    clock = time.perf_counter()
+    if part == 'decode':
+      names = ('xla',) if smoke else None
+      found = gpu_times.decode(shape, turns, not smoke, names)
+      unit, key = 'us', 'us'
+    else:
+      sizes = (16,) if smoke else (32, 64, 128) if part == 'forward' else (64,)
+      forms = gpu_times.forms(sizes, (1 << 10,) if smoke else (1 << 16,))
+      found = gpu_times.sequence(shape, part, forms, turns, not smoke)
+      unit, key = 'ms', 'ms'
+    found['seconds'] = round(time.perf_counter() - clock)
+    facts[name] = found
+    print(part, name, json.dumps(found), flush=True)
+    rows.append(report.Row(
+        f'{part}, {name}', 'reported', ', '.join(
+            f'{n} {t:.3g}' for n, t in found[key].items()) + f' {unit}', True))
+  return rows, facts
+
+
+def main(_):
+  """Runs the parts, prints the table and the figures, writes the file."""
+  os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
+  logging.set_verbosity(logging.WARNING)
+  import jax
+  rows, facts, out = [], {}, pathlib.Path(OUT.value)
+  versions = {}
+  for name in ('jaxlib', 'torch', 'triton', 'flash-linear-attention'):
+    try:
+      versions[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      versions[name] = None
+  simple = {'step': step, 'golden': golden, 'oracle': oracle}
+  for part in PARTS.value:
+    try:
+      if part in simple:
+        new, facts[part] = simple[part](), {}
+      else:
+        new, facts[part] = law_rows() if part == 'laws' else timed(part)
+    except Exception as error:  # the other parts are worth their time
+      traceback.print_exc()
+      new = [report.Row(part, 'runs', f'{type(error).__name__}: '
+                        f'{str(error)[:200]}', False)]
+    rows += new
+    print(report.table(new), flush=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    report.write(
+        out, rows, 'python -m experiments.gpu_check', versions=versions,
+        backend=jax.default_backend(), turns=TURNS.value,
+        cases={n: f for n, f in facts.items() if f})
+  print(report.table(rows))
+  raise SystemExit(0 if all(row.ok for row in rows) else 1)
+
+
+if __name__ == '__main__':
+  app.run(main)
