@@ -4,11 +4,11 @@
 
 Claims: on a GPU, where products of float32 are rounded unless told otherwise,
 the delta rule gives the golden vectors and the float64 recurrence within the
-limits that hold on a CPU, values and gradients, bfloat16 operands within theirs;
-delta, attention, sparse and slots layers obey every law of carried state with
-the usual tolerances, decoding and prefilling alike among them. The decode kernel
-`pallas_gpu` equals the equation. Reported beside that: times of the chunked
-forms and of decode steps against the Triton kernels of fla
+limits that hold on a CPU, values and gradients, and bfloat16 operands within
+theirs; delta, attention, sparse and slots layers obey every law of carried
+state with the usual tolerances, decoding and prefilling alike among them. The
+decode kernel `pallas_gpu` equals the equation. Reported beside that: times of
+the chunked forms and of decode steps against the Triton kernels of fla
 (flash-linear-attention), interleaved; see `experiments/gpu_times.py`.
 
 About ten minutes on an H100, most of them compilation. --smoke: on any device,
@@ -132,7 +132,7 @@ def oracle() -> list[report.Row]:
 
 
 def recurrence(arrays):
-  """The equations of `delta_rule` in numpy, float64; returns y and the state."""
+  """The equations of `delta_rule` in float64; returns y and the state."""
   import numpy as np
   wide = {n: np.asarray(x, np.float32).astype(np.float64)
           for n, x in arrays.items()}

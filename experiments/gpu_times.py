@@ -77,6 +77,13 @@ def compiled(functions: dict) -> dict:
     return dict(zip(functions, pool.map(one, functions.values())))
 
 
+def draw(workload):
+  """Returns q, k, v and the gates, and a state; fla has one beta for two."""
+  arrays = workload.arrays()
+  arrays['write'] = arrays['erase']
+  return tuple(arrays[n] for n in ('q', 'k', 'v', *GATES)), arrays['state']
+
+
 # A whole sequence.
 
 
@@ -122,13 +129,11 @@ def sequence(workload: DeltaRule, which, found, turns, fla=True,
     {'ms': {name: milliseconds}, 'error': {name: of y, from the first form in
     float32 operands}}, 'ratio': of the best of ours to the peer's.
   """
-  arrays = workload.arrays()
-  state = arrays.pop('state')
-  inputs = tuple(arrays[n] for n in ('q', 'k', 'v', *GATES))
+  inputs, state = draw(workload)
   scale = workload.width ** -0.5
   rng = np.random.default_rng(1)
   weights = tuple(jnp.asarray(rng.standard_normal(x.shape), x.dtype)
-                  for x in (arrays['v'], state))
+                  for x in (inputs[2], state))
   arguments = inputs, state, weights
   programs = compiled({
       name: (passes(form, scale, which), arguments, ())
@@ -195,7 +200,6 @@ def peer_sequence(workload, inputs, state, weights, scale, which):
       torch.autograd.grad(out, leaves, weights)
     return out
 
-  # erase and write are one beta there: what is compared is with ours likewise.
   how, job, out = captured(once)
   return f'fla, {how}', job, [x.detach().float().cpu().numpy() for x in out]
 
@@ -246,9 +250,7 @@ def steps() -> dict:
 
 def decode(workload: DeltaRule, turns, fla=True, names=None) -> dict:
   """Times one step; see `sequence`. 'bandwidth' is of states, in and out."""
-  arrays = workload.arrays()
-  state = arrays.pop('state')
-  inputs = tuple(arrays[n] for n in ('q', 'k', 'v', *GATES))
+  inputs, state = draw(workload)
   count = min(64, max(2, -(-STREAM // state.nbytes)))
 
   def chain(step, inputs, states):

@@ -179,10 +179,12 @@ def _scan_forward(scale, size, inputs, state, n_valid, resets, keep):
 
 
 def slice_tokens(x, index, size):
+  """Takes one chunk of [B, T, ...]."""
   return lax.dynamic_slice_in_dim(x, index * size, size, axis=1)
 
 
 def valid_tokens(index, size, n_valid):
+  """Returns which tokens of a chunk are real, [B, C], or None for all."""
   if n_valid is None:
     return None
   return index * size + jnp.arange(size)[None, :] < n_valid[:, None]

@@ -2,15 +2,15 @@
 
 `delta_chunk` takes one chunk after the other: little memory, but on a GPU its
 many small products wait for each other. Here a group of chunks is taken at
-once, as if they were rows of a batch, and only what the state needs goes chunk
-by chunk: forward R and S1, backward the gradient of S1 (letters of
-`delta_chunk`),
+once, as if they were rows of a batch, and only the state goes chunk by chunk,
+by one product each. With the letters of `delta_chunk`, T = (I + L)^-1 and Qg,
+Eg, Kg the queries, erasing keys and keys times their decays,
 
-  R = (I + L)^-1 (u - Eg S0);  S1 = diag(exp(G_C)) S0 + Kg^T R
-  dB = (I + L)^-T (A^T dy + Kg dS1)
-  dS0 = diag(exp(G_C)) dS1 + Qg^T dy - Eg^T dB
+  M = diag(exp(G_C)) - Kg^T T Eg
+  S1 = M S0 + Kg^T T u
+  dS0 = M^T dS1 + Qg^T dy - Eg^T T^T A^T dy
 
-with Qg, Eg, Kg the queries, erasing keys and keys times their decays.
+and all else, R = T (u - Eg S0) included, is as there.
 """
 
 import functools
@@ -29,7 +29,13 @@ from statejax.ops.delta_chunk import (
   store,
   valid_tokens,
 )
-from statejax.ops.delta_intra import dot, intra_chunk, ladder_inverse, split
+from statejax.ops.delta_intra import (
+  dot,
+  intra_chunk,
+  join,
+  ladder_inverse,
+  split,
+)
 
 # Tokens of all heads and rows that make a group.
 GROUP = 2 ** 16
@@ -146,57 +152,64 @@ def _by_chunk(x, count):
   return x.reshape(count, -1, *x.shape[1:])
 
 
-def _across(x, tot, count):
-  """The decays across chunks by chunk, [N, B, HK, R, 1 or K]."""
-  lead = x.v.shape[:3]
-  return _by_chunk(jnp.broadcast_to(tot, (*lead, tot.shape[-1])), count)
-
-
 def _group_forward(x, state, count):
   """Returns y, the state after the group, and what is kept."""
   intra = intra_chunk(x)
-  reads, erases = split(from_state(x, intra), x.e)
+  reads, keys = from_state(x, intra), x.k * intra.suf
   residual = x.v if x.write is None else x.write * x.v
-  inverse = None if x.e is None else ladder_inverse(intra.erasing)
+  inverse, written = None, residual
+  if x.e is not None:
+    inverse = ladder_inverse(intra.erasing)
+    written = dot('bhrij,bhrjv->bhriv', inverse, residual)
+  written = dot('bhrck,bhrcv->bhrkv', keys, written)
 
   def body(state, chunk):
-    erases, inverse, residual, keys, tot = chunk
-    if erases is not None:
-      erased = dot('bhrck,bhrkv->bhrcv', erases, state)
-      residual = dot('bhrij,bhrjv->bhriv', inverse, residual - erased)
-    after = tot[..., None] * state + dot(
-        'bhrck,bhrcv->bhrkv', keys, residual)
-    return after, (state, residual)
+    across, written = chunk
+    return _advance('bhrjk,bhrkv->bhrjv', across, state) + written, state
 
-  chunks = jax.tree.map(
-      lambda x: _by_chunk(x, count),
-      (erases, inverse, residual, x.k * intra.suf))
-  after, kept = lax.scan(body, state, (*chunks, _across(x, intra.tot, count)))
-  states, residual = jax.tree.map(
-      lambda x: x.reshape(-1, *x.shape[2:]), kept)
-  y = dot('bhrck,bhrkv->bhrcv', reads, states)
+  across = _across(x, intra.tot, keys, reads, inverse)
+  after, states = lax.scan(body, state, jax.tree.map(
+      lambda x: _by_chunk(x, count), (across, written)))
+  states = states.reshape(-1, *states.shape[2:])
+  y, erased = split(dot('bhrck,bhrkv->bhrcv', reads, states), x.e)
+  if x.e is not None:
+    residual = dot('bhrij,bhrjv->bhriv', inverse, residual - erased)
   y += dot('bhrij,bhrjv->bhriv', intra.reading, residual)
   return y, after, Kept(states, inverse, None if x.e is None else residual)
+
+
+def _across(x, tot, keys, reads, inverse):
+  """What a chunk makes of the state before it: M [N * B, HK, R, K, K], or
+  where nothing is erased its diagonal [N * B, HK, R, 1 or K]."""
+  if x.e is None:
+    return jnp.broadcast_to(tot, (*x.v.shape[:3], tot.shape[-1]))
+  erases = dot('bhrij,bhrjk->bhrik', inverse, split(reads, x.e)[1])
+  one = jnp.eye(keys.shape[-1], dtype=tot.dtype)[None, None, None]
+  return tot[..., None] * one - dot('bhrcj,bhrck->bhrjk', keys, erases)
+
+
+def _advance(spec, across, state):
+  """The product of `_across` with a state."""
+  if across.ndim == state.ndim:
+    return dot(spec, across, state)
+  return across[..., None] * state
 
 
 def _states_backward(x, kept, d_y, d_after, count):
   """Returns the gradients of the state after each chunk, and of the first."""
   intra = intra_chunk(x)
-  reads, erases = split(from_state(x, intra), x.e)
+  reads, keys = from_state(x, intra), x.k * intra.suf
+  d_erased = None
+  if x.e is not None:
+    d_erased = -dot('bhrij,bhriv->bhrjv', kept.inverse, dot(
+        'bhrij,bhriv->bhrjv', intra.reading, d_y))
+  d_read = dot('bhrck,bhrcv->bhrkv', reads, join(d_y, d_erased))
 
   def body(d_after, chunk):
-    erases, inverse, d_u, keys, d_read, tot = chunk
-    d_state = tot[..., None] * d_after + d_read
-    if erases is not None:
-      d_u += dot('bhrck,bhrkv->bhrcv', keys, d_after)
-      d_u = dot('bhrij,bhriv->bhrjv', inverse, d_u)
-      d_state -= dot('bhrck,bhrcv->bhrkv', erases, d_u)
-    return d_state, d_after
+    across, d_read = chunk
+    return _advance('bhrkj,bhrkv->bhrjv', across, d_after) + d_read, d_after
 
-  chunks = jax.tree.map(lambda x: _by_chunk(x, count), (
-      erases, kept.inverse,
-      dot('bhrij,bhriv->bhrjv', intra.reading, d_y), x.k * intra.suf,
-      dot('bhrck,bhrcv->bhrkv', reads, d_y)))
-  d_state, d_after = lax.scan(
-      body, d_after, (*chunks, _across(x, intra.tot, count)), reverse=True)
+  across = _across(x, intra.tot, keys, reads, kept.inverse)
+  d_state, d_after = lax.scan(body, d_after, jax.tree.map(
+      lambda x: _by_chunk(x, count), (across, d_read)), reverse=True)
   return d_after.reshape(-1, *d_after.shape[2:]), d_state
