@@ -24,6 +24,7 @@ import os
 import pathlib
 import time
 import traceback
+import warnings
 
 from absl import app, flags, logging
 
@@ -33,8 +34,13 @@ OUT = flags.DEFINE_string('out', 'experiments/results/gpu_check.json', 'file')
 PARTS = flags.DEFINE_list(
     'parts', 'step,golden,oracle,decode,forward,gradient,laws', 'what to run')
 TURNS = flags.DEFINE_integer('turns', 9, 'interleaved repeats')
+PROCESSES = flags.DEFINE_integer('processes', 12, 'that check laws')
+SECONDS = flags.DEFINE_integer('seconds', 600, 'that laws may take')
+BATCHES = flags.DEFINE_list('batches', '1,4,8,16,64', 'which are timed')
 SMOKE = flags.DEFINE_bool('smoke', False, 'tiny shapes, one repeat, no peer')
 
+# Sizes of groups and chunks compiled as one that are timed.
+GROUPS = ((1 << 16, 1), (1 << 16, 8), (1 << 18, 8))
 GOLDEN = pathlib.Path(__file__).parents[1] / 'tests' / 'golden'
 
 
@@ -62,37 +68,42 @@ def golden() -> list[report.Row]:
     return module.chunked(delta_chunk.Inputs(*inputs), state, None, None,
                           scale=inputs[0].shape[-1] ** -0.5, chunk_size=16)
 
-  def loss(x, weights, norm, form):
-    out = op(unit(x['q'], norm), unit(x['k'], norm), x['v'], x['g'], x['beta'],
-             x['beta'], x['initial_state'], form=form)
-    return sum(jnp.vdot(w, y) for w, y in zip(weights, out)), out
+  def run(x, weights, norm, form):
+    def loss(x):
+      out = op(unit(x['q'], norm), unit(x['k'], norm), x['v'], x['g'],
+               x['beta'], x['beta'], x['initial_state'], form=form)
+      return sum(jnp.vdot(w, y) for w, y in zip(weights, out)), out
+
+    if not weights:
+      return loss(x)[1], {}
+    (_, out), grads = jax.value_and_grad(loss, has_aux=True)(x)
+    return out, grads
+
+  def shares(name, form):
+    """Errors over their limits, of values and of gradients."""
+    facts, arrays = cases[name], dict(np.load(GOLDEN / f'{name}.npz'))
+    arrays.setdefault('initial_state', np.zeros_like(arrays['final_state']))
+    x = {n: arrays[n] for n in ('q', 'k', 'v', 'g', 'beta', 'initial_state')}
+    weights = [arrays[n] for n in ('loss_w_out', 'loss_w_state')
+               if n in arrays]
+    out, grads = jax.jit(functools.partial(
+        run, norm=facts['use_qk_l2norm'], form=form))(x, weights)
+    limits = facts['float32_error']['chunk']
+    values = [np.abs(got - arrays[want]).max() / (10 * limit)
+              for got, want, limit in zip(out, ('out', 'final_state'), limits)]
+    wants = {n: arrays[f'd_{n}'] for n in grads}
+    gradients = [np.abs(grads[n] - w).max() / np.abs(w).max() / 5e-6
+                 for n, w in wants.items()]
+    return max(values), max(gradients, default=0.0)
 
   rows = []
   for form in ('xla', 'chunks', 'groups', 'reference'):
-    worst = {'values': 0.0, 'gradients': 0.0}
-    for name, facts in cases.items():
-      arrays = dict(np.load(GOLDEN / f'{name}.npz'))
-      arrays.setdefault('initial_state', np.zeros_like(arrays['final_state']))
-      x = {n: arrays[n]
-           for n in ('q', 'k', 'v', 'g', 'beta', 'initial_state')}
-      weights = [arrays[n] for n in ('loss_w_out', 'loss_w_state')
-                 if n in arrays]
-      run = jax.jit(jax.value_and_grad(functools.partial(
-          loss, weights=weights, norm=facts['use_qk_l2norm'], form=form),
-          has_aux=True))
-      (_, out), grads = run(x)
-      limits = facts['float32_error']['chunk']
-      for got, want, limit in zip(out, ('out', 'final_state'), limits):
-        error = np.abs(got - arrays[want]).max() / (10 * limit)
-        worst['values'] = max(worst['values'], float(error))
-      for n in grads if weights else ():
-        want = arrays[f'd_{n}']
-        error = np.abs(grads[n] - want).max() / np.abs(want).max() / 5e-6
-        worst['gradients'] = max(worst['gradients'], float(error))
-    for what, share in worst.items():
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+      found = list(pool.map(functools.partial(shares, form=form), cases))
+    for what, share in zip(('values', 'gradients'), map(max, zip(*found))):
       rows.append(report.Row(
           f'golden vectors, {form}, {what}: error over its limit', '<= 1',
-          f'{share:.2f}', share <= 1))
+          f'{share:.2f}', bool(share <= 1)))
   return rows
 
 
@@ -113,7 +124,7 @@ def oracle() -> list[report.Row]:
       arrays = shape.arrays()
       want = recurrence(arrays)
       inputs = tuple(arrays[n] for n in ('q', 'k', 'v', *gpu_times.GATES))
-      for name, form in gpu_times.forms((64,), (1 << 12,)).items():
+      for name, form in gpu_times.forms((64,), ((1 << 12, 2),)).items():
         run = jax.jit(gpu_times.passes(form, shape.width ** -0.5, 'forward'))
         got = run(inputs, arrays['state'], None)
         error = max(gpu_times.off(a, b) for a, b in zip(got, want))
@@ -159,6 +170,7 @@ def step() -> list[report.Row]:
   from experiments import gpu_times
   from pallas_kernels import delta_rule_step_gpu
   from pallas_kernels.workloads import DeltaRule
+  from statejax.ops.delta_rule import delta_rule
   interpret = jax.default_backend() != 'gpu'
   if interpret and delta_rule_step_gpu.declines(
       *(np.zeros((1, 1, 1, 128)),) * 2):
@@ -180,7 +192,8 @@ def step() -> list[report.Row]:
     state = arrays.pop('state')
     run = jax.jit(functools.partial(
         delta_rule_step_gpu.delta_rule_step, scale=shape.width ** -0.5,
-        interpret=interpret))
+        interpret=True) if interpret else functools.partial(
+            delta_rule, implementation='pallas_gpu'))
     y, after = run(**arrays, state=state)
     worst['state'] = max(worst['state'], gpu_times.off(after, want[1]))
     name = f'y, {shape.dtype}'
@@ -225,35 +238,47 @@ def subjects():
   return {n: found[n] for n in ('KDA',)} if SMOKE.value else found
 
 
-def held(name, subject, names):
-  """Checks the laws of one subject, in a process of its own."""
+def held(subject, law):
+  """Checks one law of one subject; returns its worst error and what broke."""
   from statejax import laws
-  clock, worst, broken = time.perf_counter(), {}, {}
-  for law in names or laws.LAWS:
-    try:
-      worst |= laws.check(subject, laws=law).worst
-    except laws.LawError as error:
-      broken[law] = str(error)[:600]
-  return name, worst, broken, round(time.perf_counter() - clock)
+  warnings.filterwarnings('ignore', message='.*declines')
+  try:
+    return laws.check(subject, laws=law).worst[law], None
+  except laws.LawError as error:
+    return None, str(error)[:600]
 
 
 def law_rows() -> tuple[list[report.Row], dict]:
-  """Every subject in a process of its own, all at once."""
+  """Every law of every subject, in processes beside each other."""
   from statejax import laws
-  names = ('split', 'decode') if SMOKE.value else None
-  rows, facts = [], {}
+  names = ('split', 'decode') if SMOKE.value else tuple(laws.LAWS)
+  asked = [(name, law) for name in subjects() for law in names]
   context = multiprocessing.get_context('spawn')
-  with concurrent.futures.ProcessPoolExecutor(8, context) as pool:
-    jobs = [pool.submit(held, n, s, names) for n, s in subjects().items()]
-    for job in concurrent.futures.as_completed(jobs):
-      name, worst, broken, seconds = job.result()
-      facts[name] = {'worst': worst, 'broken': broken, 'seconds': seconds}
-      print(name, json.dumps(facts[name]), flush=True)
-      total = len(names or laws.LAWS)
-      rows.append(report.Row(
-          f'laws, {name}', f'{total} of {total}',
-          f'{total - len(broken)} of {total}' + ''.join(
-              f'; not {law}' for law in broken), not broken))
+  rows, facts, clock = [], {}, time.perf_counter()
+  pool = concurrent.futures.ProcessPoolExecutor(PROCESSES.value, context)
+  jobs = {pool.submit(held, subjects()[name], law): (name, law)
+          for name, law in asked}
+  try:
+    for job in concurrent.futures.as_completed(jobs, SECONDS.value):
+      name, law = jobs[job]
+      facts.setdefault(name, {})[law], broken = job.result()
+      if broken:
+        facts[name][law] = broken
+        print(name, law, broken, flush=True)
+  except TimeoutError:
+    pass  # what is missing is not counted
+  pool.shutdown(wait=False, cancel_futures=True)
+  for name in subjects():
+    found = facts.get(name, {})
+    broken = [n for n, worst in found.items() if isinstance(worst, str)]
+    good = len(found) - len(broken)
+    rest = [n for n in names if n not in found]
+    rows.append(report.Row(
+        f'laws, {name}', f'{len(names)} of {len(names)}', f'{good} hold'
+        + ''.join(f', not {n}' for n in broken)
+        + (f'; not checked in time: {" ".join(rest)}' if rest else ''),
+        good == len(names)))
+  facts['seconds'] = round(time.perf_counter() - clock)
   return rows, facts
 
 
@@ -264,41 +289,37 @@ def cases(part):
   if SMOKE.value:
     return {'gdn, 1 x 80': DeltaRule(
         1, 2, 32, 32, 'head', 1, 1 if part == 'decode' else 80)}
-  out = {}
-  for kind, (key_heads, heads, decay) in kinds.items():
-    if part == 'decode':
-      out |= {f'{kind}, batch {b}, {heads} heads': DeltaRule(
-          key_heads, heads, 128, 128, decay, b, 1) for b in (1, 4, 16, 64)}
-      continue
-    shapes = ((1, 8192), (8, 4096)) if part == 'forward' else ((1, 8192),)
-    out |= {f'{kind}, {b} x {t}, {heads} heads': DeltaRule(
-        key_heads, heads, 128, 128, decay, b, t) for b, t in shapes}
-  return out
+  shapes = ([(b, 1) for b in (1, 4, 16, 64)] if part == 'decode' else
+            [(1, 8192), (8, 4096)])
+  shapes = [(b, t) for b, t in shapes if str(b) in BATCHES.value]
+  return {f'{kind}, {b} x {t}, {heads} heads': DeltaRule(
+      key_heads, heads, 128, 128, decay, b, t)
+      for b, t in shapes for kind, (key_heads, heads, decay) in kinds.items()}
 
 
-def timed(part):
+def timed(part, save):
   """Times every case of a part; returns rows and facts."""
   from experiments import gpu_times
-  rows, facts = [], {}
-  smoke = SMOKE.value
+  rows, facts, smoke = [], {}, SMOKE.value
   turns = 1 if smoke else TURNS.value
   for name, shape in cases(part).items():
     clock = time.perf_counter()
     if part == 'decode':
-      names = ('xla',) if smoke else None
-      found = gpu_times.decode(shape, turns, not smoke, names)
-      unit, key = 'us', 'us'
+      found, unit = gpu_times.decode(
+          shape, turns, not smoke, ('xla',) if smoke else None), 'us'
     else:
-      sizes = (16,) if smoke else (32, 64, 128) if part == 'forward' else (64,)
-      forms = gpu_times.forms(sizes, (1 << 10,) if smoke else (1 << 16,))
-      found = gpu_times.sequence(shape, part, forms, turns, not smoke)
-      unit, key = 'ms', 'ms'
+      forms = gpu_times.forms((16,) if smoke else (64,),
+                              ((1 << 10, 2),) if smoke else GROUPS)
+      found, unit = gpu_times.sequence(
+          shape, part, forms, turns, not smoke), 'ms'
     found['seconds'] = round(time.perf_counter() - clock)
     facts[name] = found
     print(part, name, json.dumps(found), flush=True)
     rows.append(report.Row(
         f'{part}, {name}', 'reported', ', '.join(
-            f'{n} {t:.3g}' for n, t in found[key].items()) + f' {unit}', True))
+            f'{n} {t:.3g}' for n, t in found[unit].items()) + f' {unit}',
+        True))
+    save(rows, facts)
   return rows, facts
 
 
@@ -314,24 +335,32 @@ def main(_):
       versions[name] = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
       versions[name] = None
+  out.parent.mkdir(parents=True, exist_ok=True)
+
+  def save(part, new, found):
+    report.write(
+        out, rows + new, 'python -m experiments.gpu_check', versions=versions,
+        backend=jax.default_backend(), turns=TURNS.value,
+        cases={n: f for n, f in {**facts, part: found}.items() if f})
+
   simple = {'step': step, 'golden': golden, 'oracle': oracle}
   for part in PARTS.value:
+    found = {}
     try:
       if part in simple:
-        new, facts[part] = simple[part](), {}
+        new = simple[part]()
+      elif part == 'laws':
+        new, found = law_rows()
       else:
-        new, facts[part] = law_rows() if part == 'laws' else timed(part)
+        new, found = timed(part, functools.partial(save, part))
     except Exception as error:  # the other parts are worth their time
       traceback.print_exc()
       new = [report.Row(part, 'runs', f'{type(error).__name__}: '
                         f'{str(error)[:200]}', False)]
-    rows += new
+    # After every part, so that a run that is stopped leaves what it measured.
+    save(part, new, found)
+    rows, facts[part] = rows + new, found
     print(report.table(new), flush=True)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    report.write(
-        out, rows, 'python -m experiments.gpu_check', versions=versions,
-        backend=jax.default_backend(), turns=TURNS.value,
-        cases={n: f for n, f in facts.items() if f})
   print(report.table(rows))
   raise SystemExit(0 if all(row.ok for row in rows) else 1)
 

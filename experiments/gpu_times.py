@@ -73,6 +73,7 @@ def compiled(functions: dict) -> dict:
     function, arguments, donated = job
     return jax.jit(function, donate_argnums=donated).lower(
         *arguments).compile()
+
   with concurrent.futures.ThreadPoolExecutor(8) as pool:
     return dict(zip(functions, pool.map(one, functions.values())))
 
@@ -93,9 +94,10 @@ def forms(sizes, groups) -> dict:
   for size in sizes:
     found[f'chunk by chunk, C={size}'] = functools.partial(
         delta_chunk.chunked, chunk_size=size)
-    for group in groups:
-      found[f'groups of {group >> 10}Ki, C={size}'] = functools.partial(
-          delta_wide.chunked, chunk_size=size, group=group)
+    for group, unroll in groups:
+      found[f'groups of {group >> 10}Ki by {unroll}, C={size}'] = (
+          functools.partial(delta_wide.chunked, chunk_size=size, group=group,
+                            unroll=unroll))
   return found
 
 

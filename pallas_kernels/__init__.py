@@ -39,6 +39,26 @@ def _delta_rule_tpu_declines(
       q, k, v, log_decay, erase, write, chunk_size=chunk_size or 64)
 
 
+def _delta_rule_gpu(
+    inputs, state, n_valid, resets, scale, *, interpret=False
+):
+  from pallas_kernels.delta_rule_step_gpu import delta_rule_step
+  del resets  # a single token cannot be reset
+  return delta_rule_step(
+      *inputs, state=state, n_valid=n_valid, scale=scale, interpret=interpret)
+
+
+def _delta_rule_gpu_declines(q, k, v, log_decay, erase, write):
+  """Asks for shapes alone."""
+  del k, log_decay, erase, write
+  if q.shape[1] != 1:
+    return f'it takes one token, not {q.shape[1]}'
+  if not (q.size and v.size):
+    return f'it has no work in arrays of {q.shape} and {v.shape}'
+  from pallas_kernels.delta_rule_step_gpu import declines
+  return declines(q, v)
+
+
 def _gather_attend_tpu(
     q, k, v, ids, last, sink=None, *, block, scale, interpret=False
 ):
@@ -89,12 +109,14 @@ def _index_scores_tpu_declines(q, k):
 _NONE = 'this version ships no kernel; the XLA form runs on every device'
 
 KERNELS = {
-    'delta_rule': {'pallas_tpu': _delta_rule_tpu, 'pallas_gpu': _NONE},
+    'delta_rule': {'pallas_tpu': _delta_rule_tpu,
+                   'pallas_gpu': _delta_rule_gpu},
     'gather_attend': {'pallas_tpu': _gather_attend_tpu, 'pallas_gpu': _NONE},
     'index_topk': {'pallas_tpu': _index_scores_tpu, 'pallas_gpu': _NONE},
 }
 DECLINES = {
-    'delta_rule': {'pallas_tpu': _delta_rule_tpu_declines},
+    'delta_rule': {'pallas_tpu': _delta_rule_tpu_declines,
+                   'pallas_gpu': _delta_rule_gpu_declines},
     'gather_attend': {'pallas_tpu': _gather_attend_tpu_declines},
     'index_topk': {'pallas_tpu': _index_scores_tpu_declines},
 }

@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels import manual, plain
 
 NAME = 'delta_rule_step'
+OLDEST_JAX = 0, 11, 2
 COLUMNS = 32  # of a block: 8 threads of 4 floats, one line of memory
 ROWS = 16  # taken together: 4 by each of 4 warps
 MOST_KEYS = 256  # 64 registers for the matrix, 64 for four vectors
@@ -26,8 +27,9 @@ MOST_KEYS = 256  # 64 registers for the matrix, 64 for four vectors
 
 def declines(q, v) -> str | None:
   """Returns why the kernel cannot take arrays of these shapes, or None."""
-  if not hasattr(jax, 'new_ref') or jax.__version_info__ < (0, 11):
-    return f'it needs jax 0.11 or later, this is {jax.__version__}'
+  if jax.__version_info__ < OLDEST_JAX:
+    oldest = '.'.join(map(str, OLDEST_JAX))
+    return f'it needs jax {oldest} or later, this is {jax.__version__}'
   width, values = q.shape[3], v.shape[3]
   if width % ROWS or values % COLUMNS or width > MOST_KEYS:
     return (f'K must be a multiple of {ROWS}, at most {MOST_KEYS}, and V of '
@@ -83,7 +85,8 @@ def _run(scale, interpret, inputs, state, n_valid):
       grid=(batch, heads, values // COLUMNS),
       grid_names=('row', 'head', 'columns'), kernel_name=NAME,
       compiler_params=plgpu.CompilerParams(
-          lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+          lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+          skip_device_barrier=True),  # it speaks with no other device
       interpret=plgpu.InterpretGPUParams() if interpret else None,
   )(*arrays.values(), matrices)
   return y, jax.freeze(matrices)

@@ -9,7 +9,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from statejax.ops import delta_check as check
-from statejax.ops import delta_chunk, dispatch
+from statejax.ops import delta_chunk, delta_wide, dispatch
+
+# Bytes of states from which on one launch of the GPU's decode kernel was faster
+# than XLA's recorded launches: experiments/results/gpu_check.json.
+_WORTHWHILE = 24 << 20
 
 
 def delta_rule(
@@ -71,7 +75,8 @@ def delta_rule(
     chunk_size: static power of two, tokens per chunk of 'xla' and of
       'pallas_tpu', which takes 16 to 128; None chooses.
     implementation: see `statejax.ops.dispatch`: 'pallas_tpu' (the first choice
-      on a single TPU), 'xla' or 'reference'.
+      on a single TPU), 'pallas_gpu' (of one token; the first choice on a single
+      Hopper GPU where there are many states), 'xla' or 'reference'.
 
   Returns:
     y: [B, T, HV, V] in v.dtype, zero past n_valid.
@@ -95,6 +100,7 @@ def delta_rule(
   run = dispatch.choose('delta_rule', implementation, {
       'pallas_tpu': _on_tpu(q, k, v, gates, state, chunk_size,
                             implementation),
+      'pallas_gpu': _on_gpu(q, k, v, gates, state, implementation),
       'xla': fast, 'reference': _recurrent,
   })
   return _run(run, q, k, v, gates, state, n_valid, segment_ids, scale)
@@ -277,7 +283,8 @@ def _chunked(inputs, state, n_valid, resets, scale, chunk_size):
   if chunk_size is None:
     chunk_size = 32 if jax.default_backend() == 'cpu' else 64
   needed = 1 << (inputs.q.shape[1] - 1).bit_length()
-  return delta_chunk.chunked(
+  form = delta_wide if jax.default_backend() == 'gpu' else delta_chunk
+  return form.chunked(
       inputs, state, n_valid, resets, scale=scale,
       chunk_size=min(chunk_size, needed),
   )
@@ -288,15 +295,36 @@ def _on_tpu(q, k, v, gates, state, chunk_size, implementation):
   run = dispatch.kernel('delta_rule', 'pallas_tpu')
   if isinstance(run, str):
     return run
+  if chunk_size not in (None, 16, 32, 64, 128):
+    return f'its chunks have 16, 32, 64 or 128 tokens, not {chunk_size}'
+  why = _unsuited(q, k, v, state, implementation) or dispatch.declines(
+      'delta_rule', 'pallas_tpu', q, k, v, *gates, chunk_size=chunk_size)
+  return why or _Bound(run, chunk_size)
+
+
+def _on_gpu(q, k, v, gates, state, implementation):
+  """The GPU kernel of a single token, or the reason why it declines."""
+  run = dispatch.kernel('delta_rule', 'pallas_gpu')
+  if isinstance(run, str):
+    return run
+  capability = jax.devices()[0].compute_capability
+  if float(capability) < 9:
+    return f'it needs compute capability 9.0 or more, this is {capability}'
+  why = dispatch.declines('delta_rule', 'pallas_gpu', q, k, v, *gates)
+  why = why or _unsuited(q, k, v, state, implementation)
+  if not why and implementation is None and 4 * state.size < _WORTHWHILE:
+    return (f'launching it costs more than it saves below {_WORTHWHILE >> 20} '
+            f'MiB of states, these are {4 * state.size >> 20} MiB')
+  return why or run
+
+
+def _unsuited(q, k, v, state, implementation):
+  """What no kernel takes, or None."""
   names = {x.dtype.name for x in (q, k, v)} - {'float32', 'bfloat16'}
   if names or state.dtype != jnp.float32:
     return ('it takes float32 and bfloat16 and a float32 state, got '
             f'{", ".join(sorted({*names, state.dtype.name}))}')
-  if chunk_size not in (None, 16, 32, 64, 128):
-    return f'its chunks have 16, 32, 64 or 128 tokens, not {chunk_size}'
   if implementation is None and jax.device_count() > 1:
     return ('XLA cannot partition it over several devices by itself; inside '
             'jax.shard_map ask for it by name')
-  why = dispatch.declines('delta_rule', 'pallas_tpu', q, k, v, *gates,
-                          chunk_size=chunk_size)
-  return why or _Bound(run, chunk_size)
+  return None

@@ -14,6 +14,7 @@ and all else, R = T (u - Eg S0) included, is as there.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,17 +38,32 @@ from statejax.ops.delta_intra import (
   split,
 )
 
-# Tokens of all heads and rows that make a group.
-GROUP = 2 ** 16
+# Tokens of all heads and rows that make a group, and chunks in sequence that
+# are compiled as one: launches of a loop are not recorded.
+GROUP, UNROLL = 2 ** 16, 8
 
 
-def chunked(inputs, state, n_valid, resets, *, scale, chunk_size, group=GROUP):
+class _Plan(NamedTuple):
+  """How tokens are taken: chunks of `size`, `count` of them at once."""
+
+  size: int
+  count: int
+  unroll: int
+
+  @property
+  def span(self):
+    return self.size * self.count
+
+
+def chunked(inputs, state, n_valid, resets, *, scale, chunk_size, group=GROUP,
+            unroll=UNROLL):
   """Runs the delta rule group by group; see `delta_chunk.chunked`.
 
   Args:
     inputs, state, n_valid, resets, scale, chunk_size: as there.
     group: static, most tokens of all heads and rows to take at once, at least
       one chunk of each.
+    unroll: static, chunks compiled as one where they wait for each other.
 
   Returns:
     As there.
@@ -56,31 +72,32 @@ def chunked(inputs, state, n_valid, resets, *, scale, chunk_size, group=GROUP):
   chunks = -(-length // chunk_size)
   most = max(1, group // (batch * state.shape[1] * chunk_size))
   count = -(-chunks // -(-chunks // most))  # groups of like size
-  padding = -length % (count * chunk_size)
+  plan = _Plan(chunk_size, count, min(unroll, count))
+  padding = -length % plan.span
   if padding:
     pad = lambda x: jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
     inputs, resets = jax.tree.map(pad, (inputs, resets))
   groups = state.shape[1] // heads
   grouped = state.reshape(batch, heads, groups, *state.shape[2:])
-  y, final = _run(scale, chunk_size, count, inputs, grouped, n_valid, resets)
+  y, final = _run(scale, plan, inputs, grouped, n_valid, resets)
   final = final.reshape(state.shape)
   if n_valid is not None:  # S * 1 + 0 would lose the sign of a zero
     final = jnp.where(n_valid[:, None, None, None] > 0, final, state)
   return y[:, :length], final
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _run(scale, size, count, inputs, state, n_valid, resets):
-  return _forward(scale, size, count, inputs, state, n_valid, resets)[:2]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _run(scale, plan, inputs, state, n_valid, resets):
+  return _forward(scale, plan, inputs, state, n_valid, resets)[:2]
 
 
-def _run_forward(scale, size, count, inputs, state, n_valid, resets):
+def _run_forward(scale, plan, inputs, state, n_valid, resets):
   y, final, kept = _forward(
-      scale, size, count, inputs, state, n_valid, resets, keep=True)
+      scale, plan, inputs, state, n_valid, resets, keep=True)
   return (y, final), (inputs, kept, n_valid, resets)
 
 
-def _run_backward(scale, size, count, residuals, cotangents):
+def _run_backward(scale, plan, residuals, cotangents):
   inputs, kept, n_valid, resets = residuals
   d_y, d_state = cotangents
 
@@ -88,14 +105,15 @@ def _run_backward(scale, size, count, residuals, cotangents):
     d_state, buffers = carry
     index, kept = index_and_kept
     x, valid = _load_group(
-        scale, size, count, inputs, n_valid, resets, index, kept.state.dtype)
-    d_out = _fold(load(d_y, index, size * count, inputs.q.shape[2], valid,
-                       kept.state.dtype), count)
-    d_after, d_state = _states_backward(x, kept, d_out, d_state, count)
+        scale, plan, inputs, n_valid, resets, index, kept.state.dtype)
+    d_out = _fold(load(d_y, index, plan.span, inputs.q.shape[2], valid,
+                       kept.state.dtype), plan.count)
+    d_after, d_state = _states_backward(x, kept, d_out, d_state, plan)
     grads, _ = chunk_backward(x, kept, d_out, d_after)
     grads = grads._replace(q=grads.q * scale)
     buffers = jax.tree.map(
-        lambda b, g: store(b, _unfold(g, count), index, valid), buffers, grads)
+        lambda b, g: store(b, _unfold(g, plan.count), index, valid),
+        buffers, grads)
     return (d_state, buffers), None
 
   zeros = jax.tree.map(jnp.zeros_like, inputs)
@@ -108,30 +126,29 @@ def _run_backward(scale, size, count, residuals, cotangents):
 _run.defvjp(_run_forward, _run_backward)
 
 
-def _forward(scale, size, count, inputs, state, n_valid, resets, keep=False):
+def _forward(scale, plan, inputs, state, n_valid, resets, keep=False):
   """Returns y, the final state and, if asked to `keep`, `Kept` by group."""
 
   def body(carry, index):
     state, y = carry
     x, valid = _load_group(
-        scale, size, count, inputs, n_valid, resets, index, state.dtype)
-    out, after, kept = _group_forward(x, state, count)
-    return (after, store(y, _unfold(out, count), index, valid)), (
+        scale, plan, inputs, n_valid, resets, index, state.dtype)
+    out, after, kept = _group_forward(x, state, plan)
+    return (after, store(y, _unfold(out, plan.count), index, valid)), (
         kept if keep else None)
 
-  groups = inputs.q.shape[1] // (size * count)
+  groups = inputs.q.shape[1] // plan.span
   (state, y), kept = lax.scan(
       body, (state, jnp.zeros_like(inputs.v)), jnp.arange(groups))
   return y, state, kept
 
 
-def _load_group(scale, size, count, inputs, n_valid, resets, index, dtype):
+def _load_group(scale, plan, inputs, n_valid, resets, index, dtype):
   """Reads the tokens of one group, its chunks as rows, and which are real."""
-  span = size * count
-  valid = valid_tokens(index, span, n_valid)
-  reset = None if resets is None else slice_tokens(resets, index, span)
-  x = load_chunk(inputs, index, span, scale, valid, reset, dtype)
-  return jax.tree.map(lambda x: _fold(x, count), x), valid
+  valid = valid_tokens(index, plan.span, n_valid)
+  reset = None if resets is None else slice_tokens(resets, index, plan.span)
+  x = load_chunk(inputs, index, plan.span, scale, valid, reset, dtype)
+  return jax.tree.map(lambda x: _fold(x, plan.count), x), valid
 
 
 def _fold(x, count):
@@ -152,7 +169,7 @@ def _by_chunk(x, count):
   return x.reshape(count, -1, *x.shape[1:])
 
 
-def _group_forward(x, state, count):
+def _group_forward(x, state, plan):
   """Returns y, the state after the group, and what is kept."""
   intra = intra_chunk(x)
   reads, keys = from_state(x, intra), x.k * intra.suf
@@ -169,7 +186,8 @@ def _group_forward(x, state, count):
 
   across = _across(x, intra.tot, keys, reads, inverse)
   after, states = lax.scan(body, state, jax.tree.map(
-      lambda x: _by_chunk(x, count), (across, written)))
+      lambda x: _by_chunk(x, plan.count), (across, written)),
+      unroll=plan.unroll)
   states = states.reshape(-1, *states.shape[2:])
   y, erased = split(dot('bhrck,bhrkv->bhrcv', reads, states), x.e)
   if x.e is not None:
@@ -195,7 +213,7 @@ def _advance(spec, across, state):
   return across[..., None] * state
 
 
-def _states_backward(x, kept, d_y, d_after, count):
+def _states_backward(x, kept, d_y, d_after, plan):
   """Returns the gradients of the state after each chunk, and of the first."""
   intra = intra_chunk(x)
   reads, keys = from_state(x, intra), x.k * intra.suf
@@ -211,5 +229,6 @@ def _states_backward(x, kept, d_y, d_after, count):
 
   across = _across(x, intra.tot, keys, reads, kept.inverse)
   d_state, d_after = lax.scan(body, d_after, jax.tree.map(
-      lambda x: _by_chunk(x, count), (across, d_read)), reverse=True)
+      lambda x: _by_chunk(x, plan.count), (across, d_read)), reverse=True,
+      unroll=plan.unroll)
   return d_after.reshape(-1, *d_after.shape[2:]), d_state
