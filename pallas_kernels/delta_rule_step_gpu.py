@@ -86,8 +86,11 @@ def _run(scale, interpret, inputs, state, n_valid):
       grid_names=('row', 'head', 'columns'), kernel_name=NAME,
       compiler_params=plgpu.CompilerParams(
           lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
-          skip_device_barrier=True),  # it speaks with no other device
-      interpret=plgpu.InterpretGPUParams() if interpret else None,
+          # It speaks with no other device.
+          skip_device_barrier=True),  # pyrefly: ignore
+      interpret=(
+          plgpu.InterpretGPUParams()  # pyrefly: ignore
+          if interpret else None),
   )(*arrays.values(), matrices)
   return y, jax.freeze(matrices)
 
@@ -147,7 +150,8 @@ def _work(inputs, matrices, y, scale, groups):
 
   def load(ref, kept):
     """A vector along the rows (kept = 0) or the columns (1), float32."""
-    x = plgpu.load(ref, layout=layout.reduce(1 - kept), optimized=False)
+    x = plgpu.load(  # pyrefly: ignore
+        ref, layout=layout.reduce(1 - kept), optimized=False)
     return x.astype(jnp.float32)
 
   def gate(name, kept):
@@ -164,7 +168,8 @@ def _work(inputs, matrices, y, scale, groups):
     return lax.broadcast_in_dim(x, decayed.shape, [kept])
 
   before = matrices.at[row, head, :, columns]
-  decayed = plgpu.load(before, layout=layout, optimized=False)
+  decayed = plgpu.load(  # pyrefly: ignore
+      before, layout=layout, optimized=False)
   q, k = (load(inputs[n].at[row, 0, head // groups], 0) for n in 'qk')
   residual = load(inputs['v'].at[row, 0, head, columns], 1)
   if 'log_decay' in inputs:

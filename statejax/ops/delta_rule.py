@@ -307,15 +307,20 @@ def _on_gpu(q, k, v, gates, state, implementation):
   run = dispatch.kernel('delta_rule', 'pallas_gpu')
   if isinstance(run, str):
     return run
-  capability = jax.devices()[0].compute_capability
-  if float(capability) < 9:
-    return f'it needs compute capability 9.0 or more, this is {capability}'
   why = dispatch.declines('delta_rule', 'pallas_gpu', q, k, v, *gates)
   why = why or _unsuited(q, k, v, state, implementation)
-  if not why and implementation is None and 4 * state.size < _WORTHWHILE:
+  if why:
+    return why
+  capability = getattr(jax.devices()[0], 'compute_capability', 'unknown')
+  if not capability[0].isdigit() or float(capability) < 9:
+    return ('it needs an NVIDIA GPU of compute capability 9.0 or more, this '
+            f'one is {capability}')
+  if implementation is None and float(capability) >= 10:
+    return f'it was never run at compute capability {capability}; ask by name'
+  if implementation is None and 4 * state.size < _WORTHWHILE:
     return (f'launching it costs more than it saves below {_WORTHWHILE >> 20} '
             f'MiB of states, these are {4 * state.size >> 20} MiB')
-  return why or run
+  return run
 
 
 def _unsuited(q, k, v, state, implementation):

@@ -39,8 +39,8 @@ from statejax.ops.delta_intra import (
 )
 
 # Tokens of all heads and rows that make a group, and chunks in sequence that
-# are compiled as one: launches of a loop are not recorded.
-GROUP, UNROLL = 2 ** 16, 8
+# are compiled as one; the best seen, see experiments/results/gpu_check.json.
+GROUP, UNROLL = 2 ** 18, 8
 
 
 class _Plan(NamedTuple):
