@@ -81,7 +81,8 @@ def _run(scale, interpret, inputs, state, n_valid):
   y = plgpu.kernel(
       functools.partial(_kernel, scale=scale, groups=heads // q.shape[2],
                         names=tuple(arrays)),
-      out_type=manual.struct(v.shape, v.dtype, state),
+      # 32 floats are a line of memory; newer JAX refuses to store half a one.
+      out_type=manual.struct(v.shape, jnp.float32, state),
       grid=(batch, heads, values // COLUMNS),
       grid_names=('row', 'head', 'columns'), kernel_name=NAME,
       compiler_params=plgpu.CompilerParams(
@@ -92,7 +93,7 @@ def _run(scale, interpret, inputs, state, n_valid):
           plgpu.InterpretGPUParams()  # pyrefly: ignore
           if interpret else None),
   )(*arrays.values(), matrices)
-  return y, jax.freeze(matrices)
+  return y.astype(v.dtype), jax.freeze(matrices)
 
 
 def _run_forward(scale, interpret, inputs, state, n_valid):
@@ -130,7 +131,7 @@ def _kernel(*refs, scale, groups, names):
     from jax.experimental.pallas import mosaic_gpu as plgpu
     columns = pl.ds(lax.axis_index('columns') * COLUMNS, COLUMNS)
     y[row, 0, lax.axis_index('head'), columns] = plgpu.layout_cast(
-        jnp.zeros((COLUMNS,), y.dtype), _layout().reduce(0))
+        jnp.zeros((COLUMNS,), jnp.float32), _layout().reduce(0))
 
 
 def _layout():
@@ -181,5 +182,4 @@ def _work(inputs, matrices, y, scale, groups):
     residual = residual - recalled
   after = decayed + spread(k, 0) * spread(residual, 1)
   matrices[row, head, :, columns] = after
-  read = jnp.sum(spread(scale * q, 0) * after, axis=0)
-  y[row, 0, head, columns] = read.astype(y.dtype)
+  y[row, 0, head, columns] = jnp.sum(spread(scale * q, 0) * after, axis=0)
