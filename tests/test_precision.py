@@ -15,8 +15,8 @@ from statejax import model as lm
 
 CONFIGS = sorted(p.stem for p in pathlib.Path(
     __file__).parents[1].glob('configs/tiny_*.py'))
-# Together they trace every op; the others are other compositions.
-QUICK = ('tiny_dsa', 'tiny_kda', 'tiny_slots')
+# A recurrence and a sparse attention; the others are traced with -m slow.
+QUICK = ('tiny_dsa', 'tiny_kda')
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
