@@ -294,6 +294,7 @@ class EveryFourth(nn.Module):
         dataclasses.replace(state.x, data=new))
 
 
+@pytest.mark.slow
 def test_slots_of_several_tokens(monkeypatch):
   monkeypatch.setitem(block.MIXERS, EveryFourthConfig, EveryFourth)
   # Most tokens are seen by none but themselves.

@@ -82,6 +82,7 @@ def test_bad_params(wrong):
     MODEL.step(wrong(), fresh(), TOKENS)
 
 
+@pytest.mark.slow
 def test_64_bit_types_change_nothing(float64):
   logits, state = MODEL.step(params(), fresh(), TOKENS.astype(np.int64))
   assert logits.dtype == jnp.float32

@@ -116,7 +116,7 @@ def padding_is_written(right, q, k, v, log_decay, erase, write, state, n_valid,
                **kwargs)
 
 
-@mutant('delta', 'packed', delta, 'delta_rule')
+@mutant('delta', 'packed', delta, 'delta_rule', SLOW)
 def memory_survives_a_border(right, *args, **kwargs):
   *args, document = args
   del document
@@ -129,14 +129,14 @@ def state_rounded_to_bfloat16(right, *args, **kwargs):
   return y, matrix.astype(jnp.bfloat16).astype(jnp.float32)
 
 
-@mutant('delta', 'initial_gradient', delta, 'delta_rule')
+@mutant('delta', 'initial_gradient', delta, 'delta_rule', SLOW)
 def gradient_stops_at_the_state(right, *args, **kwargs):
   *first, state, n_valid, document = args
   return right(*first, jax.lax.stop_gradient(state), n_valid, document,
                **kwargs)
 
 
-@mutant('delta', 'extreme', delta, 'delta_rule')
+@mutant('delta', 'extreme', delta, 'delta_rule', SLOW)
 def inverse_of_the_decay(right, q, k, v, log_decay, *args, **kwargs):
   total = jnp.cumsum(log_decay, axis=1)[..., None]
   v = v * jnp.exp(-total) * jnp.exp(total)
@@ -152,14 +152,17 @@ def ring_written_before_read(right, state, k, v, context):
   return [attend.Segment(new.k, new.v, past.visible), chunk], new
 
 
-@mutant('ring', 'causality', common.Context, 'visible_chunk', SLOW)
-def window_too_long(right, self, window=None):
-  return right(self, window + 1)
+@mutant('ring', 'causality', common.Context, 'visible_band', SLOW)
+def window_too_long(right, self, window):
+  seen = right(self, window)
+  older = jnp.eye(window, 2 * window, dtype=bool)[None, None]
+  return seen.at[:, 1:].set(seen[:, 1:] | older)
 
 
-@mutant('ring', 'causality', common.Context, 'visible_chunk')
-def window_too_short(right, self, window=None):
-  return right(self, window - 1)
+@mutant('ring', 'causality', common.Context, 'visible_band')
+def window_too_short(right, self, window):
+  return right(self, window) & ~jnp.eye(
+      window, 2 * window, 1, dtype=bool)[None, None]
 
 
 @mutant('ring', 'decode', common.Context, 'visible_past')
@@ -185,7 +188,7 @@ def sink_left_out_of_decode(right, q, segments, *, scale, sink):
                sink=None if q.shape[1] == 1 else sink)
 
 
-@mutant('full', 'causality', common.Context, 'visible_chunk')
+@mutant('full', 'causality', common.Context, 'visible_chunk', SLOW)
 def next_token_visible(right, self, window=None):
   seen = right(self, window)
   return seen | jnp.eye(seen.shape[1], k=1, dtype=bool)[None]
@@ -249,7 +252,7 @@ def row_depends_on_its_index(right, x, *args, **kwargs):
   return right(x, *args, **kwargs).at[0].multiply(1.001)
 
 
-@mutant('delta', 'true_start', st, 'clear')
+@mutant('delta', 'true_start', st, 'clear', SLOW)
 def cleared_by_scaling(right, state, index):
   def one(path, axes, kind, cleared, x):
     return cleared if x.dtype.kind != 'f' else cleared + 0 * x

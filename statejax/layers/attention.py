@@ -74,7 +74,7 @@ class Attention(nn.Module):
                            last=context.last, **how)
     else:
       (past, chunk), new = recent(state, k, v, context)
-      if x.shape[1] > 2 * c.window:
+      if x.shape[1] > c.window:
         y = band.attend_band(q, past, k, v, context.visible_band(c.window),
                              **how)
       else:

@@ -105,7 +105,9 @@ def test_an_overlapping_entry_reaches_one_block_back():
                  marks=pytest.mark.slow),
     pytest.param(c.QSAConfig(dataclasses.replace(A, sink=False), block=3, k=2,
                              **INDEX), marks=pytest.mark.slow),
-    dataclasses.replace(CSA, index=c.IndexConfig(k=3, heads=5, width=12)),
+    pytest.param(
+        dataclasses.replace(CSA, index=c.IndexConfig(k=3, heads=5, width=12)),
+        marks=pytest.mark.slow),
 ], ids=lambda x: type(x).__name__)
 def test_scores_past_the_count_do_not_matter(config, fresh, monkeypatch):
   """A kernel reads index keys up to the count alone; none of them is missed."""
@@ -123,8 +125,9 @@ def test_scores_past_the_count_do_not_matter(config, fresh, monkeypatch):
 
 
 @pytest.mark.parametrize('config', [
-    A, MLA, pytest.param(dataclasses.replace(MLA, rope_width=0, rope=None),
-                         marks=pytest.mark.slow)], ids=str)
+    A, pytest.param(MLA, marks=pytest.mark.slow),
+    pytest.param(dataclasses.replace(MLA, rope_width=0, rope=None),
+                 marks=pytest.mark.slow)], ids=str)
 def test_long_stores_are_read_in_pieces_and_blocks(config, fresh, monkeypatch):
   """With the TPU kernel, interpreted, for the single token."""
   params, x = single.draw(config, 24)

@@ -148,7 +148,8 @@ def everything(config):
   return dataclasses.replace(config, k=100)
 
 
-@pytest.mark.parametrize('name', ['moba', 'minimax_m3', 'qsa'])
+@pytest.mark.parametrize('name', [
+    'moba', pytest.param('minimax_m3', marks=pytest.mark.slow), 'qsa'])
 def test_enough_blocks_are_dense_attention(name):
   config = everything(MOBA if name == 'moba' else LAYERS[name])
   params, x = single.draw(config, 24)

@@ -125,6 +125,7 @@ def test_bytes_per_token():
     assert found == {'growing': each * 2 ** 17, 'fixed': fixed}
 
 
+@pytest.mark.slow
 def test_the_indexer_learns_from_its_loss_alone():
   config = LAYERS['dsv4_csa']
   params, x = single.draw(config, 24)
