@@ -4,7 +4,7 @@ import sqlite3
 import threading
 
 import pytest
-from small import Clock, store
+from small_store import Clock, store
 
 from statejax.artifact import catalog
 from statejax.artifact.objects import Secrets, Store

@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-import small
+import small_store as small
 
 from statejax.artifact import collect, mint, objects, verify
 from statejax.artifact.outcome import Refused
@@ -106,7 +106,7 @@ def test_accounts(shop):
 WORKER = '''
 import os, pathlib, signal, sys
 sys.path.insert(0, {here!r})
-import small
+import small_store as small
 from statejax.artifact import commit, layout, mint, objects, store
 shop = small.store(pathlib.Path({path!r}))
 def die(*_):

@@ -6,7 +6,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-import small
+import small_store as small
 
 from statejax import config as c
 from statejax import model as lm

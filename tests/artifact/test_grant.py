@@ -4,7 +4,7 @@ import base64
 import dataclasses
 
 import pytest
-import small
+import small_store as small
 
 pytest.importorskip('cryptography', reason='the extra [sign] is not installed')
 

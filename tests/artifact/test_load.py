@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import small
+import small_store as small
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from statejax import config as c
@@ -80,7 +80,7 @@ def test_goes_on_in_another_process(shop):
             transcript=mint.Transcript(tokens, keep=True))
   code = ('import sys\n'
           f'sys.path.insert(0, {os.path.dirname(__file__)!r})\n'
-          'import json, pathlib, small\n'
+          'import json, pathlib, small_store as small\n'
           'from statejax.artifact import load\n'
           'from statejax.artifact.access import Principal\n'
           f'shop = small.store(pathlib.Path({str(shop.path.parent)!r}))\n'

@@ -7,7 +7,7 @@ import random
 import tarfile
 
 import pytest
-import small
+import small_store as small
 
 pytest.importorskip('cryptography', reason='the extra [sign] is not installed')
 
