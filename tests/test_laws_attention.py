@@ -90,7 +90,8 @@ def test_every_axis_has_a_rule(name):
   assert set(names) <= set(sharding.RULES)
 
 
-@pytest.mark.parametrize('name', KINDS)
+@pytest.mark.parametrize('name', [
+    'dsa', pytest.param('moba', marks=pytest.mark.slow)])
 def test_mixer_quick(name):
   laws.check(MIXERS[name], laws=QUICK)
 

@@ -485,7 +485,11 @@ def test_plain_contradicts_the_manifest(broken):
 # Rights that time takes away.
 
 
-def test_revoked_expired_and_wrong_clock(shop, kept):
+def test_revoked_expired_and_wrong_clock(tmp_path):
+  shop = small.store(tmp_path)
+  kept = mint.mint(shop, small.state(), 0, small.host(), small.TERMS).id
+  parent = load.load(shop, kept, ALICE, small.host(), Ask(right='fork'))
+  mint.fork(shop, mint.Parent(kept, parent.about), ALICE, ref='branch')
   ended = dataclasses.replace(small.TERMS, not_after=1_700_000_010)
   one = mint.mint(shop, small.state(), 0, small.host(), ended).id
   assert str(end(shop, one).decision) == 'resumed(11)'

@@ -297,9 +297,9 @@ def test_it_survives_remat_and_scan(unrolled):
   assert plain[0] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.optimized
-@pytest.mark.parametrize('length', [
-    1, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('length', [1, 4])
 def test_serving_does_not_compute_it(length):
   config, whole, params, _ = tiny()
   free = lm.LanguageModel(dataclasses.replace(config.model, layers=tuple(

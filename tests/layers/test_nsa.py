@@ -180,7 +180,7 @@ def naive(config, params, x):
 
 
 @pytest.mark.parametrize('config, cuts', [
-    (CONFIG, ()), (CONFIG, CUTS),
+    pytest.param(CONFIG, (), marks=pytest.mark.slow), (CONFIG, CUTS),
     pytest.param(FEW, CUTS, marks=pytest.mark.slow)])
 def test_oracle(config, cuts):
   x, params = inputs(), draw(config)
