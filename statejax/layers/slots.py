@@ -289,14 +289,14 @@ class Slots(nn.Module):
     pick = lambda x: jnp.take_along_axis(
         x, some.reshape(*some.shape, *(1,) * (x.ndim - 2)), axis=1)
     ids = pick(ids)
-    if context.document is not None:
-      # The same number means another object there.
-      of = pick(context.document)[..., None]
-      ids = jnp.where(ids < 0, -1, ids * context.positions.shape[1] + of)
     about = ids[..., :1]
     keys = jnp.concatenate([pick(key), pick(name)], axis=1)
     other = jnp.concatenate([about, ids[..., 1:]], axis=1).swapaxes(1, 2)
     pair = (about >= 0) & (other >= 0)
+    if context.document is not None:
+      # The same number means another object there, or the same.
+      of = pick(context.document)
+      pair &= of[:, :, None] == jnp.concatenate([of, of], axis=1)[:, None]
     # A key is no example of itself.
     at = jnp.arange(ids.shape[1], dtype=jnp.int32)
     itself = at[:, None] == jnp.arange(other.shape[2], dtype=jnp.int32)[None]

@@ -224,17 +224,50 @@ def test_one_pass_is_token_after_token():
           a, b, atol=1e-5 * (a.dtype.kind == 'f'), err_msg=path)
 
 
+def object_loss(params, x, hints, document, count):
+  """What a row's objects cost, pair by pair."""
+  unit = lambda a: a / np.linalg.norm(a, axis=-1, keepdims=True)
+  query, key, name = (unit(np.asarray(x, np.float64) @ params[n]['kernel'])
+                      for n in ('query', 'key', 'name'))
+  ids, tags = (hints[n][0].tolist() for n in ('object', 'alias'))
+  middle = (SLOTS.rules.threshold + SLOTS.confidence) / 2
+  softplus = lambda a: np.logaddexp(0, a)
+  total = 0.
+  for side in (query, key):
+    for i in range(count):
+      here = [j for j in range(count) if document[j] == document[i]]
+      seen = [(ids[j], side[i] @ key[j]) for j in here
+              if side is query or j != i]
+      seen += [(tags[j], side[i] @ name[j]) for j in here if tags[j] >= 0]
+      same = np.array([s for n, s in seen if n == ids[i]])
+      rest = np.array([s for n, s in seen if n != ids[i]])
+      if same.size:
+        total += np.mean(np.log(sum(np.exp(20 * s) for _, s in seen))
+                         - 20 * same)
+        total += np.mean(softplus(20 * (middle - same)))
+      if rest.size:
+        total += np.mean(softplus(20 * (rest - middle)))
+  return total
+
+
 def test_hints_teach_what_a_token_wants():
   """Cross-entropy summed over the labelled tokens, gradient to those alone."""
   params, (x, tokens) = params_of(SLOTS), inputs(1, 6)
   hints = {'want': jnp.array([[1, -1, 0, -1, 4, 2]]),
-           'part': jnp.array([[-1, -1, 2, -1, -1, 1]])}
+           'part': jnp.array([[-1, -1, 2, -1, -1, 1]]),
+           'object': jnp.array([[9, 3, 3, 9, 9, 9]]),
+           'alias': jnp.array([[-1, 9, -1, 3, -1, -1]])}
+  document = [0, 0, 0, 1, 1, 1]
   def losses(x):
     n = jnp.full((1,), 5, jnp.int32)
     return step(SLOTS, params, x, tokens, empty(SLOTS, 1), 0 * n, n,
-                hints=hints)[2]['losses']
+                jnp.array([document]), hints)[2]['losses']
   got = losses(x)
-  for name, hint in hints.items():
+  np.testing.assert_allclose(
+      got['object_loss'], object_loss(params, x[0], hints, document, 5),
+      rtol=1e-5)
+  for name in ('want', 'part'):
+    hint = hints[name]
     logp = jax.nn.log_softmax(x[0] @ params[name]['kernel'])
     want = -sum(logp[t, int(h)] for t, h in enumerate(hint[0][:5]) if h >= 0)
     np.testing.assert_allclose(got[f'{name}_loss'], want, rtol=1e-5)
