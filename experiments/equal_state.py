@@ -1,6 +1,6 @@
 """Memories of one size: each mixer brought to the same bytes of state.
 
-  python -m experiments.equal_state --bytes=32768 --tokens=73
+  python -m experiments.equal_state --bytes=32768 --context=73
 
 Experiments that compare memories import `sized`. Bytes are counted from the
 schema of one layer and one row after so many tokens. Each mixer has one number
@@ -17,7 +17,7 @@ from statejax import account
 from statejax import config as c
 
 BYTES = flags.DEFINE_integer('bytes', 32768, 'of one layer and row')
-TOKENS = flags.DEFINE_integer('tokens', 73, 'of the context')
+CONTEXT = flags.DEFINE_integer('context', 73, 'tokens')
 
 WIDTH, SEGMENT = 64, 8
 CLOSE = 0.03
@@ -111,7 +111,7 @@ def sized(budget, tokens, names=tuple(MAKERS)):
 
 def main(_):
   """Prints the mixers, their bytes, and whether they are near enough."""
-  found = sized(BYTES.value, TOKENS.value)
+  found = sized(BYTES.value, CONTEXT.value)
   rows = [report.Row(name, f'{BYTES.value:,} bytes', f'{size:,}',
                      abs(size - BYTES.value) <= CLOSE * BYTES.value)
           for name, (_, size) in found.items()]

@@ -19,7 +19,7 @@ directory or a file that holds one artifact. From store to store, with the extra
   python -m statejax.main state trust acme.pub --org=acme \
       --signing_key=root.pem
   python -m statejax.main state transfer chat --org=acme \
-      --signing_key=acme.pem --out=chat.tar
+      --signing_key=acme.pem --file=chat.tar
   python -m statejax.main state crl acme.crl --signing_key=acme.pem
   # and in the store that shall have it:
   python -m statejax.main state trust acme.pub --org=acme \
@@ -72,7 +72,7 @@ SIGNING_KEY = flags.DEFINE_string(
     'signing_key', None, 'state: file of a private key')
 ROOT = flags.DEFINE_string(
     'root', None, 'state: file of the public key that decides on trust')
-OUT = flags.DEFINE_string('out', None, 'state transfer: file to write')
+FILE = flags.DEFINE_string('file', None, 'state transfer: what to write')
 
 OWN = {'store', 'secrets', 'principal', 'org', 'root'}
 SAMPLING = {'workdir', 'tokens', 'capacity', 'temperature', 'top_k', 'top_p'}
@@ -82,7 +82,7 @@ USES = {
                         'workflow', 'scope', 'transcript', 'export'},
     'resume': SAMPLING | {'on_mismatch'},
     'show': {'workdir'}, 'verify': {'workdir'}, 'fork': {'ref'},
-    'transfer': {'signing_key', 'out', 'ref', 'workdir'}, 'revoke': set(),
+    'transfer': {'signing_key', 'file', 'ref', 'workdir'}, 'revoke': set(),
     'audit': set(), 'account': set(), 'gc': {'grace'},
     'keygen': set(), 'trust': {'signing_key'}, 'crl': {'signing_key'}}
 # Which of them take no target.
@@ -363,11 +363,11 @@ def transfer(target):
       host = _host(model, digest, 0)
     _say(transfer.receive(shop, target, who, host=host, ref=REF.value or ''))
     return
-  if OUT.value is None:
-    raise ValueError(f'{target}: expected a file to take in, or with --out a '
+  if FILE.value is None:
+    raise ValueError(f'{target}: expected a file to take in, or with --file a '
                      'name or id to write as one.')
   print(json.dumps({'id': transfer.export(
-      shop, target, who, _signer(), OUT.value), 'file': OUT.value}))
+      shop, target, who, _signer(), FILE.value), 'file': FILE.value}))
 
 
 def keygen(name):

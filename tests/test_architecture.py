@@ -120,6 +120,30 @@ def test_nobody_imports_what_is_on_top():
     assert not used & NOBODY - {path.parts[0]} or path.parts[0] == 'tests', path
 
 
+def flags_of(path):
+  """Names of the absl flags that a file defines."""
+  return [node.args[0].value
+          for node in ast.walk(ast.parse((ROOT / path).read_text()))
+          if isinstance(node, ast.Call) and node.args
+          and isinstance(node.func, ast.Attribute)
+          and node.func.attr.startswith('DEFINE_')]
+
+
+def test_flags_do_not_clash():
+  """Those of the command line and of the experiments that tests import."""
+  used = {f'experiments/{name}.py' for path in FILES if path.parts[0] == 'tests'
+          for name in re.findall(r'^from experiments import (\w+)',
+                                 (ROOT / path).read_text(), re.MULTILINE)}
+  assert 'experiments/synthetic.py' in used
+  found = {}
+  for path in FILES:
+    if path.parts[0] == 'statejax' or str(path) in used:
+      for name in flags_of(path):
+        assert name not in found, f'--{name}: {path} and {found[name]}'
+        found[name] = path
+  assert 'tokens' in found
+
+
 # Linen is a thin layer, so that leaving it stays cheap.
 
 LINEN = {'Module', 'compact', 'scan', 'remat',

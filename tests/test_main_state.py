@@ -137,11 +137,11 @@ def test_from_store_to_store(state, monkeypatch, tmp_path):
   assert state('mint', 'mine', *mint)[0] == 0
   assert state('trust', 'acme.pub', *org, '--signing_key=root.pem')[0] == 0
   code, out, _ = state('transfer', 'chat', *org, '--signing_key=acme.pem',
-                       '--out=chat.tar')
+                       '--file=chat.tar')
   assert code == 0
   one = json.loads(out)['id']
   code, _, err = state('transfer', 'mine', *org, '--signing_key=acme.pem',
-                       '--out=x')
+                       '--file=x')
   assert code == 2 and 'E_ACL: the artifact is never exported' in err
   assert state('transfer', 'mine', *org)[0] == 2
   assert state('crl', 'acme.crl', '--signing_key=acme.pem')[0] == 0

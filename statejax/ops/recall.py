@@ -5,8 +5,11 @@ With cosines s[m] of a query with keys and other names of what it may see,
   a = softmax(kappa s), cut to the k best;   y = sum_m a[m] value[m]
 
 and the confidence is sigmoid(scale * max s - shift). Below `threshold` the read
-is exactly 0, which tells the caller to look elsewhere. What is not selected
-contributes no byte of a value, and is not counted as read.
+is exactly 0, which tells the caller to look elsewhere. Where a tombstone is
+nearer than all that lives, and near enough, the read is exactly 0 as well, and
+there is nothing to look for: a caller that looked elsewhere would find what was
+deleted. What is not selected contributes no byte of a value, and is not counted
+as read.
 """
 
 import dataclasses
@@ -62,9 +65,10 @@ class Found:
   """The slots that each query reads.
 
   Attributes:
-    ids: best first, -1 for none or for a version that is not kept,
-      [B, T, k] int32.
-    fires: whether the confidence suffices, [B, T] bool.
+    ids: best first, -1 for none, for a version that is not kept, and for all
+      where a tombstone is nearest, [B, T, k] int32.
+    fires: whether the confidence suffices, of a slot or of a tombstone,
+      [B, T] bool.
   """
 
   ids: jax.Array
@@ -86,14 +90,18 @@ def choose(bank, ask, sight, k=1):
 
 def look(slot, alias, ask, sight, k=1):
   """`choose` of a row, for `lifecycle.segments`: leaves [M, ...], [T, ...]."""
-  score, seen = _scores(*jax.lax.stop_gradient((slot, alias, ask)))
+  score, seen, gone = _scores(*jax.lax.stop_gradient((slot, alias, ask)))
   ids = select.top(score, seen, k)
   at = jnp.maximum(ids, 0)
   ago = jnp.clip(ask.ago, 0, slot['span'].shape[1] - 1)
   kept = slot['span'][at, ago[:, None], 0] >= 0
   kept &= (ask.ago == ago)[:, None] & (ids >= 0)
-  fires = _confidence(_best(score, ids), kept[:, 0], sight) >= sight.threshold
-  return Found(jnp.where(kept, ids, -1), fires & ask.real & kept[:, 0])
+  best = jnp.where(ids[:, 0] >= 0, _best(score, ids), -jnp.inf)
+  dead = jnp.max(jnp.where(gone, score, -jnp.inf), axis=-1)
+  over = (dead > best) & (_confidence(dead, True, sight) >= sight.threshold)
+  fires = _confidence(best, kept[:, 0], sight) >= sight.threshold
+  return Found(jnp.where(kept & ~over[:, None], ids, -1),
+               ask.real & (over | fires & kept[:, 0]))
 
 
 def noted(bank, ask, found):
@@ -138,7 +146,7 @@ def read(bank, ask, found, sight, pull=None, doubtful=False):
     confidence: [B, T] float32.
   """
   value = bank.value
-  score, seen = jax.vmap(_scores)(*lifecycle.parts(bank), ask)
+  score, seen, _ = jax.vmap(_scores)(*lifecycle.parts(bank), ask)
   # Guarded: a softmax over nothing has no gradient.
   logits = jnp.where(seen, sight.kappa * score, -1e30)
   a = jax.nn.softmax(logits, axis=-1)
@@ -175,7 +183,8 @@ def _confidence(best, kept, sight):
 
 
 def _scores(slot, alias, ask):
-  """Cosines [T, M] of one row, and what each query may see."""
+  """Cosines [T, M] of one row, what each query may see of what lives, and of
+  tombstones."""
   keys = jnp.sum(ask.query[:, None] * slot['key'][None], axis=-1)
   names = jnp.sum(ask.query[:, None] * alias['key'][None], axis=-1)
   target = lifecycle.targets(slot, alias)
@@ -183,8 +192,9 @@ def _scores(slot, alias, ask):
     other = jnp.arange(keys.shape[1], dtype=jnp.int32) == target[i]
     keys = jnp.where(other[None], jnp.maximum(keys, names[:, i:i + 1]), keys)
   owner = slot['owner'][None]
-  seen = (owner == ask.principal[:, None]) | (owner < 0)
-  seen &= (slot['status'] == sl.LIVE)[None]
-  seen &= (slot['expires'] < 0)[None] | (
+  mine = (owner == ask.principal[:, None]) | (owner < 0)
+  mine &= ask.real[:, None]
+  mine &= (slot['expires'] < 0)[None] | (
       ask.time[:, None] < slot['expires'][None])
-  return keys, seen & ask.real[:, None]
+  return (keys, mine & (slot['status'] == sl.LIVE)[None],
+          mine & (slot['status'] == sl.TOMBSTONE)[None])

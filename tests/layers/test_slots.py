@@ -138,6 +138,10 @@ class Oracle:
     total = sum(np.exp(config.kappa * s) for s in score.values())
     best = sorted(seen, key=lambda i: (-score[i], i))[:config.top]
     kept = [i for i in best if ago < len(bank.slots[i].content)]
+    gone = max((float(s.key @ query) for s in bank.slots
+                if s.status == sl.TOMBSTONE), default=-2.)
+    if best and gone > score[best[0]] and gone >= config.confidence:
+      return np.zeros(WIDTH)
     if not kept or kept[0] != best[0] or score[best[0]] < config.confidence:
       return np.zeros(WIDTH)
     value = 0

@@ -59,13 +59,14 @@ def test_each_slot_is_seen_by_whom_and_when_it_should():
   seen = lambda **more: [
       int(i) if f else None
       for i, f in zip(ids(**more).ids[0, :, 0], ids(**more).fires[0])]
-  # Slots in the order of their first writes; 5 is another name of 1.
-  assert seen() == [0, 1, None, 3, None, 1]
-  assert seen(time=20) == [0, 1, None, None, None, 1]
-  assert seen(principal=7) == [0, 1, 2, 3, None, 1]
-  assert seen(principal=8) == [0, 1, None, 3, None, 1]
-  assert seen(ago=1) == [0, None, None, None, None, None]
-  assert seen(ago=2) == [None] * 6
+  # Slots in the order of their first writes; 5 is another name of 1, -1 is that
+  # a tombstone was found.
+  assert seen() == [0, 1, None, 3, -1, 1]
+  assert seen(time=20) == [0, 1, None, None, -1, 1]
+  assert seen(principal=7) == [0, 1, 2, 3, -1, 1]
+  assert seen(principal=8) == [0, 1, None, 3, -1, 1]
+  assert seen(ago=1) == [0, None, None, None, -1, None]
+  assert seen(ago=2) == [None] * 4 + [-1, None]
 
 
 def test_the_value_is_that_of_the_slot_and_version():
@@ -78,12 +79,33 @@ def test_the_value_is_that_of_the_slot_and_version():
   np.testing.assert_array_equal(y[0, 0], value[0, 0])
 
 
+def test_a_tombstone_is_read_where_it_is_nearest_and_near_enough():
+  bank, _, keys = made()
+  bank = dataclasses.replace(bank, owner=bank.owner.at[0, 4].set(7))
+  toward = lambda i, x: sl.unit(keys[4:5] + x * keys[i:i + 1])
+  def found(query, **more):
+    seen, y, confidence = read(bank, ask(query, **more))
+    assert not y.any() or seen.ids[0, 0, 0] >= 0
+    return int(seen.ids[0, 0, 0]), bool(seen.fires[0, 0])
+  assert found(toward(0, 0.5), principal=7) == (-1, True)
+  # Something that lives is nearer; nothing is near; it is another's.
+  assert found(toward(0, 2.), principal=7) == (0, True)
+  assert found(toward(5, 3.), principal=7)[0] == 1
+  assert not found(sl.unit(keys[4:5] + 1.6 * keys[2:3]))[1]
+  assert not found(keys[4:5])[1]
+  noted = recall.noted(bank, ask(keys[4:5], principal=7), recall.choose(
+      bank, ask(keys[4:5], principal=7), recall.Sight()))
+  assert not noted.reads.any()
+
+
 @pytest.mark.parametrize('k', [1, 3, 6])
 def test_weights_are_a_softmax_over_all_that_is_cut(k):
   bank, _, _ = made()
   query = sl.unit(jnp.asarray(np.random.default_rng(1).normal(size=(9, 8)),
                               jnp.float32))
   sight = recall.Sight(kappa=3., scale=1., shift=-5.)
+  # Nobody here sees the tombstone.
+  bank = dataclasses.replace(bank, owner=bank.owner.at[0, 4].set(8))
   found, y, confidence = read(bank, ask(query, principal=7), sight, k)
   assert found.fires.all()
   keys, names = np.array(bank.key[0]), np.array(bank.alias_key[0])
