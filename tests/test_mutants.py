@@ -78,7 +78,7 @@ def test_caught(monkeypatch, subject, law, target, name, wrong):
 # Convolution.
 
 
-@mutant('delta', 'split', conv, 'short_conv')
+@mutant('delta', 'split', conv, 'short_conv', SLOW)
 def conv_tail_dropped(right, x, tail, *args, **kwargs):
   y, _ = right(x, tail, *args, **kwargs)
   return y, jnp.zeros_like(tail)
@@ -99,7 +99,7 @@ def conv_reads_across_documents(right, *args, document, start, **kwargs):
 # Recurrence.
 
 
-@mutant('delta', 'padding', delta, 'delta_rule')
+@mutant('delta', 'padding', delta, 'delta_rule', SLOW)
 def decay_at_padding(right, q, k, v, log_decay, *args, **kwargs):
   y, matrix = right(q, k, v, log_decay, *args, **kwargs)
   n_valid = args[3]
@@ -165,7 +165,7 @@ def window_too_short(right, self, window):
       window, 2 * window, 1, dtype=bool)[None, None]
 
 
-@mutant('ring', 'decode', common.Context, 'visible_past')
+@mutant('ring', 'decode', common.Context, 'visible_past', SLOW)
 def window_of_the_past_too_short(right, self, positions, window=None):
   return right(self, positions, window - 1)
 
@@ -206,7 +206,7 @@ def rope_counts_on_over_a_border(right, length, n_valid, document, steps):
   return dataclasses.replace(context, positions=length[:, None] + index)
 
 
-@mutant('full', 'decode', common, 'context')
+@mutant('full', 'decode', common, 'context', SLOW)
 def rope_off_by_one_in_decode(right, length, n_valid, document, steps):
   context = right(length, n_valid, document, steps)
   if steps > 1:

@@ -183,6 +183,7 @@ def test_grow_counts_tokens_by_stride():
   assert grown.layers['csa'].entries.shape[2] == 3
 
 
+@pytest.mark.slow
 def test_what_a_state_means_counts_tokens_by_stride():
   """Of a store with a slot per several tokens, too, only the live prefix."""
   config = tiny_compressed.get_config().model

@@ -15,6 +15,7 @@ def check(mixers, chips):
   assert all(r['ok'] for r in rows), rows
 
 
+@pytest.mark.slow
 def test_state_is_replaced_in_place():
   check(['KSA', 'DSA'], ['v5e'])
 

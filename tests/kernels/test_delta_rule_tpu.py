@@ -170,6 +170,7 @@ def test_longer_chunks(decay, size):
   check((got, {}), (oracle(args)[0], {}), 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('erase, limit', [
     pytest.param(1, 1e-2, marks=pytest.mark.slow), (2, 2e-2)])
 def test_bfloat16_with_correlated_keys(erase, limit):

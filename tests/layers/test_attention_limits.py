@@ -31,6 +31,7 @@ def fresh():
   jax.clear_caches()
 
 
+@pytest.mark.slow
 def test_a_window_of_everything_is_attention():
   params, x = single.draw(A, 24)
   ring = dataclasses.replace(A, window=30)

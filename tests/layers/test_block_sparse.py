@@ -159,6 +159,7 @@ def test_enough_blocks_are_dense_attention(name):
   np.testing.assert_allclose(y, want, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_enough_pools_are_dense_latent_attention():
   config = everything(LAYERS['kpool'])
   params, x = single.draw(config, 24)
@@ -245,9 +246,10 @@ def test_best_scores_of_a_long_store_are_those_of_a_short_one(
 
 
 @pytest.mark.parametrize('name, stage', [
-    ('minimax_m3', 'sparse'), ('qsa', 'warmup'), ('kpool', 'sparse'),
+    ('kpool', 'sparse'),
     *(pytest.param(*case, marks=pytest.mark.slow) for case in (
-        ('minimax_m3', 'warmup'), ('qsa', 'sparse'), ('kpool', 'warmup')))])
+        ('minimax_m3', 'warmup'), ('qsa', 'sparse'), ('kpool', 'warmup'),
+        ('minimax_m3', 'sparse'), ('qsa', 'warmup')))])
 def test_gradients_are_isolated(name, stage):
   config = dataclasses.replace(LAYERS[name], stage=stage)
   params, x = single.draw(config, 24)

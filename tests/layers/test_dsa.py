@@ -122,6 +122,7 @@ def test_golden(name, layout, capacity):
   assert error <= 2e-6 * np.abs(want).max()
 
 
+@pytest.mark.slow
 def test_all_visible_is_dense():
   config = dataclasses.replace(DSA_SMALL, k=100)
   params, x = draw(config, 12)
@@ -280,6 +281,7 @@ def test_the_trainer_adds_it(pieces):
   assert all(np.any(g) for g in jax.tree.leaves(pick(grads)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('unrolled', [
     False, pytest.param(True, marks=pytest.mark.slow)])
 def test_it_survives_remat_and_scan(unrolled):
@@ -312,6 +314,7 @@ def test_serving_does_not_compute_it(length):
   assert work(lm.forward, whole) > work(lm.forward, free)
 
 
+@pytest.mark.slow
 def test_warmup_raises_recall():
   """The loss alone teaches the indexer what attention itself looks at."""
   config = dataclasses.replace(

@@ -215,6 +215,7 @@ def test_documents_begin_with_an_empty_bank():
         np.asarray(state.want_strength)[row] > 0].tolist() == best
 
 
+@pytest.mark.slow
 def test_one_pass_is_token_after_token():
   """Integers to the bit, at every phase of a segment."""
   params, (x, tokens) = params_of(SLOTS), inputs(2, 21)
@@ -254,6 +255,7 @@ def object_loss(params, x, hints, document, count):
   return total
 
 
+@pytest.mark.slow
 def test_hints_teach_what_a_token_wants():
   """Cross-entropy summed over the labelled tokens, gradient to those alone."""
   params, (x, tokens) = params_of(SLOTS), inputs(1, 6)
@@ -280,6 +282,7 @@ def test_hints_teach_what_a_token_wants():
       [True, False, True, False, True, False]]
 
 
+@pytest.mark.slow
 def test_without_hints_a_write_learns_from_its_reader():
   """Gradient of what is read reaches the strength of its write, straight
   through."""

@@ -72,7 +72,7 @@ def test_all_scores_are_equal(name):
 
 @pytest.mark.parametrize('name, cuts', [
     pytest.param(name, cuts, marks=[] if (name, cuts) in (
-        ('dsa', 'ones'), ('kpool', 'eights'), ('qsa', 'mixed')) else
+        ('dsa', 'ones'), ('qsa', 'mixed')) else
                  pytest.mark.slow)
     for name in MIXERS if name not in ('nsa', 'csa') for cuts in CUTS])
 def test_text_repeats(name, cuts):

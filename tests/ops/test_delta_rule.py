@@ -75,6 +75,7 @@ def test_golden(name, implementation):
 # Against the recurrence.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('decay', [
     pytest.param('head', marks=pytest.mark.slow), 'channel'])
 def test_lengths(decay, float64):

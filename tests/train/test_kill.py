@@ -22,7 +22,8 @@ def killed(job, folder, kills):
   return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize('job, kills', [('train', 2), ('generate', 1)])
+@pytest.mark.parametrize('job, kills', [
+    ('train', 2), pytest.param('generate', 1, marks=pytest.mark.slow)])
 def test_few_kills(job, kills, tmp_path):
   facts = killed(job, tmp_path, kills)
   assert facts['kills'] == kills and facts['lost'] <= facts['every']
