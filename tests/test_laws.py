@@ -32,6 +32,7 @@ MIXERS = {
     # Two value heads to a key head, K != V, negative eigenvalues.
     'gdn': c.GatedDeltaNetConfig(heads=2, value_heads=4, key=8, value=12,
                                  chunk=4, max_erase=2.0),
+    'gated_conv': c.GatedConvConfig(width=24, taps=4),
     'full_rope': c.AttentionConfig(heads=4, kv_heads=2, key=8, value=12),
     'full_nope': c.AttentionConfig(heads=2, kv_heads=1, key=8, value=8,
                                    rope=None),
@@ -65,7 +66,7 @@ def model(name):
 
 # The kinds; the others differ in a detail, and run whole with -m slow.
 WHOLE = ('kda',)
-QUICKLY = ('full_rope', 'gdn', 'window_sink')
+QUICKLY = ('full_rope', 'gated_conv', 'gdn', 'window_sink')
 
 
 @pytest.mark.optimized

@@ -31,6 +31,7 @@ from statejax.config.delta import (
 from statejax.config.dsa import DSAConfig
 from statejax.config.ksa import KSAConfig, SummaryConfig
 from statejax.config.linear import (
+  GatedConvConfig,
   GLAConfig,
   LightningConfig,
   Mamba2Config,
@@ -62,7 +63,8 @@ from statejax.config.tree import from_dict, to_dict
 __all__ = [
   'AttentionConfig', 'BlockMaxConfig', 'CompressedConfig', 'CompressiveConfig',
   'Config', 'DSAConfig', 'DSTConfig', 'DeltaNetConfig', 'DeltaProductConfig',
-  'GLAConfig', 'GatedDeltaNet2Config', 'GatedDeltaNetConfig', 'GroupConfig',
+  'GLAConfig', 'GatedConvConfig', 'GatedDeltaNet2Config', 'GatedDeltaNetConfig',
+  'GroupConfig',
   'HySparseConfig', 'HyperConfig', 'IndexConfig', 'InfiniConfig', 'KDAConfig',
   'KSAConfig', 'LayerConfig', 'LightningConfig', 'Llama3RopeConfig',
   'LoZAConfig', 'LongRopeConfig', 'MLAConfig', 'Mamba2Config', 'MoBAConfig',

@@ -35,6 +35,27 @@ class GLAConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class GatedConvConfig:
+  """A short convolution between two gates (LFM2, arXiv 2511.23404).
+
+  Attributes:
+    width: channels; LFM2 has as many as the model.
+    taps: tokens that a token sees, its own included.
+  """
+
+  width: int = 256
+  taps: int = 3
+
+  def __post_init__(self):
+    checks.positive(self, 'width', 'taps')
+
+  @property
+  def reach(self):
+    """See `statejax.laws`."""
+    return self.taps
+
+
+@dataclasses.dataclass(frozen=True)
 class RetNetConfig:
   """Multi-scale retention: head h decays by `1 - 2^(-5-h)` (arXiv 2307.08621).
 

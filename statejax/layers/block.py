@@ -14,6 +14,7 @@ from statejax.layers.delta_net import DeltaNet
 from statejax.layers.delta_product import DeltaProduct
 from statejax.layers.dsa import DSA
 from statejax.layers.dst import DST
+from statejax.layers.gated_conv import GatedConv
 from statejax.layers.gated_delta_net import GatedDeltaNet
 from statejax.layers.gated_delta_net2 import GatedDeltaNet2
 from statejax.layers.gla import GLA
@@ -52,6 +53,7 @@ MIXERS = {
     cfg.DeltaNetConfig: DeltaNet,
     cfg.DeltaProductConfig: DeltaProduct,
     cfg.GLAConfig: GLA,
+    cfg.GatedConvConfig: GatedConv,
     cfg.GatedDeltaNetConfig: GatedDeltaNet,
     cfg.GatedDeltaNet2Config: GatedDeltaNet2,
     cfg.HySparseConfig: HySparse,

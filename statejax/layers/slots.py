@@ -87,7 +87,9 @@ class Slots(nn.Module):
 
   A read whose best cosine is below `confidence` is exactly 0, and then
   `fallback`, attention to the best blocks of all tokens, answers in its place;
-  the gradient of the cosine is that of a soft choice between the two.
+  the gradient of the cosine is that of a soft choice between the two. Who reads
+  well seldom asks the fallback, which then learns nothing: a hint 'look' of 0
+  hides the bank from a token.
 
   Laws: split (L1), start (L2), padding (L3), packed (L4).
   Reference: the lifecycle memory of arXiv 2606.28876; its rules are those of
@@ -179,10 +181,11 @@ class Slots(nn.Module):
     self._learn('version', which, context)
     kappa = weights.weight(self, 'kappa', ('words',), (1,), weights.constant(
         math.log(c.kappa)))
+    real = context.valid & (context.hints.get('look', context.valid) != 0)
     ask = recall.Ask(
         query=query, principal=jnp.full_like(context.positions, STREAM),
         time=context.positions,
-        ago=jnp.argmax(which, axis=-1).astype(jnp.int32), real=context.valid)
+        ago=jnp.argmax(which, axis=-1).astype(jnp.int32), real=real)
     sight = recall.Sight(kappa=jnp.exp(kappa[0]), scale=_SCALE,
                          shift=_SCALE * c.confidence, threshold=0.5)
     return ask, pull, sight

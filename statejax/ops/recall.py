@@ -97,8 +97,9 @@ def look(slot, alias, ask, sight, k=1):
   kept = slot['span'][at, ago[:, None], 0] >= 0
   kept &= (ask.ago == ago)[:, None] & (ids >= 0)
   best = jnp.where(ids[:, 0] >= 0, _best(score, ids), -jnp.inf)
-  dead = jnp.max(jnp.where(gone, score, -jnp.inf), axis=-1)
-  over = (dead > best) & (_confidence(dead, True, sight) >= sight.threshold)
+  dead = _nearest(score, gone)
+  over = jnp.any(gone, axis=-1) & (dead > best) & (
+      _confidence(dead, True, sight) >= sight.threshold)
   fires = _confidence(best, kept[:, 0], sight) >= sight.threshold
   return Found(jnp.where(kept & ~over[:, None], ids, -1),
                ask.real & (over | fires & kept[:, 0]))
@@ -143,10 +144,10 @@ def read(bank, ask, found, sight, pull=None, doubtful=False):
   Returns:
     y: [B, T, V] in the values' dtype; exactly 0 where no read fires, or with
       `doubtful` where there is nothing to read.
-    confidence: [B, T] float32.
+    confidence: of what was found, a slot or a tombstone, [B, T] float32.
   """
   value = bank.value
-  score, seen, _ = jax.vmap(_scores)(*lifecycle.parts(bank), ask)
+  score, seen, gone = jax.vmap(_scores)(*lifecycle.parts(bank), ask)
   # Guarded: a softmax over nothing has no gradient.
   logits = jnp.where(seen, sight.kappa * score, -1e30)
   a = jax.nn.softmax(logits, axis=-1)
@@ -167,14 +168,19 @@ def read(bank, ask, found, sight, pull=None, doubtful=False):
         all_of.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
   y = jnp.einsum('btk,btkv->btv', a, picked,
                  precision=jax.lax.Precision.HIGHEST)
-  confidence = _confidence(
-      _best(score, found.ids), found.ids[..., 0] >= 0, sight)
+  live = found.ids[..., 0] >= 0
+  best = jnp.where(live, _best(score, found.ids), _nearest(score, gone))
+  confidence = _confidence(best, live | found.fires, sight)
   return y.astype(value.dtype), confidence
 
 
 def _best(score, ids):
   return jnp.take_along_axis(
       score, jnp.maximum(ids[..., :1], 0), axis=-1)[..., 0]
+
+
+def _nearest(score, mask):
+  return jnp.max(jnp.where(mask, score, -2.), axis=-1)
 
 
 def _confidence(best, kept, sight):

@@ -321,6 +321,21 @@ def test_a_doubtful_read_falls_back():
   assert alike.sum() == reads.sum() and not alike.all()
 
 
+def test_who_does_not_look_reads_nothing():
+  params, (x, tokens) = params_of(SLOTS), inputs(3, 60)
+  zero, n = jnp.zeros(3, jnp.int32), jnp.full(3, 60, jnp.int32)
+  look = jnp.asarray(np.random.default_rng(0).integers(2, size=(3, 60)),
+                     jnp.int32)
+  (all_, before, *_), (some, after, *_) = (
+      step(SLOTS, params, x, tokens, empty(SLOTS, 3), zero, n, hints=hints)
+      for hints in (None, {'look': look}))
+  read = np.asarray(look, bool)
+  np.testing.assert_array_equal(some[read], all_[read])
+  assert np.any(all_[~read] != 0) and not np.any(some[~read] != 0)
+  assert 0 < after.reads.sum() < before.reads.sum()
+  np.testing.assert_array_equal(after.value, before.value)
+
+
 @pytest.mark.parametrize('change, message', [
     (dict(top=9), 'top <= rules.slots'), (dict(segment=0), 'segment: expected'),
     (dict(statement=1), 'statement: expected >= 2'),

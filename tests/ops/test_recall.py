@@ -93,6 +93,10 @@ def test_a_tombstone_is_read_where_it_is_nearest_and_near_enough():
   assert found(toward(5, 3.), principal=7)[0] == 1
   assert not found(sl.unit(keys[4:5] + 1.6 * keys[2:3]))[1]
   assert not found(keys[4:5])[1]
+  # What it is near to learns, as if there were a choice.
+  grad = jax.grad(lambda q: read(bank, ask(q, principal=7))[2].sum())(
+      toward(0, 0.5))
+  assert jnp.all(grad @ keys[4] > 0)
   noted = recall.noted(bank, ask(keys[4:5], principal=7), recall.choose(
       bank, ask(keys[4:5], principal=7), recall.Sight()))
   assert not noted.reads.any()
@@ -146,6 +150,8 @@ def test_a_doubtful_read_is_exactly_nothing():
   assert not found.fires.any() and not y.any() and 0 < confidence[0, 0] < 0.5
   noted = recall.noted(bank, ask(far), found)
   assert not noted.reads.any()
+  certain = recall.Sight(shift=-100.)
+  assert not read(sl.empty(RULES, 1), ask(keys), certain)[0].fires.any()
   nothing, y, confidence = read(sl.empty(RULES, 1), ask(keys))
   assert (nothing.ids == -1).all() and not y.any() and not confidence.any()
   grad = jax.grad(lambda q: jnp.sum(read(sl.empty(RULES, 1), ask(q))[1]))(keys)
