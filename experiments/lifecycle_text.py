@@ -50,7 +50,7 @@ EARLY = 0.8  # of the updates
 # A name and a figure have five tokens at most, so that eight taps see each of
 # them whole; attention then has to find one token only.
 NEAR = c.GatedConvConfig(width=WIDTH, taps=8)
-LOCAL = c.AttentionConfig(heads=8, kv_heads=8, key=16, value=16, window=32,
+LOCAL = c.AttentionConfig(heads=4, kv_heads=4, key=16, value=16, window=32,
                           rope=c.RopeConfig())
 GLOBAL = c.AttentionConfig(heads=2, kv_heads=2, key=32, value=32, rope=None)
 RULES = c.SlotRules(slots=32, key=32, value=64, ring=1, span=5, key_span=4,

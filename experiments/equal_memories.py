@@ -1,0 +1,96 @@
+"""Memories of equal bytes on one task: what was set, locked, deleted, evicted?
+
+  python -m experiments.equal_memories
+
+Every model reads the events of `statejax.tasks.lifecycle_events` and answers
+one question, trained as in `lifecycle_events`. Slots are one layer; the others
+are two, which together hold as many bytes after the question as the slots and
+what their fallback keeps. `slots alone` has no fallback, and no more bytes for
+it. Labels help slots only: the others have nothing that they could name.
+
+Expected: slots answer more than any other memory of their size.
+"""
+
+import dataclasses
+import pathlib
+
+from absl import app, flags, logging
+
+from experiments import equal_state, event_models, report
+from statejax.tasks import lifecycle_events as task
+
+OUT = flags.DEFINE_string('out', 'experiments/results/equal_memories.json',
+                          'results')
+SEEDS = flags.DEFINE_integer('seeds', 2, 'seeds', lower_bound=1)
+STEPS = flags.DEFINE_integer('steps', 1500, 'updates')
+ONLY = flags.DEFINE_list('only', None, 'names of memories; all by default')
+SMOKE = flags.DEFINE_bool('smoke', False, 'one seed, a few updates, two names')
+
+CONTEXT, TEST = 1 + task.EVENTS, 600
+
+
+def memories():
+  """Returns {name: (mixers, bytes of them all)}."""
+  slots = event_models.SLOTS
+  alone = dataclasses.replace(slots, fallback=None)
+  count = lambda mixer: equal_state.nbytes(mixer, CONTEXT, event_models.WIDTH)
+  out = {'slots': ((slots,), count(slots)),
+         'slots alone': ((alone,), count(alone))}
+  for name, (mixer, size) in equal_state.sized(
+      count(slots) // 2, CONTEXT).items():
+    out[name] = ((mixer,) * 2, 2 * size)
+  return out
+
+
+def claims(found, counts):
+  """Rows of the report.
+
+  Args:
+    found: of `memories`.
+    counts: {name: [{family: right} of each seed]}.
+  """
+  total = {name: [sum(x.values()) for x in seeds]
+           for name, seeds in counts.items()}
+  show = lambda numbers: ', '.join(map(str, numbers))
+  least = min(total.get('slots', [TEST]))
+  rows = []
+  for name, right in total.items():
+    mixers, size = found[name]
+    ok = name.startswith('slots') or max(right) < least
+    rows.append(report.Row(
+        f'{name}: right of {TEST}; {size:,} bytes, '
+        f'{event_models.size(mixers):,} parameters',
+        'the most' if name == 'slots' else 'fewer', show(right), ok))
+  return rows
+
+
+def main(argv):
+  """Trains, tests, prints the table."""
+  del argv
+  steps, seeds = (20, 1) if SMOKE.value else (STEPS.value, SEEDS.value)
+  found = memories()
+  names = ONLY.value or (['slots', 'window'] if SMOKE.value else list(found))
+  counts, seconds = {}, {}
+  for name in names:
+    mixers, size = found[name]
+    for seed in range(seeds):
+      params, took = event_models.train(mixers, seed, steps)
+      right = event_models.test(mixers, params, seed, TEST)
+      counts.setdefault(name, []).append(right)
+      seconds.setdefault(name, []).append(round(took))
+      logging.info('%s, %d bytes, seed %d: %d of %d: %s', name, size, seed,
+                   sum(right.values()), TEST, right)
+  rows = claims(found, counts)
+  print(report.table(rows))
+  out = pathlib.Path('runs/equal_memories.json' if SMOKE.value else OUT.value)
+  out.parent.mkdir(parents=True, exist_ok=True)
+  command = (f'python -m experiments.equal_memories --seeds={seeds} '
+             f'--steps={steps}')
+  if ONLY.value:
+    command += f' --only={",".join(ONLY.value)}'
+  report.write(out, rows, command, counts=counts, seconds=seconds,
+               bytes={name: found[name][1] for name in counts})
+
+
+if __name__ == '__main__':
+  app.run(main)

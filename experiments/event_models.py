@@ -1,0 +1,161 @@
+"""Models of memory events, and how they learn: see `lifecycle_events`.
+
+One token of a model is one event of `statejax.tasks.lifecycle_events`, the sum
+of three embeddings; the last is a question.
+"""
+
+import dataclasses
+import functools
+import time
+
+from absl import logging
+
+from experiments import labels
+from statejax import config as c
+
+WIDTH, ROWS, LABELLED, HIDDEN = 64, 64, 0.1, 4
+HEADS = c.AttentionConfig(heads=4, kv_heads=4, key=16, value=16, rope=None)
+RULES = c.SlotRules(slots=32, key=32, value=64, ring=1, span=1, key_span=1,
+                    aliases=1, threshold=0.8)
+SLOTS = c.SlotsConfig(
+    RULES, segment=8, events=8, statement=2, kappa=10., confidence=0.6,
+    fallback=c.MoBAConfig(HEADS, block=8, k=16))
+
+
+def config(mixers):
+  """Of a model with these mixers in turn."""
+  layers = tuple(c.LayerConfig(f'l{i}', m, c.SwiGLUConfig(128))
+                 for i, m in enumerate(mixers))
+  return c.ModelConfig(vocab=8 + 96 + 65, width=WIDTH, layers=layers, groups=(
+      c.GroupConfig(tuple(x.name for x in layers)),))
+
+
+def wants(events):
+  """What each event wants of the memory, as an index of `slots.WANTS`."""
+  import numpy as np
+
+  from statejax.tasks import lifecycle_events as task
+  out = np.zeros(events.shape[:2], np.int32)
+  for op, want in ((task.SET, 1), (task.LOCK, 2), (task.DELETE, 4)):
+    out[events[..., 0] == op] = want
+  return out
+
+
+def hinted(events, known):
+  """What is known of the events of the items that have labels; -1 elsewhere."""
+  import numpy as np
+
+  from statejax.tasks import lifecycle_events as task
+  asks = np.isin(events[..., 0], (task.NOW, task.BEFORE))
+  back = np.where(asks, events[..., 0] == task.BEFORE, -1)
+  about = np.where((wants(events) > 0) | asks, events[..., 1], -1)
+  known = known[:, None]
+  # What is in the slots is hidden from some, so that the fallback learns too.
+  look = np.arange(len(events)) % HIDDEN != 0
+  # Each event is one token, which is its value.
+  out = {'want': wants(events), 'object': about, 'version': back,
+         'part': np.full(asks.shape, 2)}
+  out = {name: np.where(known, hint, -1) for name, hint in out.items()}
+  out['look'] = np.broadcast_to(look[:, None], asks.shape)
+  return {name: hint.astype(np.int32) for name, hint in out.items()}
+
+
+def answers(model, params, events, hints):
+  """Logits [B, 65] of the answer, and the layers' own losses."""
+  import jax.numpy as jnp
+
+  from statejax.layers import common, groups
+  from statejax.ops import norm
+  rows, steps = events.shape[:2]
+  offset = jnp.array([0, 8, 8 + 96], jnp.int32)
+  x = jnp.sum(params['embed'][events + offset[None, None]], axis=2)
+  zero = jnp.zeros((rows,), jnp.int32)
+  context = dataclasses.replace(
+      common.context(zero, zero + steps, None, steps),
+      tokens=events[..., 2], hints=hints)
+  state = model.init_state(rows, 0)
+  x, _, losses = groups.run(model.config, params, x, state.layers, context)
+  x = norm.rms_norm(x[:, -1], params['norm'], eps=1e-6)
+  return jnp.dot(x, params['embed'][8 + 96:].T), losses
+
+
+def batches(size, seed, rows):
+  """Yields (events, answer, family) of fresh items."""
+  import numpy as np
+
+  from statejax.tasks import lifecycle_events as task
+  source = task.LifecycleEventsSource(size, seed)
+  for i in range(0, size, rows):
+    items = [source[j] for j in range(i, min(size, i + rows))]
+    yield tuple(np.stack([x[k] for x in items])
+                for k in ('events', 'answer', 'family'))
+
+
+def train(mixers, seed, steps):
+  """Returns trained parameters and the seconds it took."""
+  import jax
+  import jax.numpy as jnp
+  import optax
+
+  from statejax.model import LanguageModel
+  from statejax.tasks import lifecycle_events as task
+  model = LanguageModel(config(mixers))
+  params = model.init(jax.random.key(seed))
+  rate = optax.warmup_cosine_decay_schedule(
+      0., 4e-3, min(100, steps // 4), steps, 1e-5)
+  optimizer = optax.chain(optax.clip_by_global_norm(1.), optax.adam(rate))
+
+  @functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
+  def update(model, params, moments, events, answer, hints):
+    def loss(params):
+      logits, own = answers(model, params, events, hints)
+      cost = optax.softmax_cross_entropy_with_integer_labels(logits, answer)
+      own = sum(jax.tree.leaves(own), jnp.float32(0))
+      known = jnp.maximum(jnp.sum(hints['want'] >= 0), 1)
+      return jnp.mean(cost) + own / known, jnp.mean(
+          jnp.argmax(logits, -1) == answer)
+    (cost, right), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    change, moments = optimizer.update(grads, moments)
+    return optax.apply_updates(params, change), moments, cost, right
+
+  moments, begin = optimizer.init(params), time.perf_counter()
+  fresh, pool = (task.LifecycleEventsSource(n, 1000 * (which + 1) + seed)
+                 for which, n in enumerate(labels.sizes(steps, ROWS, LABELLED)))
+  for i, batch in enumerate(labels.batches(fresh, pool, ROWS, seed)):
+    params, moments, cost, right = update(
+        model, params, moments, batch['events'], batch['answer'],
+        hinted(batch['events'], batch['known']))
+    if i % 100 == 0:
+      logging.info('update %d: loss %.3f, right %.2f', i, cost, right)
+  return jax.block_until_ready(params), time.perf_counter() - begin
+
+
+def test(mixers, params, seed, count=600, locks=True):
+  """Right answers per family, of `count` / 8 each."""
+  import jax
+  import numpy as np
+
+  from statejax.model import LanguageModel
+  from statejax.tasks import lifecycle_events as task
+  model = LanguageModel(config(mixers))
+  run = jax.jit(lambda p, e, hints: answers(model, p, e, hints)[0])
+  right = dict.fromkeys(task.FAMILIES, 0)
+  for events, answer, family in batches(count, 9000 + seed, 60):
+    force = np.where(events[..., 0] == task.LOCK, 0, -1)
+    hints = {} if locks else {'force': force}
+    found = np.argmax(run(params, events, hints), axis=-1) == answer
+    for i, name in enumerate(task.FAMILIES):
+      right[name] += int(found[family == i].sum())
+  return right
+
+
+def size(mixers):
+  """Parameters of a model."""
+  import math
+
+  import jax
+
+  from statejax.model import LanguageModel
+  model = LanguageModel(config(mixers))
+  return sum(math.prod(x.shape) for x in jax.tree.leaves(
+      jax.eval_shape(model.init, jax.random.key(0))))
