@@ -12,18 +12,19 @@ Expected: slots answer more than any other memory of their size.
 """
 
 import dataclasses
+import functools
 import pathlib
 
-from absl import app, flags, logging
+from absl import app, flags
 
 from experiments import equal_state, event_models, report
+from experiments.record import Record
 from statejax.tasks import lifecycle_events as task
 
 OUT = flags.DEFINE_string('out', 'experiments/results/equal_memories.json',
                           'results')
 SEEDS = flags.DEFINE_integer('seeds', 2, 'seeds', lower_bound=1)
 STEPS = flags.DEFINE_integer('steps', 1500, 'updates')
-ONLY = flags.DEFINE_list('only', None, 'names of memories; all by default')
 SMOKE = flags.DEFINE_bool('smoke', False, 'one seed, a few updates, two names')
 
 CONTEXT, TEST = 1 + task.EVENTS, 600
@@ -64,32 +65,37 @@ def claims(found, counts):
   return rows
 
 
+def study(mixers, seed, steps):
+  """Trains a model; returns {'right': {family: right}, seconds}."""
+  params, took = event_models.train(mixers, seed, steps)
+  return {'right': event_models.test(mixers, params, seed, TEST),
+          'seconds': round(took)}
+
+
 def main(argv):
   """Trains, tests, prints the table."""
   del argv
-  steps, seeds = (20, 1) if SMOKE.value else (STEPS.value, SEEDS.value)
+  steps, seeds, out = STEPS.value, SEEDS.value, OUT.value
   found = memories()
-  names = ONLY.value or (['slots', 'window'] if SMOKE.value else list(found))
-  counts, seconds = {}, {}
-  for name in names:
-    mixers, size = found[name]
+  if SMOKE.value:
+    steps, seeds, out = 20, 1, pathlib.Path('runs/equal_memories.json')
+    out.unlink(missing_ok=True)
+    found = {name: found[name] for name in ('slots', 'window')}
+  record = Record(
+      out, f'python -m experiments.equal_memories --seeds={seeds} '
+      f'--steps={steps}', lambda key: event_models.settings(
+          found[key.split('/')[0]][0], steps))
+  counts = {}
+  for name, (mixers, size) in found.items():
     for seed in range(seeds):
-      params, took = event_models.train(mixers, seed, steps)
-      right = event_models.test(mixers, params, seed, TEST)
+      right = record.get(f'{name}/{seed}', functools.partial(
+          study, mixers, seed, steps))['right']
       counts.setdefault(name, []).append(right)
-      seconds.setdefault(name, []).append(round(took))
-      logging.info('%s, %d bytes, seed %d: %d of %d: %s', name, size, seed,
-                   sum(right.values()), TEST, right)
+      print(f'{name}, {size:,} bytes, seed {seed}: {sum(right.values())} of '
+            f'{TEST}')
   rows = claims(found, counts)
   print(report.table(rows))
-  out = pathlib.Path('runs/equal_memories.json' if SMOKE.value else OUT.value)
-  out.parent.mkdir(parents=True, exist_ok=True)
-  command = (f'python -m experiments.equal_memories --seeds={seeds} '
-             f'--steps={steps}')
-  if ONLY.value:
-    command += f' --only={",".join(ONLY.value)}'
-  report.write(out, rows, command, counts=counts, seconds=seconds,
-               bytes={name: found[name][1] for name in counts})
+  record.write(rows, bytes={name: size for name, (_, size) in found.items()})
 
 
 if __name__ == '__main__':

@@ -11,6 +11,7 @@ import time
 from absl import logging
 
 from experiments import labels
+from experiments.record import digest
 from statejax import config as c
 
 WIDTH, ROWS, LABELLED, HIDDEN = 64, 64, 0.1, 4
@@ -159,3 +160,8 @@ def size(mixers):
   model = LanguageModel(config(mixers))
   return sum(math.prod(x.shape) for x in jax.tree.leaves(
       jax.eval_shape(model.init, jax.random.key(0))))
+
+
+def settings(mixers, steps):
+  """Returns a digest of what a training depends on."""
+  return digest([c.to_dict(config(mixers)), steps, ROWS, LABELLED, HIDDEN])

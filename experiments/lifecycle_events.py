@@ -20,9 +20,10 @@ import dataclasses
 import functools
 import pathlib
 
-from absl import app, flags, logging
+from absl import app, flags
 
 from experiments import event_models, report
+from experiments.record import Record
 from statejax import config as c
 
 OUT = flags.DEFINE_string('out', 'experiments/results/lifecycle_events.json',
@@ -77,34 +78,41 @@ def claims(counts):
   return rows
 
 
+def study(name, seed, steps):
+  """Trains a system; returns {'right': {variant: {family: right}}, seconds}."""
+  mixers = MIXERS[name]
+  params, took = event_models.train(mixers, seed, steps)
+  test = functools.partial(event_models.test, seed=seed, count=TEST)
+  right = {name: test(mixers, params)}
+  if name == 'slots':
+    off = (dataclasses.replace(SLOTS, fallback=None),)
+    right['fallback off'] = test(off, cut(params))
+    right['lock ignored'] = test(mixers, params, locks=False)
+  return {'right': right, 'seconds': round(took)}
+
+
 def main(argv):
   """Trains, tests, prints the table and the claims."""
   del argv
-  steps = 20 if SMOKE.value else STEPS.value
-  seeds = 1 if SMOKE.value else SEEDS.value
-  counts, seconds = {}, {}
+  steps, seeds, out = STEPS.value, SEEDS.value, OUT.value
+  if SMOKE.value:
+    steps, seeds, out = 20, 1, pathlib.Path('runs/lifecycle_events.json')
+    out.unlink(missing_ok=True)
+  record = Record(
+      out, f'python -m experiments.lifecycle_events --seeds={seeds} '
+      f'--steps={steps}', lambda key: event_models.settings(
+          MIXERS[key.split('/')[0]], steps))
+  counts = {}
   for seed in range(seeds):
-    for name, mixers in MIXERS.items():
-      params, took = event_models.train(mixers, seed, steps)
-      test = functools.partial(event_models.test, seed=seed, count=TEST)
-      found = {name: test(mixers, params)}
-      if name == 'slots':
-        off = (dataclasses.replace(SLOTS, fallback=None),)
-        found['fallback off'] = test(off, cut(params))
-        found['lock ignored'] = test(mixers, params, locks=False)
-      for which, right in found.items():
+    for name in MIXERS:
+      found = record.get(f'{name}/{seed}', functools.partial(
+          study, name, seed, steps))
+      for which, right in found['right'].items():
         counts.setdefault(which, []).append(right)
-        logging.info('%s, seed %d: %d of %d: %s', which, seed,
-                     sum(right.values()), TEST, right)
-      seconds.setdefault(name, []).append(round(took))
+        print(f'{which}, seed {seed}: {sum(right.values())} of {TEST}')
   rows = claims(counts)
   print(report.table(rows))
-  out = pathlib.Path('runs/lifecycle_events.json' if SMOKE.value
-                     else OUT.value)
-  out.parent.mkdir(parents=True, exist_ok=True)
-  command = (f'python -m experiments.lifecycle_events --seeds={seeds} '
-             f'--steps={steps}')
-  report.write(out, rows, command, counts=counts, seconds=seconds)
+  record.write(rows)
 
 
 if __name__ == '__main__':

@@ -32,11 +32,12 @@ import time
 from absl import app, flags, logging
 
 from experiments import labels, report
+from experiments.record import Record, digest
 from statejax import config as c
 
 OUT = flags.DEFINE_string('out', 'experiments/results/lifecycle_text.json',
                           'results')
-SEEDS = flags.DEFINE_list('seeds', ['0', '1', '2'], 'seeds')
+SEEDS = flags.DEFINE_integer('seeds', 3, 'seeds', lower_bound=1)
 SYSTEMS = flags.DEFINE_list('systems', ['slots', 'attention', 'sparse',
                                         'delta'], 'systems to train')
 STEPS = flags.DEFINE_integer('steps', 1400, 'updates')
@@ -374,38 +375,57 @@ def claims(counts, seconds, stream, count):
   return rows
 
 
+def study(name, seed, steps, count):
+  """Trains and tests a system.
+
+  Returns:
+    {'right': {variant: {scenario: right}}, 'seconds'} and, of slots, 'stream',
+    see `in_mid_stream`.
+  """
+  memory = MEMORY[name]
+  params, took = train(memory, seed, steps)
+  right = {name: test(memory, params, seed, count)}
+  out = {'right': right, 'seconds': round(took)}
+  if name == 'slots':
+    right['fallback off'] = test(*without_fallback(memory, params), seed, count)
+    right['lifecycle off'] = test(memory, params, seed, count, store_all)
+    right['oracle'] = test(memory, params, seed, count, oracle)
+    out['stream'] = in_mid_stream(memory, params, seed)
+  return out
+
+
+def settings(steps, count, key):
+  """Returns a digest of what a training depends on."""
+  name = key.split('/')[0]
+  return digest([c.to_dict(config(MEMORY[name])), steps, count, ROWS, LABELLED,
+                 HIDDEN, SHORT, LONG, EARLY])
+
+
 def main(argv):
   """Trains, tests, prints the table and the claims."""
   del argv
-  steps, count = (10, 2) if SMOKE.value else (STEPS.value, TEST)
-  seeds = [0] if SMOKE.value else [int(s) for s in SEEDS.value]
+  steps, count, seeds, out = STEPS.value, TEST, SEEDS.value, OUT.value
+  if SMOKE.value:
+    steps, count, seeds = 10, 2, 1
+    out = pathlib.Path('runs/lifecycle_text.json')
+    out.unlink(missing_ok=True)
+  record = Record(
+      out, f'python -m experiments.lifecycle_text --seeds={seeds} '
+      f'--steps={steps}', functools.partial(settings, steps, count))
   counts, seconds, stream = {}, {}, []
-  for seed in seeds:
-    found = rules(seed, count)
+  for seed in range(seeds):
     for name in SYSTEMS.value:
-      memory = MEMORY[name]
-      params, took = train(memory, seed, steps)
-      seconds.setdefault(name, []).append(round(took))
-      found[name] = test(memory, params, seed, count)
-      if name == 'slots':
-        found['fallback off'] = test(*without_fallback(memory, params), seed,
-                                     count)
-        found['lifecycle off'] = test(memory, params, seed, count, store_all)
-        found['oracle'] = test(memory, params, seed, count, oracle)
-        stream.append(in_mid_stream(memory, params, seed))
-    for name, right in found.items():
-      counts.setdefault(name, []).append(right)
-      logging.info('seed %d, %s: %d, %s', seed, name, sum(right.values()),
-                   right)
+      found = record.get(f'{name}/{seed}', functools.partial(
+          study, name, seed, steps, count))
+      seconds.setdefault(name, []).append(found['seconds'])
+      stream += [found['stream']] if 'stream' in found else []
+      for which, right in found['right'].items():
+        counts.setdefault(which, []).append(right)
+    for which, right in rules(seed, count).items():
+      counts.setdefault(which, []).append(right)
   rows = claims(counts, seconds, stream, count)
   print(report.table(rows))
-  out = pathlib.Path('runs/lifecycle_text.json' if SMOKE.value else OUT.value)
-  out.parent.mkdir(parents=True, exist_ok=True)
-  command = (f'python -m experiments.lifecycle_text --steps={steps} '
-             f'--seeds={",".join(map(str, seeds))} '
-             f'--systems={",".join(SYSTEMS.value)}')
-  report.write(out, rows, command, counts=counts, seconds=seconds,
-               mid_stream=stream, count=count,
+  record.write(rows, counts=counts, count=count,
                systems={name: facts(name) for name in SYSTEMS.value})
 
 

@@ -32,11 +32,8 @@ measured yet.
 
 import dataclasses
 import functools
-import hashlib
 import itertools
-import json
 import math
-import os
 import pathlib
 import statistics
 import time
@@ -44,6 +41,7 @@ import time
 from absl import app, flags, logging
 
 from experiments import report
+from experiments.record import Record, digest
 from statejax import config as c
 
 OUT = flags.DEFINE_string('out', 'experiments/results/synthetic.json',
@@ -181,40 +179,6 @@ def train(jitted, name, task, seed, rate, train_config):
           'cpu_seconds': round(time.process_time() - cpu, 1)}
 
 
-class Record:
-  """Finished trainings by name, in the results file as soon as they end."""
-
-  def __init__(self, path, digest):
-    """Reads what is there already.
-
-    Args:
-      path: the results file.
-      digest: tells of a key what its settings are; results of other settings
-        are left out, and so made again.
-    """
-    self.path, self.digest = pathlib.Path(path), digest
-    old = (json.loads(self.path.read_text())['cells']
-           if self.path.exists() else {})
-    self.cells = {key: facts for key, facts in old.items()
-                  if facts['of'] == digest(key)}
-
-  def get(self, key, make):
-    """Returns the facts of `key`, made now if they are missing."""
-    if key not in self.cells:
-      self.cells[key] = {'of': self.digest(key), **make()}
-      print(f'  {key}: {json.dumps(self.cells[key])}', flush=True)
-      self.write([])
-    return self.cells[key]
-
-  def write(self, rows, **facts):
-    """Replaces the file as a whole."""
-    new = self.path.with_name(f'.{self.path.name}.new')
-    self.path.parent.mkdir(parents=True, exist_ok=True)
-    report.write(new, rows, 'python -m experiments.synthetic',
-                 cells=self.cells, **facts)
-    os.replace(new, self.path)
-
-
 def settings(train_config, key):
   """Returns a digest of what a training depends on; None if it is unknown."""
   task, name, *_ = key.split('/')
@@ -222,8 +186,7 @@ def settings(train_config, key):
     return None
   facts = [c.to_dict(model(name)[0].config), c.to_dict(TASK[task]),
            c.to_dict(train_config), LENGTH[task]]
-  text = json.dumps(facts, sort_keys=True)
-  return hashlib.sha256(text.encode()).hexdigest()[:12]
+  return digest(facts)
 
 
 def run_all(record, layers, tasks, seeds, train_config):
@@ -355,7 +318,8 @@ def main(_):
         TRAIN, steps=4, rows=4, warmup=1, decay=1, eval_batches=1)
     seeds, out = 1, pathlib.Path('runs/synthetic/smoke.json')
     out.unlink(missing_ok=True)
-  record = Record(out, functools.partial(settings, train_config))
+  record = Record(out, 'python -m experiments.synthetic',
+                  functools.partial(settings, train_config))
   if RUN.value:
     run_all(record, layers, tasks, seeds, train_config)
   # What has not been asked for, or not been run yet, shows as missing.

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from experiments import synthetic
+from experiments.record import Record
 from statejax import config as c
 from statejax.model import LanguageModel
 from statejax.tasks import pipeline
@@ -16,7 +17,7 @@ from statejax.train import loop, step
 
 @pytest.fixture
 def record(tmp_path):
-  return synthetic.Record(tmp_path / 'results.json', lambda key: 'x')
+  return Record(tmp_path / 'results.json', 'run', lambda key: 'x')
 
 
 def fill(record, task, name, accuracies, rate=synthetic.RATES[0], loss=1.0):
@@ -32,7 +33,7 @@ def test_budgets_are_equal():
       16 * 12 + 3 * (16 + 2 * (16 + 12)))
   assert synthetic.state_bytes('RetNet') == 4 * 2 * 16 * 25
   rows = synthetic.claims(
-      synthetic.Record('nowhere', str), list(synthetic.MIXERS), [], 3)
+      Record('nowhere', 'run', str), list(synthetic.MIXERS), [], 3)
   assert len(rows) == 2 and all(row.ok for row in rows)
 
 
@@ -79,10 +80,10 @@ def test_finished_trainings_are_not_repeated(record):
   made = []
   make = lambda: made.append(1) or {'accuracy': 1.0}
   record.get('a', make)
-  again = synthetic.Record(record.path, lambda key: 'x')
+  again = Record(record.path, 'run', lambda key: 'x')
   assert again.get('a', make) == {'of': 'x', 'accuracy': 1.0}
   assert made == [1]
-  other = synthetic.Record(record.path, lambda key: 'other settings')
+  other = Record(record.path, 'run', lambda key: 'other settings')
   assert not other.cells
   other.get('a', make)
   assert made == [1, 1]
