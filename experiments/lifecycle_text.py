@@ -109,7 +109,8 @@ def batches(source, rows):
 
 
 def loss(model, params, batch):
-  """Mean loss of a batch, and (cross-entropy, losses of hints, share right)."""
+  """Mean loss of a batch, and (cross-entropy, losses of hints, share right of
+  the tokens that see the slots)."""
   import jax.numpy as jnp
   import optax
 
@@ -132,6 +133,7 @@ def loss(model, params, batch):
       name: 1. / many(hints[name] >= 0)
       for name in ('part', 'version', 'object')}
   own = {name: weight[name] * own[f'{name}_loss'] for name in weight if own}
+  asked &= look
   hit = jnp.sum(asked & (jnp.argmax(logits, -1) == targets)) / many(asked)
   return cost + sum(own.values(), jnp.float32(0)), (cost, own, hit)
 
