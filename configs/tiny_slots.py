@@ -13,11 +13,10 @@ from statejax import config as c
 
 def get_config():
   """Returns the configuration; `.model` has 3 layers of width 32."""
-  heads = c.AttentionConfig(heads=4, kv_heads=2, key=8, value=8)
   rules = c.SlotRules(slots=6, key=8, value=12, span=4, key_span=2, aliases=2)
   memory = c.SlotsConfig(
       rules, segment=8, events=3, statement=8, confidence=0.3,
-      fallback=c.MoBAConfig(heads, block=4, k=2))
+      fallback=c.LogConfig(block=4, k=2))
   mlp = c.SwiGLUConfig(64)
   return c.Config(
       model=c.ModelConfig(

@@ -20,7 +20,7 @@ RULES = c.SlotRules(slots=32, key=32, value=64, ring=1, span=1, key_span=1,
                     aliases=1, threshold=0.8)
 SLOTS = c.SlotsConfig(
     RULES, segment=8, events=8, statement=2, kappa=10., confidence=0.6,
-    fallback=c.MoBAConfig(HEADS, block=8, k=16))
+    fallback=c.LogConfig(block=8, k=16))
 
 
 def config(mixers):

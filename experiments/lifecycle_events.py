@@ -44,7 +44,8 @@ MIXERS = {
 def cut(params):
   """Parameters of the slots without their fallback."""
   layer = params['group_0']['layer_0']
-  mixer = {k: v for k, v in layer['mixer'].items() if k != 'fallback'}
+  mixer = {k: v for k, v in layer['mixer'].items()
+           if k not in ('log_kappa', 'salience')}
   return params | {'group_0': {'layer_0': layer | {'mixer': mixer}}}
 
 

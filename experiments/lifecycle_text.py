@@ -43,7 +43,7 @@ SYSTEMS = flags.DEFINE_list('systems', ['slots', 'attention', 'sparse',
 STEPS = flags.DEFINE_integer('steps', 1400, 'updates')
 SMOKE = flags.DEFINE_bool('smoke', False, 'one seed, a few updates')
 
-WIDTH, ROWS, TEST, LABELLED, HIDDEN = 64, 16, 100, 0.1, 4
+WIDTH, ROWS, TEST, LABELLED, HIDDEN = 96, 16, 100, 0.1, 4
 # Most is learned on short logs, with fewer slots.
 SHORT, LONG = 512, 1216
 EARLY = 0.8  # of the updates
@@ -51,14 +51,14 @@ EARLY = 0.8  # of the updates
 # A name and a figure have five tokens at most, so that eight taps see each of
 # them whole; attention then has to find one token only.
 NEAR = c.GatedConvConfig(width=WIDTH, taps=8)
-LOCAL = c.AttentionConfig(heads=4, kv_heads=4, key=16, value=16, window=32,
+LOCAL = c.AttentionConfig(heads=4, kv_heads=4, key=16, value=32, window=32,
                           rope=c.RopeConfig())
 GLOBAL = c.AttentionConfig(heads=2, kv_heads=2, key=32, value=32, rope=None)
 RULES = c.SlotRules(slots=32, key=32, value=64, ring=1, span=5, key_span=4,
                     aliases=8)
 MEMORY = {
     'slots': c.SlotsConfig(RULES, segment=16, events=2, statement=24, kappa=10.,
-                           fallback=c.MoBAConfig(GLOBAL, block=16, k=84)),
+                           fallback=c.LogConfig(block=16, k=84)),
     'attention': dataclasses.replace(
         GLOBAL, heads=4, kv_heads=4, key=16, value=16, rope=c.RopeConfig()),
     'sparse': c.MoBAConfig(GLOBAL, block=16, k=16),
@@ -251,7 +251,8 @@ def without_fallback(memory, params):
   """The slots and their parameters without what else they look at."""
   layers = dict(params['group_0'])
   layers['layer_2'] = layers['layer_2'] | {'mixer': {
-      k: x for k, x in layers['layer_2']['mixer'].items() if k != 'fallback'}}
+      k: x for k, x in layers['layer_2']['mixer'].items()
+      if k not in ('log_kappa', 'salience')}}
   return dataclasses.replace(memory, fallback=None), params | {
       'group_0': layers}
 

@@ -21,9 +21,8 @@ SLOTS = c.SlotsConfig(RULES, segment=4, events=2, statement=6, confidence=-0.5)
 MIXERS = {
     'slots': SLOTS,
     'slots_fallback': dataclasses.replace(
-        SLOTS, confidence=0.3, top=3, fallback=c.MoBAConfig(
-            c.AttentionConfig(heads=4, kv_heads=2, key=8, value=6), block=4,
-            k=2)),
+        SLOTS, confidence=0.3, top=3, fallback=c.LogConfig(
+            block=4, k=2)),
     'slots_hashed': dataclasses.replace(SLOTS, rules=dataclasses.replace(
         RULES, mode='hashed', ways=2, ring=0, policy='low_salience'))}
 HEADS = dict(heads=4, kv_heads=2, key=8, value=6, segment=4)

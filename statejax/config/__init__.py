@@ -56,7 +56,7 @@ from statejax.config.segment import (
   TitansConfig,
   TransformerXLConfig,
 )
-from statejax.config.slots import SlotRules, SlotsConfig
+from statejax.config.slots import LogConfig, SlotRules, SlotsConfig
 from statejax.config.train import Config, TaskConfig, TrainConfig
 from statejax.config.tree import from_dict, to_dict
 
@@ -67,8 +67,9 @@ __all__ = [
   'GroupConfig',
   'HySparseConfig', 'HyperConfig', 'IndexConfig', 'InfiniConfig', 'KDAConfig',
   'KSAConfig', 'LayerConfig', 'LightningConfig', 'Llama3RopeConfig',
-  'LoZAConfig', 'LongRopeConfig', 'MLAConfig', 'Mamba2Config', 'MoBAConfig',
-  'ModelConfig', 'NSAConfig', 'NormConfig', 'PooledDSAConfig', 'QSAConfig',
+  'LoZAConfig', 'LogConfig', 'LongRopeConfig', 'MLAConfig', 'Mamba2Config',
+  'MoBAConfig', 'ModelConfig', 'NSAConfig', 'NormConfig', 'PooledDSAConfig',
+  'QSAConfig',
   'RetNetConfig', 'RopeConfig', 'SlotRules', 'SlotsConfig', 'SummaryConfig',
   'SwiGLUConfig', 'TaskConfig', 'TitansConfig', 'TrainConfig',
   'TransformerXLConfig', 'YarnConfig', 'from_dict', 'override', 'to_dict',

@@ -3,7 +3,6 @@
 import dataclasses
 
 from statejax.config import checks
-from statejax.config.block_sparse import MoBAConfig
 
 MODES = ('content', 'hashed', 'router')
 POLICIES = ('lru', 'oldest', 'low_salience', 'reject')
@@ -57,6 +56,26 @@ class SlotRules:
 
 
 @dataclasses.dataclass(frozen=True)
+class LogConfig:
+  """All that a document has said, by address: see `statejax.layers.slot_log`.
+
+  Attributes:
+    block: tokens of a block.
+    k: blocks that a token looks into, its own among them if it is good enough.
+    kappa: inverse temperature, as it begins.
+  """
+
+  block: int = 64
+  k: int = 16
+  kappa: float = 20.0
+
+  def __post_init__(self):
+    checks.positive(self, 'block', 'k')
+    if not self.kappa > 0:
+      raise ValueError(f'LogConfig.kappa: expected > 0, got {self.kappa}.')
+
+
+@dataclasses.dataclass(frozen=True)
 class SlotsConfig:
   """Memory slots that a model writes and reads: see `statejax.layers.slots`.
 
@@ -70,7 +89,7 @@ class SlotsConfig:
     top: slots per read.
     kappa: inverse temperature of reads, as it begins.
     confidence: least cosine of a read; below it nothing is read.
-    fallback: attention in place of a read that found nothing; None has none.
+    fallback: what is read in place of slots that know nothing; None has none.
   """
 
   rules: SlotRules = SlotRules()
@@ -80,7 +99,7 @@ class SlotsConfig:
   top: int = 1
   kappa: float = 20.0
   confidence: float = 0.7
-  fallback: MoBAConfig | None = None
+  fallback: LogConfig | None = None
 
   def __post_init__(self):
     checks.positive(self, 'segment', 'events', 'top')

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from statejax.config import SlotsConfig
-from statejax.layers import common, moba, weights
+from statejax.layers import attention, common, slot_log, weights
 from statejax.layers.common import Proj
 from statejax.ops import lifecycle, recall, writer
 from statejax.ops import slots as sl
@@ -39,7 +39,8 @@ class SlotsState(sl.Bank):
       want_time: see `statejax.ops.slots.Events`.
     near: the last tokens, oldest first, -1 before the document, [B, N - 1].
     near_part: what they are part of, [B, N - 1].
-    k, v, mean, open: see `statejax.layers.moba`; None without a fallback.
+    k: address and salience of every token, [B, 1, N, K + 1]; growing.
+    v: its value, [B, 1, N, V]; growing. Both None without a fallback.
   """
 
   want: Array = leaf('batch events')
@@ -55,13 +56,11 @@ class SlotsState(sl.Bank):
   near_part: Array = leaf('batch tokens', fill=-1)
   k: Array | None = leaf('batch kv_heads capacity key', 'growing')
   v: Array | None = leaf('batch kv_heads capacity value', 'growing')
-  mean: Array | None = leaf('batch capacity channels', 'growing')
-  open: Array | None = leaf('batch channels')
 
 
 _BANK = tuple(f.name for f in dataclasses.fields(sl.Bank))
 _WAITING = ('key', 'name', 'value', 'span', 'key_span', 'source', 'time')
-_FALLBACK = ('k', 'v', 'mean', 'open')
+_LOG = ('k', 'v')
 
 
 class Slots(nn.Module):
@@ -86,10 +85,10 @@ class Slots(nn.Module):
   token want something.
 
   A read whose best cosine is below `confidence` is exactly 0, and then
-  `fallback`, attention to the best blocks of all tokens, answers in its place;
-  the gradient of the cosine is that of a soft choice between the two. Who reads
-  well seldom asks the fallback, which then learns nothing: a hint 'look' of 0
-  hides the bank from a token.
+  `fallback`, the log of all that was said, answers in its place, by the same
+  addresses (`statejax.layers.slot_log`); the gradient of the cosine is that of
+  a soft choice between the two. Who reads well seldom asks the log, which then
+  learns little: a hint 'look' of 0 hides the bank from a token.
 
   Laws: split (L1), start (L2), padding (L3), packed (L4).
   Reference: the lifecycle memory of arXiv 2606.28876; its rules are those of
@@ -107,10 +106,9 @@ class Slots(nn.Module):
     wants = {f'want_{name}': Spec(
         (rows, e, *shape), 'float32' if name in ('key', 'name') else 'int32')
              for name, shape in shapes.items()}
-    fallback = dict.fromkeys(_FALLBACK)
+    log = dict.fromkeys(_LOG)
     if c.fallback is not None:
-      held = moba.MoBA.state(c.fallback, rows, capacity, dtype)
-      fallback = {name: getattr(held, name) for name in _FALLBACK}
+      log = vars(slot_log.state(c.fallback, rows, capacity, r, dtype))
     bank = sl.specs(r, rows, dtype)
     tail = Spec((rows, c.statement - 1), 'int32')
     return SlotsState(
@@ -118,7 +116,7 @@ class Slots(nn.Module):
         want=Spec((rows, e), 'int32'),
         want_strength=Spec((rows, e), 'float32'),
         want_value=Spec((rows, e, r.value), dtype), **wants,
-        near=tail, near_part=tail, **fallback)
+        near=tail, near_part=tail, **log)
 
   @nn.compact
   def __call__(self, x, state, context):
@@ -126,7 +124,9 @@ class Slots(nn.Module):
     bank = sl.Bank(**{name: getattr(state, name) for name in _BANK})
     key, name = (sl.unit(_address(x, self.config.rules, n))
                  for n in ('key', 'name'))
-    events, waiting = self._events(x, key, name, state, context, plan)
+    value = Proj((self.config.rules.value,), ('embed', 'value'),
+                 name='value')(x)
+    events, waiting = self._events(x, key, name, value, state, context, plan)
     ask, pull, sight = self._ask(x, context)
     self._learn_object(ask.query, key, name, context)
 
@@ -156,21 +156,28 @@ class Slots(nn.Module):
                        at)
     y, fires, sure = seen.pop('y'), seen['fires'][..., None], seen['confidence']
     common.lend(self, receipts=receipts, **seen)
-    y = Proj((x.shape[-1],), ('value', 'embed'), name='out')(y.astype(x.dtype))
-
-    other, held = jnp.zeros_like(y), dict.fromkeys(_FALLBACK)
+    other, log = jnp.zeros_like(y), dict.fromkeys(_LOG)
     if c.fallback is not None:
-      other, new = moba.MoBA(c.fallback, name='fallback')(
-          x, moba.MoBAState(**{n: getattr(state, n) for n in _FALLBACK}),
-          context)
-      held = {name: getattr(new, name) for name in _FALLBACK}
+      other, log = self._look_back(x, ask.query, key, value, state, context)
     # The gate is hard, and learns as if the confidence mixed the two.
     mix = (sure - jax.lax.stop_gradient(sure))[..., None].astype(y.dtype)
     gain = jax.lax.stop_gradient(y - other)
     gain = jnp.where(jnp.isfinite(gain), gain, jnp.zeros((), y.dtype))
     y = jnp.where(fires, y, other) + mix * gain
+    y = Proj((x.shape[-1],), ('value', 'embed'), name='out')(y.astype(x.dtype))
     return y, SlotsState(**{n: getattr(bank, n) for n in _BANK}, **waiting,
-                         **held)
+                         **log)
+
+  def _look_back(self, x, query, key, value, state, context):
+    """What the log answers, and its leaves."""
+    kappa = weights.weight(self, 'log_kappa', ('words',), (1,),
+                           weights.constant(math.log(self.config.fallback.kappa)))
+    salience = Proj((1,), ('embed', 'words'), name='salience')(x)[..., 0]
+    y, log = slot_log.read(
+        self.config.fallback, jnp.exp(kappa[0]), query, key,
+        salience.astype(jnp.float32), value,
+        attention.StoreState(state.k, state.v), context)
+    return y, vars(log)
 
   def _ask(self, x, context):
     """What each token asks of the bank, and how."""
@@ -190,9 +197,9 @@ class Slots(nn.Module):
                          shift=_SCALE * c.confidence, threshold=0.5)
     return ask, pull, sight
 
-  def _events(self, x, key, name, state, context, plan):
+  def _events(self, x, key, name, value, state, context, plan):
     """The events of the segments that are completed, and what waits after."""
-    c, r = self.config, self.config.rules
+    c = self.config
     wide = lambda a: a.astype(jnp.float32)
     logits = Proj((len(WANTS),), ('embed', 'wants'), name='want')(x)
     self._learn('want', logits, context)
@@ -203,7 +210,7 @@ class Slots(nn.Module):
     choice = jnp.where(force < 0, jnp.argmax(logits, axis=-1), force)
     want = jnp.array(WANTS, jnp.int32)[choice]
     part = jnp.argmax(parts, axis=-1).astype(jnp.int32)
-    value = wide(Proj((r.value,), ('embed', 'value'), name='value')(x))
+    value = wide(value)
     # Adds 0, and lets the strength learn by how welcome the value is.
     pull = strength - jax.lax.stop_gradient(strength)
     value = value + pull[..., None] * jax.lax.stop_gradient(value)
