@@ -34,19 +34,20 @@ from absl import app, flags, logging
 from experiments import labels, report
 from experiments.record import Record, digest
 from statejax import config as c
+from statejax.tasks import lifecycle_words as words
 
 OUT = flags.DEFINE_string('out', 'experiments/results/lifecycle_text.json',
                           'results')
 SEEDS = flags.DEFINE_integer('seeds', 3, 'seeds', lower_bound=1)
 SYSTEMS = flags.DEFINE_list('systems', ['slots', 'attention', 'sparse',
                                         'delta'], 'systems to train')
-STEPS = flags.DEFINE_integer('steps', 1400, 'updates')
+STEPS = flags.DEFINE_integer('steps', 800, 'updates')
 SMOKE = flags.DEFINE_bool('smoke', False, 'one seed, a few updates')
 
 WIDTH, ROWS, TEST, LABELLED, HIDDEN = 96, 16, 100, 0.1, 4
 # Most is learned on short logs, with fewer slots.
 SHORT, LONG = 512, 1216
-EARLY = 0.8  # of the updates
+EARLY = 0.7  # of the updates
 
 # A name and a figure have five tokens at most, so that eight taps see each of
 # them whole; attention then has to find one token only.
@@ -58,6 +59,7 @@ RULES = c.SlotRules(slots=32, key=32, value=64, ring=1, span=5, key_span=4,
                     aliases=8)
 MEMORY = {
     'slots': c.SlotsConfig(RULES, segment=16, events=2, statement=24, kappa=10.,
+                           vocab=len(words.WORDS),
                            fallback=c.LogConfig(block=16, k=84)),
     'attention': dataclasses.replace(
         GLOBAL, heads=4, kv_heads=4, key=16, value=16, rope=c.RopeConfig()),
@@ -67,7 +69,6 @@ MEMORY = {
 
 def config(memory):
   """Of a model with one memory layer among local ones."""
-  from statejax.tasks import lifecycle_words as words
   mlp = c.SwiGLUConfig(2 * WIDTH)
   return c.ModelConfig(
       vocab=len(words.WORDS), width=WIDTH,
@@ -221,7 +222,6 @@ def store_all(batch):
   """A write at the end of each line with a figure, and nothing else."""
   import numpy as np
 
-  from statejax.tasks import lifecycle_words as words
   out = np.zeros_like(batch['tokens'])
   for row, tokens in enumerate(batch['tokens']):
     begin = 0
@@ -270,7 +270,6 @@ def in_mid_stream(memory, params, seed, rows=8):
   from statejax.artifact import serving
   from statejax.memory import Memory
   from statejax.tasks import lifecycle_text as task
-  from statejax.tasks import lifecycle_words as words
   model = language_model(memory)
   source = task.LifecycleTextSource(rows, 3000 + seed, 'test', length=LONG,
                                     scenarios=('base',))

@@ -23,6 +23,8 @@ MIXERS = {
     'slots_fallback': dataclasses.replace(
         SLOTS, confidence=0.3, top=3, fallback=c.LogConfig(
             block=4, k=2)),
+    # Tokens are positions where a layer runs alone.
+    'slots_spelled': dataclasses.replace(SLOTS, vocab=256),
     'slots_hashed': dataclasses.replace(SLOTS, rules=dataclasses.replace(
         RULES, mode='hashed', ways=2, ring=0, policy='low_salience'))}
 HEADS = dict(heads=4, kv_heads=2, key=8, value=6, segment=4)

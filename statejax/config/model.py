@@ -121,6 +121,11 @@ class ModelConfig:
     names = [layer.name for layer in self.layers]
     if len(set(names)) != len(names):
       raise ValueError(f'layers: expected distinct names, got {names}.')
+    for layer in self.layers:
+      if getattr(layer.mixer, 'vocab', 0) not in (0, self.vocab):
+        raise ValueError(f'layer {layer.name!r}: expected a mixer with vocab=0 '
+                         f'or {self.vocab}, as the model, got '
+                         f'{layer.mixer.vocab}.')
     for name in ('dtype', 'store_dtype'):
       if getattr(self, name) not in (*DTYPES, *[None] * (name != 'dtype')):
         raise ValueError(f'{name}: expected one of {DTYPES}, got '

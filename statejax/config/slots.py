@@ -89,6 +89,8 @@ class SlotsConfig:
     top: slots per read.
     kappa: inverse temperature of reads, as it begins.
     confidence: least cosine of a read; below it nothing is read.
+    vocab: of the model: the tokens of keys and values are then spelled into
+      them. 0 leaves them to what the hidden state makes of them.
     fallback: what is read in place of slots that know nothing; None has none.
   """
 
@@ -99,11 +101,13 @@ class SlotsConfig:
   top: int = 1
   kappa: float = 20.0
   confidence: float = 0.7
+  vocab: int = 0
   fallback: LogConfig | None = None
 
   def __post_init__(self):
     checks.positive(self, 'segment', 'events', 'top')
     checks.no_less(self, 2, 'statement')
+    checks.no_less(self, 0, 'vocab')
     if self.top > self.rules.slots:
       raise ValueError(f'SlotsConfig: expected top <= rules.slots, got top='
                        f'{self.top}, slots={self.rules.slots}.')

@@ -67,10 +67,15 @@ class Slots(nn.Module):
   """Writes events to a bank of slots, and reads the slot nearest to a query.
 
     want(t)  = argmax(W_o x_t): nothing, write, lock, unlock, delete, alias
-    event(t) = (unit(W_k x_t), W_v x_t, its tokens, want(t)), if it is among the
-               E strongest of its segment, 1 - p(nothing)
+    event(t) = (key(t), value(t), its tokens, want(t)), if it is among the E
+               strongest of its segment, 1 - p(nothing)
+    key(t)   = unit(W_k x_t), value(t) = W_v x_t
     y_t      = W_r sum_m a_tm value_m of the bank as the segment found it, with
                a = softmax(kappa q . key) cut to the best, q = unit(W_q x_t)
+
+  With `vocab` the last tokens that are part of a key or of a value spell it:
+  sum_j S_j e(token j) is added to W_k x_t and W_q x_t, or to W_v x_t. What was
+  said then need not be learned to be carried to the token that writes.
 
   The events of a segment are committed when its last token is absorbed, in
   their order, by `statejax.ops.lifecycle`. So what is written in a segment is
@@ -122,13 +127,15 @@ class Slots(nn.Module):
   def __call__(self, x, state, context):
     c, plan = self.config, context.blocks(self.config.segment)
     bank = sl.Bank(**{name: getattr(state, name) for name in _BANK})
-    key, name = (sl.unit(_address(x, self.config.rules, n))
-                 for n in ('key', 'name'))
-    value = Proj((self.config.rules.value,), ('embed', 'value'),
-                 name='value')(x)
-    events, waiting = self._events(x, key, name, value, state, context, plan)
-    ask, pull, sight = self._ask(x, context)
-    self._learn_object(ask.query, key, name, context)
+    said, tails = self._statement(x, state, context)
+    called, value = self._spelled(x, said)
+    key, name, query = (
+        sl.unit(_address(x, c.rules, n) + more)
+        for n, more in (('key', called), ('name', 0.), ('query', called)))
+    events, waiting = self._events(x, key, name, value, said, state, context,
+                                   plan)
+    ask, pull, sight = self._ask(x, query, context)
+    self._learn_object(query, key, name, context)
 
     cells, here, at = _readers(plan, context)
     asked = writer.pick(vars(ask) | {'pull': pull}, cells)
@@ -158,7 +165,7 @@ class Slots(nn.Module):
     common.lend(self, receipts=receipts, **seen)
     other, log = jnp.zeros_like(y), dict.fromkeys(_LOG)
     if c.fallback is not None:
-      other, log = self._look_back(x, ask.query, key, value, state, context)
+      other, log = self._look_back(x, query, key, value, state, context)
     # The gate is hard, and learns as if the confidence mixed the two.
     mix = (sure - jax.lax.stop_gradient(sure))[..., None].astype(y.dtype)
     gain = jax.lax.stop_gradient(y - other)
@@ -166,7 +173,7 @@ class Slots(nn.Module):
     y = jnp.where(fires, y, other) + mix * gain
     y = Proj((x.shape[-1],), ('value', 'embed'), name='out')(y.astype(x.dtype))
     return y, SlotsState(**{n: getattr(bank, n) for n in _BANK}, **waiting,
-                         **log)
+                         **tails, **log)
 
   def _look_back(self, x, query, key, value, state, context):
     """What the log answers, and its leaves."""
@@ -179,10 +186,9 @@ class Slots(nn.Module):
         attention.StoreState(state.k, state.v), context)
     return y, vars(log)
 
-  def _ask(self, x, context):
+  def _ask(self, x, query, context):
     """What each token asks of the bank, and how."""
     c, r = self.config, self.config.rules
-    query = sl.unit(_address(x, r, 'query'))
     which = Proj((r.ring + 1,), ('embed', 'versions'), name='version')(x)
     pull = jax.nn.softmax(which.astype(jnp.float32))
     self._learn('version', which, context)
@@ -197,20 +203,16 @@ class Slots(nn.Module):
                          shift=_SCALE * c.confidence, threshold=0.5)
     return ask, pull, sight
 
-  def _events(self, x, key, name, value, state, context, plan):
+  def _events(self, x, key, name, value, said, state, context, plan):
     """The events of the segments that are completed, and what waits after."""
     c = self.config
-    wide = lambda a: a.astype(jnp.float32)
     logits = Proj((len(WANTS),), ('embed', 'wants'), name='want')(x)
     self._learn('want', logits, context)
-    parts = Proj((len(PARTS),), ('embed', 'parts'), name='part')(x)
-    self._learn('part', parts, context)
-    strength = 1 - jax.nn.softmax(wide(logits))[..., 0]
+    strength = 1 - jax.nn.softmax(logits.astype(jnp.float32))[..., 0]
     force = context.hints.get('force', jnp.full_like(context.positions, -1))
     choice = jnp.where(force < 0, jnp.argmax(logits, axis=-1), force)
     want = jnp.array(WANTS, jnp.int32)[choice]
-    part = jnp.argmax(parts, axis=-1).astype(jnp.int32)
-    value = wide(value)
+    value = value.astype(jnp.float32)
     # Adds 0, and lets the strength learn by how welcome the value is.
     pull = strength - jax.lax.stop_gradient(strength)
     value = value + pull[..., None] * jax.lax.stop_gradient(value)
@@ -219,11 +221,9 @@ class Slots(nn.Module):
     # What is forced comes before all that is only wanted.
     score = jnp.where(wanted, jnp.where(force > 0, 2., strength), -1.)
     done, left = writer.strongest(state.want_strength, score, plan, c.events)
-    tokens = (context.positions if context.tokens is None else context.tokens)
     fields = {'op': want, 'strength': score, 'key': key, 'name': name,
               'value': value.astype(state.want_value.dtype),
-              'time': context.positions}
-    fields |= self._statement(state, context, tokens, part)
+              'time': context.positions} | said
     held = {'op': state.want, 'strength': state.want_strength} | {
         n: getattr(state, f'want_{n}') for n in _WAITING}
     both = {n: jnp.concatenate([held[n], new], axis=1)
@@ -235,14 +235,16 @@ class Slots(nn.Module):
     waits = {('want' if n == 'op' else f'want_{n}'): jnp.where(
         moved.reshape(-1, *(1,) * (a.ndim - 1)), a, held[n])
              for n, a in writer.pick(both, left, fill).items()}
-    tails = {name: writer.keep(getattr(state, name), new, context.start,
-                               context.n_valid)
-             for name, new in (('near', tokens), ('near_part', part))}
-    return self._committed(writer.pick(both, done, fill)), waits | tails
+    return self._committed(writer.pick(both, done, fill)), waits
 
-  def _statement(self, state, context, tokens, part):
-    """The tokens of the key and of the value that each token would write."""
-    r, steps = self.config.rules, tokens.shape[1]
+  def _statement(self, x, state, context):
+    """The tokens of the key and of the value that each token would write, and
+    the last tokens of the step."""
+    r, steps = self.config.rules, x.shape[1]
+    parts = Proj((len(PARTS),), ('embed', 'parts'), name='part')(x)
+    self._learn('part', parts, context)
+    part = jnp.argmax(parts, axis=-1).astype(jnp.int32)
+    tokens = (context.positions if context.tokens is None else context.tokens)
     at = jnp.broadcast_to(jnp.arange(steps, dtype=jnp.int32)[None],
                           tokens.shape)
     look = lambda tail, new: writer.window(tail, new, at, context.positions)
@@ -252,13 +254,33 @@ class Slots(nn.Module):
     key_span, _, _ = writer.last_run(back, of == _KEY, r.key_span)
     # Without tokens known to be the value it is all that was said last.
     none = count == 0
-    said, start, length = writer.last_run(back, back >= 0, r.span)
+    last, start, length = writer.last_run(back, back >= 0, r.span)
     begin = jnp.where(none, start, begin)
     first = context.positions - (size - 1) + begin
-    return {'span': jnp.where(none[..., None], said, span),
+    said = {'span': jnp.where(none[..., None], last, span),
             'key_span': key_span,
             'source': jnp.stack([first, jnp.where(none, length, count)],
                                 axis=-1)}
+    return said, {
+        name: writer.keep(getattr(state, name), new, context.start,
+                          context.n_valid)
+        for name, new in (('near', tokens), ('near_part', part))}
+
+  def _spelled(self, x, said):
+    """What the tokens of the key add to addresses, [B, T, K] float32, and the
+    value [B, T, V], with its tokens."""
+    c, width = self.config, self.config.rules.value
+    value = Proj((width,), ('embed', 'value'), name='value')(x)
+    if not c.vocab:
+      return 0., value
+    letters = weights.weight(self, 'letters', ('vocab', 'words'),
+                             (c.vocab, width), weights.truncated_normal(1.0))
+    spell = lambda ids, size, side: Proj(
+        (size,), ('tokens', 'words', side), contract=2, name=f'spell_{side}')(
+            jnp.where((ids >= 0)[..., None], letters[jnp.maximum(ids, 0)],
+                      0.).astype(x.dtype))
+    called = spell(said['key_span'], c.rules.key, 'key').astype(jnp.float32)
+    return called, value + spell(said['span'], width, 'value')
 
   def _committed(self, fields):
     """`Events` of the segments, and one without any for what stays open."""

@@ -85,7 +85,8 @@ class Oracle:
     position = len(self.log)
     logits, parts = self.project('want', x), self.project('part', x)
     self.log.append((token, int(np.argmax(parts))))
-    y = self.read(unit(self.project('query', x)),
+    key_span, _ = self.run_of(1, self.config.rules.key_span)
+    y = self.read(unit(self.project('query', x) + self.spell('key', key_span)),
                   int(np.argmax(self.project('version', x))), position)
     want = slots.WANTS[int(np.argmax(logits))]
     if want != sl.NULL:
@@ -99,29 +100,41 @@ class Oracle:
       self.wants = []
     return y
 
+  def run_of(self, part, size):
+    """The last tokens in a row that are such a part, and where they begin."""
+    near = self.log[-self.config.statement:]
+    end = max((i for i, t in enumerate(near) if t[1] == part), default=-1)
+    begin = end
+    while begin >= 0 and near[begin][1] == part and end - begin < size:
+      begin -= 1
+    found = [t[0] for t in near[begin + 1:end + 1]]
+    found += [-1] * (size - len(found))
+    return found, len(self.log) - 1 - len(near) + 2 + begin
+
+  def spell(self, side, span):
+    if not self.config.vocab:
+      return 0.
+    letters = self.weights['letters']
+    kernel = self.weights[f'spell_{side}']['kernel']
+    return sum(letters[t] @ kernel[j] for j, t in enumerate(span) if t >= 0)
+
   def event(self, want, x, position, strength):
     unit = lambda a: (a / np.linalg.norm(a)).astype(np.float32)
-    near = self.log[-self.config.statement:]
     r = self.config.rules
-    def run_of(part, size):
-      end = max((i for i, t in enumerate(near) if t[1] == part), default=-1)
-      begin = end
-      while begin >= 0 and near[begin][1] == part and end - begin < size:
-        begin -= 1
-      found = [t[0] for t in near[begin + 1:end + 1]]
-      found += [-1] * (size - len(found))
-      return found, position - len(near) + 2 + begin
-    span, first = run_of(2, r.span)
+    near = self.log[-self.config.statement:]
+    key_span, _ = self.run_of(1, r.key_span)
+    span, first = self.run_of(2, r.span)
     count = sum(t >= 0 for t in span)
     if not count:
       span = [t[0] for t in near][-r.span:]
       count, first = len(span), position - len(span) + 1
       span += [-1] * (r.span - count)
-    value = self.project('value', x).astype(np.float32)
-    return {'op': want, 'key': unit(self.project('key', x)),
+    value = self.project('value', x) + self.spell('value', span)
+    value = value.astype(np.float32)
+    key = unit(self.project('key', x) + self.spell('key', key_span))
+    return {'op': want, 'key': key,
             'name': unit(self.project('name', x)), 'value': value,
-            'span': np.array(span), 'key_span': np.array(
-                run_of(1, r.key_span)[0]),
+            'span': np.array(span), 'key_span': np.array(key_span),
             'source': np.array([first, count]), 'time': position,
             'salience': np.float32(strength * np.linalg.norm(value)),
             'principal': 0, 'expires': -1, 'slot': -1, 'expect': -1,
@@ -163,10 +176,11 @@ def same(state, row, oracle):
     np.testing.assert_allclose(got, want[path], atol=2e-5, err_msg=path)
 
 
-@pytest.mark.parametrize('mode', [
-    'content', pytest.param('hashed', marks=pytest.mark.slow)])
-def test_layer_does_what_plain_python_does(mode):
-  config = dataclasses.replace(SLOTS, rules=dataclasses.replace(
+@pytest.mark.parametrize('mode, vocab', [
+    ('content', VOCAB), pytest.param('content', 0, marks=pytest.mark.slow),
+    pytest.param('hashed', 0, marks=pytest.mark.slow)])
+def test_layer_does_what_plain_python_does(mode, vocab):
+  config = dataclasses.replace(SLOTS, vocab=vocab, rules=dataclasses.replace(
       RULES, mode=mode, ways=3))
   params, (x, tokens) = params_of(config), inputs(3, 60)
   oracles = [Oracle(config, params) for _ in range(3)]
@@ -303,7 +317,7 @@ def test_a_doubtful_read_falls_back():
   subject = lm.LanguageModel(c.ModelConfig(
       VOCAB, WIDTH, (c.LayerConfig('m', config, c.SwiGLUConfig(8)),),
       (c.GroupConfig(('m',)),)))
-  params = subject.init(jax.random.key(3))  # with which it writes and reads
+  params = subject.init(jax.random.key(8))  # with which it writes and reads
   tokens = inputs(1, 20)[1]
   def outputs(params):
     state = subject.init_state(1, 20)
