@@ -24,7 +24,7 @@ from statejax.tasks import lifecycle_events as task
 OUT = flags.DEFINE_string('out', 'experiments/results/equal_memories.json',
                           'results')
 SEEDS = flags.DEFINE_integer('seeds', 2, 'seeds', lower_bound=1)
-STEPS = flags.DEFINE_integer('steps', 1500, 'updates')
+STEPS = flags.DEFINE_integer('steps', 1200, 'updates')
 SMOKE = flags.DEFINE_bool('smoke', False, 'one seed, a few updates, two names')
 
 CONTEXT, TEST = 1 + task.EVENTS, 600

@@ -24,7 +24,8 @@ WIDTH, VOCAB = 12, 9
 
 def params_of(config, seed=0):
   model = lm.LanguageModel(c.ModelConfig(
-      1, WIDTH, (c.LayerConfig('m', config),), (c.GroupConfig(('m',)),)))
+      config.vocab or 1, WIDTH, (c.LayerConfig('m', config),),
+      (c.GroupConfig(('m',)),)))
   found = model.init(jax.random.key(seed))['group_0']['layer_0']['mixer']
   return jax.tree.map(lambda p: p[0], found)
 
