@@ -17,8 +17,8 @@ from statejax.state import Array, Spec, leaf
 
 # What a token may want, in the order of its logits, and what it may be part of.
 WANTS = (sl.NULL, sl.WRITE, sl.LOCK, sl.UNLOCK, sl.DELETE, sl.ALIAS)
-PARTS = ('none', 'key', 'value')
-_KEY, _VALUE = 1, 2
+PARTS = ('none', 'key', 'value', 'name')
+_KEY, _VALUE, _NAME = 1, 2, 3
 # Steepness of the confidence around its threshold.
 _SCALE = 20.0
 # Tokens of a row whose object is known, at most, that learn from each other.
@@ -73,9 +73,11 @@ class Slots(nn.Module):
     y_t      = W_r sum_m a_tm value_m of the bank as the segment found it, with
                a = softmax(kappa q . key) cut to the best, q = unit(W_q x_t)
 
-  With `vocab` the last tokens that are part of a key or of a value spell it:
-  sum_j S_j e(token j) is added to W_k x_t and W_q x_t, or to W_v x_t. What was
-  said then need not be learned to be carried to the token that writes.
+  With `vocab` the last tokens that are part of a key, a value or another name
+  spell it, as sum_j S_j e(token j): in place of W_k x_t and W_q x_t where there
+  are any, and added to W_v x_t. What was said then need not be learned to be
+  carried to the token that writes or asks, and the same words are the same
+  address.
 
   The events of a segment are committed when its last token is absorbed, in
   their order, by `statejax.ops.lifecycle`. So what is written in a segment is
@@ -128,10 +130,10 @@ class Slots(nn.Module):
     c, plan = self.config, context.blocks(self.config.segment)
     bank = sl.Bank(**{name: getattr(state, name) for name in _BANK})
     said, tails = self._statement(x, state, context)
-    called, value = self._spelled(x, said)
+    spelled, value = self._spelled(x, said, said.pop('name_span'))
     key, name, query = (
-        sl.unit(_address(x, c.rules, n) + more)
-        for n, more in (('key', called), ('name', 0.), ('query', called)))
+        sl.unit(spelled(_address(x, c.rules, n), n))
+        for n in ('key', 'name', 'query'))
     events, waiting = self._events(x, key, name, value, said, state, context,
                                    plan)
     ask, pull, sight = self._ask(x, query, context)
@@ -165,7 +167,8 @@ class Slots(nn.Module):
     common.lend(self, receipts=receipts, **seen)
     other, log = jnp.zeros_like(y), dict.fromkeys(_LOG)
     if c.fallback is not None:
-      other, log = self._look_back(x, query, key, value, state, context)
+      other, log = self._look_back(c.fallback, x, query, key, value, state,
+                                   context)
     # The gate is hard, and learns as if the confidence mixed the two.
     mix = (sure - jax.lax.stop_gradient(sure))[..., None].astype(y.dtype)
     gain = jax.lax.stop_gradient(y - other)
@@ -175,15 +178,14 @@ class Slots(nn.Module):
     return y, SlotsState(**{n: getattr(bank, n) for n in _BANK}, **waiting,
                          **tails, **log)
 
-  def _look_back(self, x, query, key, value, state, context):
+  def _look_back(self, config, x, query, key, value, state, context):
     """What the log answers, and its leaves."""
     kappa = weights.weight(self, 'log_kappa', ('words',), (1,),
-                           weights.constant(math.log(self.config.fallback.kappa)))
+                           weights.constant(math.log(config.kappa)))
     salience = Proj((1,), ('embed', 'words'), name='salience')(x)[..., 0]
     y, log = slot_log.read(
-        self.config.fallback, jnp.exp(kappa[0]), query, key,
-        salience.astype(jnp.float32), value,
-        attention.StoreState(state.k, state.v), context)
+        config, jnp.exp(kappa[0]), query, key, salience.astype(jnp.float32),
+        value, attention.StoreState(state.k, state.v), context)
     return y, vars(log)
 
   def _ask(self, x, query, context):
@@ -252,13 +254,14 @@ class Slots(nn.Module):
     size = back.shape[-1]
     span, begin, count = writer.last_run(back, of == _VALUE, r.span)
     key_span, _, _ = writer.last_run(back, of == _KEY, r.key_span)
+    name_span, _, _ = writer.last_run(back, of == _NAME, r.key_span)
     # Without tokens known to be the value it is all that was said last.
     none = count == 0
     last, start, length = writer.last_run(back, back >= 0, r.span)
     begin = jnp.where(none, start, begin)
     first = context.positions - (size - 1) + begin
     said = {'span': jnp.where(none[..., None], last, span),
-            'key_span': key_span,
+            'key_span': key_span, 'name_span': name_span,
             'source': jnp.stack([first, jnp.where(none, length, count)],
                                 axis=-1)}
     return said, {
@@ -266,21 +269,27 @@ class Slots(nn.Module):
                           context.n_valid)
         for name, new in (('near', tokens), ('near_part', part))}
 
-  def _spelled(self, x, said):
-    """What the tokens of the key add to addresses, [B, T, K] float32, and the
-    value [B, T, V], with its tokens."""
+  def _spelled(self, x, said, name_span):
+    """How tokens spell addresses, a function of one and its name, and the value
+    [B, T, V]."""
     c, width = self.config, self.config.rules.value
     value = Proj((width,), ('embed', 'value'), name='value')(x)
     if not c.vocab:
-      return 0., value
+      return lambda address, which: address, value
     letters = weights.weight(self, 'letters', ('vocab', 'words'),
                              (c.vocab, width), weights.truncated_normal(1.0))
-    spell = lambda ids, size, side: Proj(
-        (size,), ('tokens', 'words', side), contract=2, name=f'spell_{side}')(
-            jnp.where((ids >= 0)[..., None], letters[jnp.maximum(ids, 0)],
-                      0.).astype(x.dtype))
-    called = spell(said['key_span'], c.rules.key, 'key').astype(jnp.float32)
-    return called, value + spell(said['span'], width, 'value')
+    look_up = lambda ids: jnp.where(
+        (ids >= 0)[..., None], letters[jnp.maximum(ids, 0)], 0.).astype(x.dtype)
+    # One spelling for all that names an object.
+    spell = Proj((c.rules.key,), ('tokens', 'words', 'key'), contract=2,
+                 name='spell_key')
+    def spelled(address, which):
+      ids = name_span if which == 'name' else said['key_span']
+      found = spell(look_up(ids)).astype(jnp.float32)
+      return jnp.where(ids[..., :1] >= 0, found, address)
+    return spelled, value + Proj(
+        (width,), ('tokens', 'words', 'value'), contract=2, name='spell_value')(
+            look_up(said['span']))
 
   def _committed(self, fields):
     """`Events` of the segments, and one without any for what stays open."""

@@ -77,7 +77,7 @@ class LifecycleLinesSource:
                     np.int32)
 
   def _chunks(self, index, record):
-    tokens = self._text[index]['tokens']
+    tokens = np.asarray(self._text[index]['tokens'])
     ends = np.flatnonzero(tokens == words.encode(words.STOP)[0]) + 1
     colon = np.flatnonzero(tokens == words.encode(words.COLON)[0])[0] + 1
     count = len(record.lines)

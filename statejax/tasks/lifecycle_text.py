@@ -342,7 +342,7 @@ class _Text:
       if line.tag is not None:
         middle += ' ' + words.name(line.tag)
     text = words.frame(self._draw, self._split, line.kind, middle)
-    self._add(text, line.key, line.value)
+    self._add(text, line.key, line.value, line.tag)
     self._add(words.STOP)
     self._hint('want', WANTED.get(line.kind, 0))
     if line.key is not None:
@@ -374,11 +374,12 @@ class _Text:
       said += [words.TICKET, words.value(number)]
     return ' '.join(said)
 
-  def _add(self, text, key=None, value=None):
-    """Adds words, and tags those of a key and a value."""
+  def _add(self, text, key=None, value=None, tag=None):
+    """Adds words, and says which are of a key, a value or another name."""
     said = words.encode(text)
     for which, name in ((1, key and words.name(key)),
-                        (2, value is not None and words.value(value))):
+                        (2, value is not None and words.value(value)),
+                        (3, tag and words.name(tag))):
       if name:
         name = words.encode(name)
         at = next(i for i in range(len(said)) if said[i:i + len(name)] == name)

