@@ -356,8 +356,7 @@ def test_broken(broken, kept, code, number, monkeypatch):
   BREAKS[code][number](place)
   def never(*_):
     raise AssertionError('the payload was opened')
-  monkeypatch.setattr(store, 'load_payload', never)
-  monkeypatch.setattr(store, 'describe_payload', never)
+  monkeypatch.setattr(store, 'open_payload', never)
   assert str(end(shop, kept).decision) == f'refused({code})'
 
 
