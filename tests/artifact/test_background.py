@@ -165,7 +165,7 @@ def test_errors_come_with_the_result(shop, minter, monkeypatch):
   with pytest.raises(Refused, match='E_NOSPACE'):
     pending.result()
   monkeypatch.undo()
-  unsound = dataclasses.replace(small.state(), witness=small.state().witness + 1)
+  unsound = dataclasses.replace(small.state(), length=jnp.full(1, 9, jnp.int32))
   with pytest.raises(Refused, match='E_WITNESS'):
     start(minter, unsound, transcript=small.transcript()).result()
   assert set(shop.catalog.objects()) == before
@@ -219,7 +219,8 @@ def test_killed_while_the_loop_goes_on(tmp_path):
           'state = small.state()\n'
           'minter = background.Minter(shop, state, most=5)\n'
           'def start(ref):\n'
-          '  return minter.start(state, 0, small.host(), small.TERMS, ref=ref)\n'
+          '  return minter.start(state, 0, small.host(), small.TERMS,\n'
+          '                      ref=ref)\n'
           'for i in range(3):\n'
           '  one, two = start(f"a{i}"), start(f"b{i}")\n'
           '  print(one.result().id, flush=True)\n'
