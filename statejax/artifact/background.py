@@ -58,7 +58,7 @@ class Minter:
     self._shop, self._facts = shop.again(), _facts(state)
     self._lock = threading.Lock()
     # Where the row lies on its devices is as it comes out of the state.
-    self._free = [_hold(_row(state, 0), state, 0) for _ in range(most)]
+    self._free = [_hold(_first(state), state, 0) for _ in range(most)]
     self._most = most
     self._thread = futures.ThreadPoolExecutor(1, 'mint', _give_way)
 
@@ -137,10 +137,11 @@ def _facts(state):
       for path, x, axes, _ in st.leaves(state)]
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _row(state, row):
-  return st.map_leaves(lambda path, axes, kind, x: jax.lax.slice_in_dim(
-      x, row, row + 1, axis=axes.index('batch')), state)
+@jax.jit
+def _first(state):
+  """A copy of the first row, never the state's own memory."""
+  return st.map_leaves(lambda path, axes, kind, x: jnp.copy(
+      jax.lax.slice_in_dim(x, 0, 1, axis=axes.index('batch'))), state)
 
 
 @functools.partial(jax.jit, donate_argnums=0, keep_unused=True)
