@@ -10,7 +10,8 @@ loop's steps, with a mint always under way and without. Re-prefill: a state of
 256 to 16,384 tokens of a small hybrid (KDA, one attention layer in four) and of
 attention alone, restored with its transcript, beside absorbing the tokens
 again. Medians of interleaved rounds; random weights. On a busy machine look at
-the ratios. Ten minutes on one core.
+the ratios. What was measured is kept: a run that was stopped goes on there.
+Five minutes on one core that is free.
 
 Expected: a restore takes at most twice what Orbax alone does; a mint keeps the
 loop 10 ms in 99 of 100 cases at most; from 1,024 tokens on a restore is the
@@ -29,6 +30,7 @@ import time
 from absl import app, flags, logging
 
 from experiments import report
+from experiments.record import Record
 from statejax import config as c
 
 ROUNDS = flags.DEFINE_integer('rounds', 7, 'interleaved rounds', lower_bound=1)
@@ -147,38 +149,34 @@ def timed(times, function, *args):
   return result
 
 
-def restores(sizes, rounds):
-  """Returns {MiB: {'verified', 'orbax', 'numpy': milliseconds, 'bytes'}}."""
+def restored(mib, rounds):
+  """Returns {'bytes', 'verified', 'orbax', 'numpy'}, milliseconds."""
   import jax
   import numpy as np
 
   from statejax import state as st
   from statejax.artifact import digest, store
-  times = {mib: {'verified': [], 'orbax': [], 'numpy': []} for mib in sizes}
-  cases, nbytes = {}, {}
+  model = wide(mib)
+  state = filled(model)
+  row = digest.named_leaves(st.live(state, 0))
+  targets = {
+      'orbax': {path: jax.ShapeDtypeStruct(x.shape, x.dtype)
+                for path, x in row.items()},
+      'numpy': {path: np.zeros(x.shape, x.dtype) for path, x in row.items()}}
+  times = {name: [] for name in ('verified', *targets)}
   with opened() as shop:
-    for mib in sizes:
-      state = filled(wide(mib))
-      row = digest.named_leaves(st.live(state, 0))
-      nbytes[mib] = sum(x.nbytes for x in row.values())
-      cases[mib] = mint(shop, wide(mib), state, STORED), {
-          'orbax': {path: jax.ShapeDtypeStruct(x.shape, x.dtype)
-                    for path, x in row.items()},
-          'numpy': {path: np.zeros(x.shape, x.dtype)
-                    for path, x in row.items()}}
-    def bare(id, target):
+    id = mint(shop, model, state, STORED)
+    def bare(target):
       return jax.block_until_ready(store.load_payload(
           shop.place(id) / 'state', target))
     for i in range(rounds + 1):
-      for mib, (id, targets) in cases.items():
-        # The first round, which compiles and imports, does not count.
-        found = times[mib] if i else {name: [] for name in times[mib]}
-        timed(found['verified'], restore, shop, id, wide(mib), ROOM)
-        for name, target in targets.items():
-          timed(found[name], bare, id, target)
-  return {mib: {'bytes': nbytes[mib]} | {
-      name: statistics.median(found) for name, found in times[mib].items()}
-          for mib in sizes}
+      # The first round, which compiles and imports, does not count.
+      found = times if i else {name: [] for name in times}
+      timed(found['verified'], restore, shop, id, model, ROOM)
+      for name, target in targets.items():
+        timed(found[name], bare, target)
+  return {'bytes': sum(x.nbytes for x in row.values())} | {
+      name: statistics.median(found) for name, found in times.items()}
 
 
 def loop(model, params, state, steps, minter=None):
@@ -211,68 +209,57 @@ def loop(model, params, state, steps, minter=None):
   return step_ms, start_ms
 
 
-def loops(sizes, starts):
-  """Returns {MiB: {'alone', 'beside', 'start': [p50, p99, count]}}."""
+def looped(mib, starts):
+  """Returns {'alone', 'beside', 'start': (p50, p99, how many)}."""
   import jax
   import numpy as np
 
   from statejax.artifact import background
-  result = {}
-  for mib in sizes:
-    model, state = wide(mib), filled(wide(mib))
-    params = model.unstack(model.init(jax.random.key(0)))
-    alone, beside, start = [], [], []
-    with opened() as shop, background.Minter(shop, state) as minter:
-      loop(model, params, state, 2, minter)
-      while len(start) < starts:
-        alone += loop(model, params, state, 100)[0]
-        more = loop(model, params, state, 100, minter)
-        beside, start = beside + more[0], start + more[1]
-    result[mib] = {name: [*map(float, np.percentile(found, (50, 99))),
-                          len(found)]
-                   for name, found in (('alone', alone), ('beside', beside),
-                                       ('start', start))}
-  return result
+  model, state = wide(mib), filled(wide(mib))
+  params = model.unstack(model.init(jax.random.key(0)))
+  alone, beside, start = [], [], []
+  with opened() as shop, background.Minter(shop, state) as minter:
+    loop(model, params, state, 2, minter)
+    while len(start) < starts:
+      alone += loop(model, params, state, 100)[0]
+      more = loop(model, params, state, 100, minter)
+      beside, start = beside + more[0], start + more[1]
+  return {name: [*map(float, np.percentile(found, (50, 99))), len(found)]
+          for name, found in (('alone', alone), ('beside', beside),
+                              ('start', start))}
 
 
-def ways(lengths, rounds):
-  """Returns {family: {length: {'restore', 'prefill': milliseconds}}}."""
+def ways(name, length, rounds):
+  """Returns {'restore', 'prefill': milliseconds} of a state."""
   import jax
 
   from statejax import generate as gen
   from statejax import state as st
-  cases = [(name, length) for length in lengths for name in FAMILIES]
-  times = {case: {'restore': [], 'prefill': []} for case in cases}
-  def prefill(name, length):
-    model, params = family(name)
+  model, params = family(name)
+  times = {'restore': [], 'prefill': []}
+  def prefill():
     return jax.block_until_ready(gen.prefill(
         model, params, model.init_state(1, length + 64),
         tokens_of(length)[None]))
   with opened() as shop:
-    ids = {}
+    id = ''
     for i in range(rounds + 1):
-      for case in cases:
-        name, length = case
-        found = times[case] if i else {'restore': [], 'prefill': []}
-        state = timed(found['prefill'], prefill, *case)
-        if not i:
-          ids[case] = mint(shop, family(name)[0], state, length)
-        again = timed(found['restore'], restore, shop, ids[case],
-                      family(name)[0], length + 64)
-        assert st.diff(again, state) is None
-  return {name: {length: {way: statistics.median(found) for way, found
-                          in times[name, length].items()}
-                 for length in lengths} for name in FAMILIES}
+      found = times if i else {way: [] for way in times}
+      state = timed(found['prefill'], prefill)
+      id = id or mint(shop, model, state, length)
+      again = timed(found['restore'], restore, shop, id, model, length + 64)
+      assert st.diff(again, state) is None
+  return {way: statistics.median(found) for way, found in times.items()}
 
 
-def claims(restored, looped, either):
+def claims(restores, loops, either):
   """Rows of the report."""
   rows = []
-  for mib, found in restored.items():
+  for mib, found in restores.items():
     ratio = found['verified'] / found['orbax']
     rows.append(report.Row(f'{mib} MiB: verified restore over Orbax alone',
                            '<= 2x', f'{ratio:.2f}x', ratio <= 2))
-  for mib, found in looped.items():
+  for mib, found in loops.items():
     p99 = found['start'][1]
     rows.append(report.Row(f'{mib} MiB: a mint keeps the loop, p99', '<= 10 ms',
                            f'{p99:.1f} ms', p99 <= 10))
@@ -295,15 +282,15 @@ def claims(restored, looped, either):
   return rows
 
 
-def table(restored, looped, either):
+def table(restores, loops, either):
   """Returns lines: all that was measured, milliseconds."""
   lines = ['restore, ms        verified  Orbax alone  Orbax into numpy']
   lines += [f'  {mib:4d} MiB ({x["bytes"]:,} B)'.ljust(28)
             + f'{x["verified"]:.0f}  {x["orbax"]:.0f}  {x["numpy"]:.0f}'
-            for mib, x in restored.items()]
+            for mib, x in restores.items()]
   lines.append('loop, ms           p50, p99 of how many')
   lines += [f'  {mib:4d} MiB {what}'.ljust(28) + f'{x[0]:.2f}  {x[1]:.2f}  '
-            f'of {x[2]}' for mib, found in looped.items()
+            f'of {x[2]}' for mib, found in loops.items()
             for what, x in found.items()]
   lines.append('state of, ms       absorbing  restore  ratio')
   lines += [f'  {name}, {length:,}'.ljust(28) + f'{x["prefill"]:.0f}  '
@@ -312,20 +299,20 @@ def table(restored, looped, either):
   return lines
 
 
-def draw(path, restored, looped, either):
+def draw(path, restores, loops, either):
   """Writes the figure: one panel for each part."""
   from matplotlib import figure
   picture = figure.Figure(figsize=(10.5, 3.6), layout='constrained')
   left, middle, right = picture.subplots(1, 3)
   for name, label in (('verified', 'verified'), ('orbax', 'Orbax alone'),
                       ('numpy', 'Orbax into numpy')):
-    left.plot(list(restored), [x[name] for x in restored.values()], 'o-',
+    left.plot(list(restores), [x[name] for x in restores.values()], 'o-',
               label=label)
   left.set(xscale='log', yscale='log', xlabel='state, MiB', ylabel='ms',
            title='restore')
-  labels = [f'{mib} MiB\n{what}' for mib, x in looped.items() for what in x]
+  labels = [f'{mib} MiB\n{what}' for mib, x in loops.items() for what in x]
   for i, label in ((0, 'p50'), (1, 'p99')):
-    middle.plot(labels, [x[i] for found in looped.values()
+    middle.plot(labels, [x[i] for found in loops.values()
                          for x in found.values()], 'os'[i], label=label)
   middle.axhline(10, color='gray', linewidth=0.8)
   middle.set(yscale='log', ylabel='ms', title='step alone, beside mints; start')
@@ -348,18 +335,27 @@ def main(_):
   logging.set_verbosity(logging.WARNING)
   smoke = SMOKE.value
   rounds, starts = (1, 2) if smoke else (ROUNDS.value, STARTS.value)
-  restored = restores(SIZES[:1] if smoke else SIZES, rounds)
-  looped = loops(LOOPS[:1] if smoke else LOOPS, starts)
-  either = ways(LENGTHS[:1] if smoke else LENGTHS, rounds)
-  lines = table(restored, looped, either)
-  rows = claims(restored, looped, either)
-  print('\n'.join(lines), report.table(rows), sep='\n\n')
   out = pathlib.Path('runs/bench_artifacts.json' if smoke else OUT.value)
-  out.parent.mkdir(parents=True, exist_ok=True)
-  report.write(out, rows, f'python -m experiments.bench_artifacts '
-               f'--rounds={rounds} --starts={starts}', table=lines,
-               restore=restored, loop=looped, ways=either)
-  draw(out.with_suffix('.png'), restored, looped, either)
+  if smoke:
+    out.unlink(missing_ok=True)
+  record = Record(out, f'python -m experiments.bench_artifacts '
+                  f'--rounds={rounds} --starts={starts}',
+                  lambda key: f'{rounds} rounds, {starts} starts')
+  def get(key, function, *args):
+    facts = record.get(key, functools.partial(function, *args))
+    return {name: value for name, value in facts.items() if name != 'of'}
+  restores = {mib: get(f'restore/{mib}', restored, mib, rounds)
+              for mib in (SIZES[:1] if smoke else SIZES)}
+  loops = {mib: get(f'loop/{mib}', looped, mib, starts)
+           for mib in (LOOPS[:1] if smoke else LOOPS)}
+  either = {name: {length: get(f'{name}/{length}', ways, name, length, rounds)
+                   for length in (LENGTHS[:1] if smoke else LENGTHS)}
+            for name in FAMILIES}
+  lines = table(restores, loops, either)
+  rows = claims(restores, loops, either)
+  print('\n'.join(lines), report.table(rows), sep='\n\n')
+  record.write(rows, table=lines)
+  draw(out.with_suffix('.png'), restores, loops, either)
   raise SystemExit(0 if smoke or all(r.ok for r in rows) else 1)
 
 
