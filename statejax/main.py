@@ -293,7 +293,7 @@ def main(argv):
   """Runs one command; a user's mistake prints one line and exits with 2."""
   name, rest = (argv[1] if len(argv) > 1 else None), argv[2:]
   try:
-    takes = {'show': (1,), 'memory': (1,), 'state': (1, 2)}.get(
+    takes = {'show': (1,), 'memory': (1,), 'state': (1, 2, 3)}.get(
         name or '', (0,))
     if name not in COMMANDS or len(rest) not in takes:
       raise UserError(

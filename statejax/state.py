@@ -446,11 +446,16 @@ def live(state, row: int):
   _refuse_lost(state)
   strides = dict(state.strides)
   def one(path, axes, kind, x):
-    x = jax.lax.index_in_dim(x, row, axes.index('batch'))
-    if kind == 'growing':
-      x = jax.lax.slice_in_dim(x, 0, length // strides.get(path, 1),
-                               axis=axes.index('capacity'))
-    return np.squeeze(np.asarray(x), axes.index('batch'))
+    batch = axes.index('batch')
+    x = jax.lax.index_in_dim(x, row, batch)
+    if kind == 'fixed':
+      return np.squeeze(np.asarray(x), batch)
+    axis, slots = axes.index('capacity'), length // strides.get(path, 1)
+    # On the device by powers of two, so that not every length is a program.
+    x = jax.lax.slice_in_dim(x, 0, min(
+        x.shape[axis], 1 << max(0, slots - 1).bit_length()), axis=axis)
+    part = (slice(None),) * axis + (slice(0, slots),)
+    return np.squeeze(np.asarray(x)[part], batch)
   return map_leaves(one, state)
 
 

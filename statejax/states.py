@@ -5,14 +5,16 @@ r"""The command `state`: mint, show, verify, resume, fork, transfer and so on.
   python -m statejax.main state show chat
   python -m statejax.main state verify chat --workdir=runs/a
   python -m statejax.main state fork chat --ref=other
+  python -m statejax.main state diff chat other
+  python -m statejax.main state lineage chat
   python -m statejax.main state revoke other
   python -m statejax.main state audit
   python -m statejax.main state account
   python -m statejax.main state gc
 
-A target is a name, an id or its beginning; `show` and `verify` also take a
-directory or a file that holds one artifact. From store to store, with the extra
-[sign] and the organisation's secrets at both ends:
+A target is a name, an id or its beginning; `show`, `verify` and `diff` also
+take a directory or a file that holds one artifact. From store to store, with
+the extra [sign] and the organisation's secrets at both ends:
 
   python -m statejax.main state keygen root
   python -m statejax.main state keygen acme
@@ -82,23 +84,25 @@ USES = {
                         'workflow', 'scope', 'transcript', 'export'},
     'resume': SAMPLING | {'on_mismatch'},
     'show': {'workdir'}, 'verify': {'workdir'}, 'fork': {'ref'},
+    'diff': set(), 'lineage': set(),
     'transfer': {'signing_key', 'file', 'ref', 'workdir'}, 'revoke': set(),
     'audit': set(), 'account': set(), 'gc': {'grace'},
     'keygen': set(), 'trust': {'signing_key'}, 'crl': {'signing_key'}}
-# Which of them take no target.
-WHOLE = ('audit', 'account', 'gc')
+# Which of them take no target, and which two.
+WHOLE, PAIRS = ('audit', 'account', 'gc'), ('diff',)
 ALL = OWN.union(*USES.values())
 
 
 def usage() -> str:
   """One line that says how the command is called."""
   return (f'state takes one of {", ".join(USES)} and, but for '
-          f'{", ".join(WHOLE)}, a target')
+          f'{", ".join(WHOLE)}, a target; {", ".join(PAIRS)} takes two')
 
 
 def run(verb: str, *target: str):
   """Runs one verb; raises ValueError with one line for a user's mistake."""
-  if verb not in USES or len(target) != (verb not in WHOLE):
+  if verb not in USES or len(target) != (
+      0 if verb in WHOLE else 2 if verb in PAIRS else 1):
     raise ValueError(f'usage: {usage()}.')
   given = {name for name in ALL if flags.FLAGS[name].present}
   for name in sorted(given - USES[verb] - OWN):
@@ -294,14 +298,32 @@ def _absorb_again(model, params, found):
 
 def show(key):
   """Prints what an artifact is, whose, and whether it would load here."""
+  from statejax.artifact import desk
+  found = _examined(key)
+  print('\n'.join(desk.describe(found)))
+  print(f'  would it load here: {_would_load(found.about)}')
+
+
+def _examined(key):
+  """What a target is, verified but for its arrays."""
   from statejax.artifact import desk, verify
   if pathlib.Path(key).exists():
     with desk.opened(key) as folder:
-      found = verify.verify(folder)
-  else:
-    found = desk.examine(_shop(), key, _principal(), 'inspect')
-  print('\n'.join(desk.describe(found)))
-  print(f'  would it load here: {_would_load(found.about)}')
+      return verify.verify(folder)
+  return desk.examine(_shop(), key, _principal(), 'inspect')
+
+
+def diff(left, right):
+  """Prints what two artifacts do not have in common, without their arrays."""
+  from statejax.artifact import desk
+  one, two = _examined(left), _examined(right)
+  print('\n'.join([f'{one.id} | {two.id}', *desk.difference(one, two)]))
+
+
+def lineage(key):
+  """Prints what an artifact comes from and what came of it."""
+  from statejax.artifact import desk
+  print('\n'.join(desk.lineage(_shop(), key, _principal())))
 
 
 def _would_load(about):
@@ -453,6 +475,6 @@ def _say(kept):
 
 
 VERBS = {'mint': mint, 'resume': resume, 'show': show, 'verify': verify,
-         'fork': fork, 'transfer': transfer, 'keygen': keygen, 'trust': trust,
-         'crl': crl, 'revoke': revoke, 'audit': audit, 'account': account,
-         'gc': gc}
+         'fork': fork, 'diff': diff, 'lineage': lineage, 'transfer': transfer,
+         'keygen': keygen, 'trust': trust, 'crl': crl, 'revoke': revoke,
+         'audit': audit, 'account': account, 'gc': gc}

@@ -76,6 +76,19 @@ def test_life_of_an_artifact(state, monkeypatch):
   code, _, err = state('fork', 'chat', '--ref=b', *who)
   assert code == 2 and 'E_ACL: bob of acme may not fork' in err
   assert state('fork', 'chat', '--ref=b', '--org=acme')[0] == 0
+  # What they have in common and where they come from.
+  code, out, _ = state('diff', one['id'], 'b', '--org=acme')
+  lines = out.splitlines()
+  assert code == 0 and lines[0].startswith(f'{one["id"]} | sj1-')
+  assert 'state.length: 7 | 16' in lines and 'governance.owner' not in out
+  assert '  layers/full/k' in lines and '  key' not in lines
+  assert 'tokens: the first 8 are the same, then 0 | 9' in lines
+  code, out, _ = state('lineage', two['id'], '--org=acme')
+  lines = out.splitlines()
+  assert code == 0 and [line.split(', ')[0][-1] for line in lines] == [
+      '0', '1', '2', '3']
+  assert lines[0].startswith(f'  {one["id"]}  depth 0, live, 7 tokens')
+  assert lines[1].startswith(f'* {two["id"]}') and 'named b' in lines[-1]
   # Revoked.
   code, out, _ = state('revoke', 'b', '--org=acme')
   assert code == 0 and json.loads(out)['revoked'] == 'artifact'
@@ -104,7 +117,7 @@ def test_life_of_an_artifact(state, monkeypatch):
     (['mint'], 'and, but for audit, account, gc, a target'),
     (['trust', 'nothing'], 'No such file'),
     (['crl', 'x'], '--signing_key: name the file'),
-    (['audit', 'x'], 'usage'),
+    (['audit', 'x'], 'usage'), (['diff', 'x'], 'diff takes two'),
     (['show', 'x', '--ref=y'], '--ref: state show does not use it'),
     (['mint', 'x', '--workdir=w'], 'expected one of them'),
     (['mint', 'x', '--prompt=a', '--resume=b'], 'expected one of them'),

@@ -8,10 +8,14 @@ can never see two different things. Imports no jax.
 """
 
 import json
+import re
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 6
 MAX_INT = 2 ** 53 - 1
+_ODD = re.compile(rb'[^ -~]')
+_STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
+_BRACKETS = re.compile(r'[][{}]')
 
 
 def dumps(value) -> bytes:
@@ -38,9 +42,10 @@ def loads(data: bytes, *, max_bytes: int = MAX_BYTES):
   """
   if len(data) > max_bytes:
     raise ValueError(f'expected at most {max_bytes} bytes, got {len(data)}')
-  odd = next((i for i, byte in enumerate(data) if not 32 <= byte < 127), None)
-  if odd is not None:
-    raise ValueError(f'expected printable ASCII, got byte {data[odd]} at {odd}')
+  odd = _ODD.search(data)
+  if odd:
+    raise ValueError(f'expected printable ASCII, got byte {data[odd.start()]} '
+                     f'at {odd.start()}')
   text = data.decode('ascii')
   _refuse_depth(text)
   value = json.loads(text, object_pairs_hook=_object, parse_int=_integer,
@@ -54,19 +59,11 @@ def loads(data: bytes, *, max_bytes: int = MAX_BYTES):
 
 def _refuse_depth(text):
   # Before json.loads, which recurses once per level.
-  depth, inside, escaped = 0, False, False
-  for letter in text:
-    if inside:
-      escaped, inside = letter == '\\' and not escaped, (
-          letter != '"' or escaped)
-    elif letter == '"':
-      inside = True
-    elif letter in '[{':
-      depth += 1
-      if depth > MAX_DEPTH:
-        raise ValueError(f'expected at most {MAX_DEPTH} levels, got more')
-    elif letter in ']}':
-      depth -= 1
+  depth = 0
+  for bracket in _BRACKETS.findall(_STRING.sub('', text)):
+    depth += 1 if bracket in '[{' else -1
+    if depth > MAX_DEPTH:
+      raise ValueError(f'expected at most {MAX_DEPTH} levels, got more')
 
 
 def _object(pairs):

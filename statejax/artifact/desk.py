@@ -123,5 +123,99 @@ def describe(found: verify.Verified) -> list[str]:
   return lines
 
 
+def lineage(shop, key: str, principal: Principal) -> list[str]:
+  """Returns an artifact's family in lines, parents before children.
+
+  Only what the principal may inspect, each by a decision of its own. Of a
+  parent that may not be seen, or is not here, its child tells the id.
+
+  Args:
+    shop: `objects.Store`.
+    key: id, beginning of one, or name.
+    principal: who asks.
+
+  Raises:
+    Refused: the artifact itself is not whole, or may not be inspected.
+  """
+  first = examine(shop, key, principal, 'inspect')
+  names: dict[str, list[str]] = {}
+  for name, (id, _) in shop.catalog.refs().items():
+    names.setdefault(id, []).append(name)
+  seen: dict[str, verify.Verified | Refused] = {first.id: first}
+  def look(id):
+    if id not in seen:
+      try:
+        seen[id] = examine(shop, id, principal, 'inspect')
+      except Refused as error:
+        seen[id] = error
+    return seen[id]
+  above, edge = [first.id], [first.id]
+  while edge:
+    edge = [parent['id'] for id in edge
+            for parent in _parents(look(id)) if parent['id'] not in above]
+    above += dict.fromkeys(edge)
+  below = [id for id in shop.catalog.descendants(first.id)
+           if isinstance(look(id), verify.Verified)]
+  depths = {id: found.about['provenance']['depth']
+            for id in (*above, *below)
+            if isinstance(found := look(id), verify.Verified)}
+  lines = []
+  for id in sorted({*above, *below}, key=lambda id: (depths.get(id, -1), id)):
+    mark = '*' if id == first.id else ' '
+    found = look(id)
+    if isinstance(found, Refused):
+      lines.append(f'{mark} {id}  not to be seen here')
+      continue
+    about = found.about
+    parents = ', '.join(f'{parent["role"]} of {parent["id"][:16]}'
+                        for parent in _parents(found)) or 'of its own'
+    lines.append(
+        f'{mark} {id}  depth {depths[id]}, {about["kind"]}, '
+        f'{about["state"]["length"]} tokens, {about["provenance"]["how"]} at '
+        f'{about["created"]}, {parents}'
+        + ''.join(f', named {name}' for name in names.get(id, ())))
+  return lines
+
+
+def _parents(found):
+  """The parents that an artifact names; none where it cannot be seen."""
+  return [] if isinstance(found, Refused) else (
+      found.about['provenance']['parents'])
+
+
+def difference(one: verify.Verified, two: verify.Verified) -> list[str]:
+  """Returns in lines what two verified artifacts do not have in common.
+
+  Fields of their manifests, then leaves by their digests and kept tokens where
+  both may be seen; no arrays are read.
+  """
+  left, right = (dict(_flat(found.about)) for found in (one, two))
+  lines = [f'{name}: {left.get(name, "none")} | {right.get(name, "none")}'
+           for name in sorted(left.keys() | right.keys())
+           if left.get(name) != right.get(name)]
+  if one.plain is not None and two.plain is not None:
+    a, b = one.plain['leaves'], two.plain['leaves']
+    other = [path for path in sorted(a.keys() | b.keys())
+             if a.get(path) != b.get(path)]
+    lines.append(f'leaves: {len(other)} of {len(a.keys() | b.keys())} differ'
+                 + ''.join(f'\n  {path}' for path in other))
+  if one.tokens is not None and two.tokens is not None:
+    same = next((i for i, (x, y) in enumerate(zip(one.tokens, two.tokens))
+                 if x != y), min(len(one.tokens), len(two.tokens)))
+    lines.append(f'tokens: the first {same} are the same, then '
+                 f'{len(one.tokens) - same} | {len(two.tokens) - same}')
+  return lines
+
+
+def _flat(about, prefix=''):
+  """Yields (name, value) of a manifest's fields, but for what always differs.
+  """
+  for name, value in about.items():
+    if isinstance(value, dict):
+      yield from _flat(value, f'{prefix}{name}.')
+    elif prefix + name not in ('nonce', 'created', 'files', 'state.leaves'):
+      yield prefix + name, value
+
+
 def _short(keyed):
   return keyed[:22] or 'none'

@@ -12,6 +12,7 @@ memory are, whatever wrote, moved or resharded them in between.
 
 import hashlib
 import itertools
+import math
 import re
 import sys
 
@@ -106,18 +107,25 @@ def leaf_digest(path, leaf):
       of them must call this together.
   """
   dtype, shape = describe(leaf)
-  data = _bytes_of(_to_host(leaf))
-  tile = tile_shape(shape, data.shape[-1])
+  array = _to_host(leaf)
+  tile = tile_shape(shape, array.dtype.itemsize)
   head = canonical({'dtype': dtype, 'path': path, 'shape': list(shape),
                     'tile': list(tile)})
   result = hashlib.sha256(b'statejax.leaf.v1\0' + _u64(len(head)) + head)
   # An empty array has no tile, a scalar has one.
   corners = itertools.product(
       *(range(0, n, step or 1) for n, step in zip(shape, tile)))
+  # One piece of memory for all tiles that do not lie in one: new memory costs
+  # more than hashing it.
+  spare = np.empty(math.prod(tile), array.dtype)
   for corner in corners:
-    where = tuple(slice(i, i + step) for i, step in zip(corner, tile))
+    piece = array[tuple(slice(i, i + step) for i, step in zip(corner, tile))]
+    if not piece.flags.c_contiguous:
+      held = spare[:piece.size].reshape(piece.shape)
+      np.copyto(held, piece)
+      piece = held
     digest = hashlib.sha256(b'statejax.tile.v1\0')
-    digest.update(np.ascontiguousarray(data[where]).reshape(-1).data)
+    digest.update(_bytes_of(piece).reshape(-1).data)
     result.update(digest.digest())
   return result.hexdigest()
 

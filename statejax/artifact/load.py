@@ -12,7 +12,7 @@ from concurrent import futures
 from secrets import token_hex
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from statejax import state as st
@@ -32,6 +32,9 @@ from statejax.artifact import (
 from statejax.artifact.access import Principal
 from statejax.artifact.compat import ASK, Ask
 from statejax.artifact.outcome import Decision, Refused, refusal
+
+# Bytes that memory must begin at for jax to take it as it is.
+_ALIGNMENT = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,32 +153,33 @@ def restore(folder, about: dict, plain: dict, host: identity.Host,
       E_WITNESS.
   """
   length, carried = about['state']['length'], identity.Carried.by(about)
-  target = _target(about, host.schema_of(1, length, carried), length)
-  _compare(folder, about, target)
+  schema = host.schema_of(1, length, carried)
+  target = _target(about, schema, length)
+  stored = _open(folder, target)
+  if _has_stores(schema) and capacity < length:
+    raise Refused('E_LIMIT', f'expected a capacity of at least {length}, the '
+                  f'tokens absorbed, got {capacity}')
+  state, live = _room(host.schema_of(1, capacity, carried), target)
   try:
-    arrays = store.load_payload(folder / manifest.PAYLOAD, {
-        path: x for path, x in target.items() if x.size})
-  except Exception as error:  # of any type: Orbax promises none
+    store.fill(stored, {path: x for path, x in live.items() if x.size})
+  except Exception as error:  # of any type: the library promises none
     raise Refused('E_PAYLOAD', f'expected a readable payload, got '
                   f'{type(error).__name__}: {error}') from error
-  arrays = target | {path: np.asarray(x) for path, x in arrays.items()}
   with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    digests = pool.map(digest.leaf_digest, arrays, arrays.values())
-  for path, got in zip(arrays, digests):
+    digests = pool.map(digest.leaf_digest, live, live.values())
+  for path, got in zip(live, digests):
     if got != plain['leaves'][path]:
       raise Refused('E_DIGEST', f'leaf {path}: expected '
                     f'{plain["leaves"][path]}, got {got}')
-  live = _build(host.schema_of(1, length, carried), arrays)
-  mint.check(live)
-  _meets(live, about, plain)
-  if _has_stores(live) and capacity < length:
-    raise Refused('E_LIMIT', f'expected a capacity of at least {length}, the '
-                  f'tokens absorbed, got {capacity}')
-  return _widen(live, host.schema_of(1, capacity, carried))
+  row = st.map_leaves(lambda path, *_: live[path], schema)
+  mint.check(row)
+  _meets(row, about, plain)
+  # Nobody else has this memory, so that the state may live in it.
+  return jax.device_put(state, may_alias=True)
 
 
 def _target(about, schema, length):
-  """{path: empty array} of what our own schema expects of such a row."""
+  """{path: (dtype, shape)} of what our own schema expects of such a row."""
   strides = dict(schema.strides)
   target = {}
   for path, leaf, axes, kind in st.leaves(schema):
@@ -183,23 +187,24 @@ def _target(about, schema, length):
     if kind == 'growing':
       kept = [a for a in axes if a != 'batch']
       shape[kept.index('capacity')] = length // strides.get(path, 1)
-    target[path] = np.zeros(shape, leaf.dtype)
+    target[path] = leaf.dtype.name, tuple(map(int, shape))
   stored = {leaf['path']: (leaf['dtype'], tuple(leaf['shape']))
             for leaf in about['state']['leaves']}
-  ours = {path: digest.describe(x) for path, x in target.items()}
-  _same('manifest', ours, stored)
+  _same('manifest', target, stored)
   return target
 
 
-def _compare(folder, about, target):
-  """V12: what Orbax says is stored must be what is expected."""
+def _open(folder, target):
+  """V12: what is stored must be what is expected; returns it, opened."""
   try:
-    stored = store.describe_payload(folder / manifest.PAYLOAD)
-  except Exception as error:  # of any type: Orbax promises none
+    opened = store.open_payload(folder / manifest.PAYLOAD)
+    stored = store.describe_payload(opened)
+  except Exception as error:  # of any type: the library promises none
     raise Refused('E_PAYLOAD', f'expected readable metadata, got '
                   f'{type(error).__name__}: {error}') from error
-  _same('payload', {path: digest.describe(x) for path, x in target.items()
-                    if x.size}, stored)
+  _same('payload', {store.stored_name(path): (dtype, shape) for path, (
+      dtype, shape) in target.items() if 0 not in shape}, stored)
+  return opened
 
 
 def _same(what, expected, got):
@@ -208,11 +213,6 @@ def _same(what, expected, got):
       raise Refused('E_SCHEMA', f'{what}: leaf {path}: expected '
                     f'{expected.get(path, "none")}, got '
                     f'{got.get(path, "none")}')
-
-
-def _build(schema, arrays):
-  """The live row of these arrays, in the containers of the schema."""
-  return st.map_leaves(lambda path, axes, kind, leaf: arrays[path], schema)
 
 
 def _meets(live, about, plain):
@@ -227,17 +227,23 @@ def _meets(live, about, plain):
                     'the arrays')
 
 
-def _has_stores(live):
-  return any(kind == 'growing' for _, _, _, kind in st.leaves(live))
+def _has_stores(schema):
+  return any(kind == 'growing' for _, _, _, kind in st.leaves(schema))
 
 
-def _widen(live, schema):
-  """A state of one row with the schema's capacity, growing leaves padded."""
-  def one(path, axes, kind, leaf, x):
-    x = np.expand_dims(x, axes.index('batch'))
-    if x.shape != leaf.shape:
-      wide = np.zeros(leaf.shape, x.dtype)
-      wide[tuple(map(slice, x.shape))] = x
-      x = wide
-    return jnp.asarray(x)
-  return st.map_leaves(one, schema, live)
+def _room(schema, target):
+  """An empty state of a schema, and {path: its part that a row fills}."""
+  live = {}
+  def one(path, axes, kind, leaf):
+    x = _aligned(leaf)
+    part = (*map(slice, target[path][1]), ...)
+    live[path] = np.squeeze(x, axes.index('batch'))[part]
+    return x
+  return st.map_leaves(one, schema), live
+
+
+def _aligned(leaf):
+  """Zeros of a leaf, where jax can use them without a copy."""
+  raw = np.zeros(leaf.nbytes + _ALIGNMENT, np.uint8)
+  begin = -raw.ctypes.data % _ALIGNMENT
+  return raw[begin:begin + leaf.nbytes].view(leaf.dtype).reshape(leaf.shape)

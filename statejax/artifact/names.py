@@ -13,6 +13,7 @@ BLOCK = 64  # tokens between two keys of a chain
 MAX_TOKEN = 2 ** 30  # ids below it are tokens, from it on other elements
 _BASES = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F)
 _SEEDS = (0x00000000, 0x9E3779B9, 0xBB67AE85, 0xF3BCC908)
+_U32 = 0xFFFFFFFF
 
 
 def sha256(*parts: bytes) -> str:
@@ -157,16 +158,36 @@ def witness(tokens, edits=()) -> str:
     elements.append(MAX_TOKEN + int.from_bytes(
         bytes.fromhex(mark)[:4], 'little') % MAX_TOKEN)
     begin = length
-  lanes = [0, 0, 0, 0]
-  for token in [*elements, *tokens[begin:]]:
-    lanes = [(lane * base + _mix((token + 1) ^ seed)) & 0xFFFFFFFF
-             for lane, base, seed in zip(lanes, _BASES, _SEEDS)]
+  return _absorbed([*elements, *tokens[begin:]])
+
+
+def _absorbed(elements):
+  """The four lanes after all elements, as `witness` returns them.
+
+  All elements at once, each in 64 bits of one long integer, so that no product
+  of two 32-bit numbers reaches the next. Their sum is that of both halves, the
+  first times the base as often as the second is long; zeros in front make the
+  halves equal.
+  """
+  count = 1 << max(0, len(elements) - 1).bit_length()
+  front = 64 * (count - len(elements))
+  one = int.from_bytes(b'\1\0\0\0\0\0\0\0' * len(elements), 'little')
+  low = one * _U32
+  first = int.from_bytes(struct.pack(
+      f'<{len(elements)}Q', *((x + 1) & _U32 for x in elements)), 'little')
+  lanes = []
+  for base, seed in zip(_BASES, _SEEDS):
+    x = first ^ one * seed
+    x ^= x >> 16 & low
+    x = x * 0x7FEB352D & low
+    x ^= x >> 15 & low
+    x = x * 0x846CA68B & low
+    x = (x ^ x >> 16 & low) << front
+    half, mask = count // 2, low << front
+    while half:
+      mask >>= 64 * half
+      x = ((x & mask) * pow(base, half, 1 << 32)
+           + (x >> 64 * half)) & mask
+      half //= 2
+    lanes.append(x)
   return struct.pack('<4I', *lanes).hex()
-
-
-def _mix(x):
-  x ^= x >> 16
-  x = x * 0x7FEB352D & 0xFFFFFFFF
-  x ^= x >> 15
-  x = x * 0x846CA68B & 0xFFFFFFFF
-  return x ^ x >> 16

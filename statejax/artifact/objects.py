@@ -174,6 +174,12 @@ class Store:
     self.catalog = catalog.Catalog(
         self.path / 'index.db', **({'clock': clock} if clock else {}))
 
+  def again(self):
+    """Returns the same store opened once more: what another thread needs."""
+    return Store(self.path, self.secrets, quota=self.quota,
+                 clock=self.catalog.clock, root=self.root,
+                 scratch=self.scratch)
+
   def _make(self):
     with commit.stage(self.path) as folder:
       for name in ('objects', 'tmp', 'trash', 'trust'):

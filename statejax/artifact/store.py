@@ -25,6 +25,8 @@ from statejax.artifact import digest
 
 TABLE = 'leaves.json'
 PAYLOAD = 'state'
+# Below it: the directory of the arrays, and what an array is told by.
+_ITEM, _ABOUT = 'state', '/zarr.json'
 
 # Orbax numbers its operations by one counter of the process: a save beside
 # another save or load, even of another path, waits for the wrong number.
@@ -109,7 +111,7 @@ def save_payload(path, named):
   from orbax.checkpoint import v1 as ocp
 
   with _orbax, _quiet(), _context(ocp):
-    ocp.save(str(path), _nest(named), checkpointable_name='state')
+    ocp.save(str(path), _nest(named), checkpointable_name=_ITEM)
 
 
 def load_payload(path, targets):
@@ -126,22 +128,62 @@ def load_payload(path, targets):
   nested = _nest({name: _target(leaf) for name, leaf in targets.items()})
   with _orbax, _quiet(), _context(ocp):
     return digest.named_leaves(ocp.load(str(path), nested,
-                                        checkpointable_name='state'))
+                                        checkpointable_name=_ITEM))
 
 
-def describe_payload(path):
-  """Returns {leaf path: (dtype name, shape)} of a checkpoint; no arrays.
+def open_payload(path):
+  """Returns {leaf path: stored array} of a checkpoint; reads no values.
 
-  Raises what Orbax raises.
+  By the library that Orbax itself reads with, without the second that Orbax
+  needs to find out what lies there. Raises what that library raises.
+
+  Args:
+    path: absolute, as `save_payload` has made it.
   """
-  from orbax.checkpoint import v1 as ocp
+  import tensorstore
 
-  with _orbax, _quiet(), _context(ocp):
-    found = ocp.metadata(str(path), checkpointable_name='state').metadata
-  if found is None:  # it only warns of what it could not read
-    raise ValueError('no metadata of the arrays')
-  return {name: (np.dtype(leaf.dtype).name, tuple(leaf.shape))
-          for name, leaf in digest.named_leaves(found).items()}
+  context = tensorstore.Context()
+  base = {'driver': 'ocdbt', 'base': f'file://{path}/{_ITEM}/'}
+  keys = tensorstore.KvStore.open(base, context=context).result().list(
+      ).result()
+  names = [key.decode().removesuffix(_ABOUT) for key in keys
+           if key.endswith(_ABOUT.encode())]
+  if not names:
+    raise ValueError('no arrays')
+  found = {name: tensorstore.open(
+      {'driver': 'zarr3', 'kvstore': {**base, 'path': f'{name}/'}},
+      open=True, context=context) for name in names}
+  return {name: one.result() for name, one in found.items()}
+
+
+def describe_payload(opened):
+  """Returns {stored name: (dtype name, shape)} of what `open_payload` gave."""
+  return {name: (np.dtype(one.dtype.numpy_dtype).name, tuple(one.shape))
+          for name, one in opened.items()}
+
+
+def stored_name(path):
+  """Returns the name under which Orbax stores the leaf of a path."""
+  return path.replace('/', '.')
+
+
+def fill(opened, arrays):
+  """Reads stored arrays into memory; raises what the library raises.
+
+  Their bits are not checked here: damage is read as it is, what is missing as
+  zeros.
+
+  Args:
+    opened: see `open_payload`.
+    arrays: {leaf path: numpy array of the stored dtype and shape}, written in
+      place; parts of larger arrays too.
+  """
+  import tensorstore
+
+  done = [tensorstore.array(x).write(opened[stored_name(path)])
+          for path, x in arrays.items()]
+  for one in done:
+    one.result()
 
 
 def read_table(directory):
@@ -192,7 +234,7 @@ def _refuse_unstorable(named):
     if 0 in leaf.shape:
       raise ValueError(f'leaf {path}: expected a size above zero, got shape '
                        f'{tuple(leaf.shape)}; use None for an absent array.')
-    other = seen.setdefault(path.replace('/', '.'), path)
+    other = seen.setdefault(stored_name(path), path)
     if other != path:
       raise ValueError(f'leaf {path}: expected a name of its own, got the one '
                        f'of {other}, as Orbax joins keys by "."; rename it.')
@@ -226,6 +268,8 @@ def _context(ocp):
   context = ocp.Context()
   # States hardly compress, and a small file must not unpack to a huge one.
   context.array.saving.use_compression = False
+  # As it is by default; `open_payload` relies on it.
+  context.array.saving.use_ocdbt = context.array.saving.use_zarr3 = True
   return context
 
 

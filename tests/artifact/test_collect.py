@@ -149,8 +149,13 @@ POINTS = {
 
 
 def killed(path, plan, ref='chat', expect=0, key='k'):
-  code = WORKER.format(here=os.path.dirname(__file__), path=str(path),
-                       plan=plan, ref=ref, expect=expect, key=key)
+  return run_and_die(WORKER.format(
+      here=os.path.dirname(__file__), path=str(path), plan=plan, ref=ref,
+      expect=expect, key=key))
+
+
+def run_and_die(code):
+  """Runs a program that kills itself; returns what it has said."""
   done = subprocess.run(
       [sys.executable, '-c', code], stdout=subprocess.PIPE,
       cwd=pathlib.Path(__file__).parent.parent.parent)

@@ -356,8 +356,7 @@ def test_broken(broken, kept, code, number, monkeypatch):
   BREAKS[code][number](place)
   def never(*_):
     raise AssertionError('the payload was opened')
-  monkeypatch.setattr(store, 'load_payload', never)
-  monkeypatch.setattr(store, 'describe_payload', never)
+  monkeypatch.setattr(store, 'open_payload', never)
   assert str(end(shop, kept).decision) == f'refused({code})'
 
 
@@ -454,11 +453,16 @@ def test_payload_and_digests_disagree(broken):
   assert str(end(shop, adopt(shop, place)).decision) == 'refused(E_DIGEST)'
 
 
-def test_payload_of_another_dtype(broken):
+def narrower(arrays):
+  arrays['layers/kda/matrix'] = arrays['layers/kda/matrix'].astype('float16')
+
+
+@pytest.mark.parametrize('change', [
+    narrower, lambda arrays: arrays.pop('key'),
+    lambda arrays: arrays.update(surplus=np.ones(2))])
+def test_payload_of_other_arrays(broken, change):
   shop, place = broken
-  def narrow(arrays):
-    arrays['layers/kda/matrix'] = arrays['layers/kda/matrix'].astype('float16')
-  rewritten(place, narrow)
+  rewritten(place, change)
   assert str(end(shop, adopt(shop, place)).decision) == 'refused(E_SCHEMA)'
 
 

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from statejax.artifact import commit, digest, store
+from statejax.artifact import commit, digest, store, tree
 
 
 @jax.tree_util.register_dataclass
@@ -91,6 +91,23 @@ def test_saves_sharded_and_loads_on_one_device(tmp_path):
       tmp_path / 'one', {'a': jax.ShapeDtypeStruct((16, 4), jnp.uint32)})
   assert loaded['a'].devices() == {jax.devices()[0]}
   assert_same(loaded, {'a': value})
+
+
+def test_payload_into_memory(tmp_path):
+  """Every dtype of a manifest that can be stored, also into parts of arrays."""
+  named = {f'a/{name}': jnp.arange(6).reshape(2, 3).astype(name)
+           for name in tree.ITEM_BYTES if ':' not in name and name != 'uint4'}
+  store.save_payload(tmp_path / 'one', named)
+  opened = store.open_payload(tmp_path / 'one')
+  assert store.describe_payload(opened) == {
+      f'a.{x.dtype.name}': (x.dtype.name, (2, 3)) for x in named.values()}
+  wide = {path: np.zeros((3, 5), x.dtype) for path, x in named.items()}
+  store.fill(opened, {path: x[1:, :3] for path, x in wide.items()})
+  for path, x in wide.items():
+    assert x[1:, :3].tobytes() == np.asarray(named[path]).tobytes(), path
+    assert not x[0].any() and not x[:, 3:].any()
+  with pytest.raises(ValueError, match='no arrays'):
+    store.open_payload(tmp_path / 'two')
 
 
 def change(**changes):
