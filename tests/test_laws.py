@@ -65,14 +65,12 @@ def model(name):
 
 
 # The kinds; the others differ in a detail, and run whole with -m slow.
-WHOLE = ('kda',)
 QUICKLY = ('full_rope', 'gated_conv', 'gdn', 'window_sink')
 
 
+@pytest.mark.slow
 @pytest.mark.optimized
-@pytest.mark.parametrize('name', [
-    name if name in WHOLE else pytest.param(name, marks=pytest.mark.slow)
-    for name in MIXERS])
+@pytest.mark.parametrize('name', MIXERS)
 def test_mixer(name):
   report = laws.check(MIXERS[name])
   assert tuple(report.worst) == tuple(laws.LAWS)

@@ -257,6 +257,7 @@ def tiny():
   return config, whole, whole.init(jax.random.key(0)), batch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('pieces', [
     1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_trainer_adds_it(pieces):

@@ -316,6 +316,7 @@ def test_without_hints_a_write_learns_from_its_reader():
   assert value > 0 and np.isfinite(grad).all() and np.any(grad != 0)
 
 
+@pytest.mark.slow
 def test_a_doubtful_read_falls_back():
   """Where slots say something the fallback is not heard, and the other way."""
   config = dataclasses.replace(SLOTS, top=1, confidence=0.0,
@@ -340,6 +341,7 @@ def test_a_doubtful_read_falls_back():
   assert alike.sum() == reads.sum() and not alike.all()
 
 
+@pytest.mark.slow
 def test_who_does_not_look_reads_nothing():
   params, (x, tokens) = params_of(SLOTS), inputs(3, 60)
   zero, n = jnp.zeros(3, jnp.int32), jnp.full(3, 60, jnp.int32)
