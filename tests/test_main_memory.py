@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_main import TINY, call, run  # noqa: F401
+from test_main import call, run  # noqa: F401
 
 from statejax import generate as gen
 from statejax.artifact import journal, serving
@@ -21,8 +21,10 @@ def get_config():
       slots=4, key=8, value=8, span=4, key_span=4), segment=16), c.SwiGLUConfig(
           16))
   return dataclasses.replace(config, model=dataclasses.replace(
-      config.model, layers=(*config.model.layers, memory),
-      groups=(*config.model.groups, c.GroupConfig(('memory',)))))
+      config.model, width=16, layers=(memory,),
+      groups=(c.GroupConfig(('memory',)),)), train=dataclasses.replace(
+          config.train, steps=2, warmup=1, decay=1, save_every=2, rows=2,
+          length=32, eval_batches=1, data=1))
 '''
 
 
@@ -31,7 +33,7 @@ def saved(tmp_path_factory):
   """A workdir and a state."""
   place = tmp_path_factory.mktemp('memory')
   (place / 'config.py').write_text(CONFIG)
-  assert not call('train', f'--config={place}/config.py', *TINY,
+  assert not call('train', f'--config={place}/config.py',
                   f'--workdir={place}/run')
   model, params = restore.from_workdir(place / 'run')
   state = gen.prefill(model, params, model.init_state(1, 16),
