@@ -365,3 +365,9 @@ def test_who_does_not_look_reads_nothing():
 def test_configs_say_what_is_wrong(change, message):
   with pytest.raises(ValueError, match=message):
     dataclasses.replace(SLOTS, **change)
+
+
+def test_a_vocabulary_is_that_of_the_model():
+  layer = c.LayerConfig('m', dataclasses.replace(SLOTS, vocab=VOCAB))
+  with pytest.raises(ValueError, match='expected a mixer with vocab=0 or 10'):
+    c.ModelConfig(VOCAB + 1, WIDTH, (layer,), (c.GroupConfig(('m',)),))
