@@ -55,14 +55,26 @@ def hinted(events, known):
   look = np.arange(len(events)) % HIDDEN != 0
   # Each event is one token, which is its value.
   out = {'want': wants(events), 'object': about, 'version': back,
-         'part': np.full(asks.shape, 2)}
+         'ask': asks, 'part': np.full(asks.shape, 2)}
   out = {name: np.where(known, hint, -1) for name, hint in out.items()}
   out['look'] = np.broadcast_to(look[:, None], asks.shape)
   return {name: hint.astype(np.int32) for name, hint in out.items()}
 
 
-def answers(model, params, events, hints):
-  """Logits [B, 65] of the answer, and the layers' own losses."""
+def read(model, params, state, events, hints):
+  """Absorbs events.
+
+  Args:
+    model: `LanguageModel` of a `config`.
+    params: its parameters.
+    state: `ServingState` of B rows, with room.
+    events: [B, T, 3] int32.
+    hints: {name: [B, T] int32}, see `hinted`.
+
+  Returns:
+    logits [B, 65] of the answer to the last event, the new state, the layers'
+    own losses, and what the layers lend.
+  """
   import jax.numpy as jnp
 
   from statejax.layers import common, groups
@@ -70,14 +82,21 @@ def answers(model, params, events, hints):
   rows, steps = events.shape[:2]
   offset = jnp.array([0, 8, 8 + 96], jnp.int32)
   x = jnp.sum(params['embed'][events + offset[None, None]], axis=2)
-  zero = jnp.zeros((rows,), jnp.int32)
   context = dataclasses.replace(
-      common.context(zero, zero + steps, None, steps),
-      tokens=events[..., 2], hints=hints)
-  state = model.init_state(rows, 0)
-  x, _, losses = groups.run(model.config, params, x, state.layers, context)
+      common.context(state.length, jnp.full((rows,), steps, jnp.int32), None,
+                     steps), tokens=events[..., 2], hints=hints)
+  x, layers, losses, lent = groups.run_and_lend(
+      model.config, params, x, state.layers, context)
   x = norm.rms_norm(x[:, -1], params['norm'], eps=1e-6)
-  return jnp.dot(x, params['embed'][8 + 96:].T), losses
+  state = dataclasses.replace(state, layers=layers, length=context.new_length)
+  return jnp.dot(x, params['embed'][8 + 96:].T), state, losses, lent
+
+
+def answers(model, params, events, hints):
+  """Logits [B, 65] of the answer, and the layers' own losses."""
+  state = model.init_state(events.shape[0], 0)
+  logits, _, losses, _ = read(model, params, state, events, hints)
+  return logits, losses
 
 
 def batches(size, seed, rows):
@@ -92,8 +111,22 @@ def batches(size, seed, rows):
                 for k in ('events', 'answer', 'family'))
 
 
-def train(mixers, seed, steps):
-  """Returns trained parameters and the seconds it took."""
+def train(mixers, seed, steps, params=None, *, length=72, rows=ROWS,
+          rate=4e-3):
+  """Trains a model.
+
+  Args:
+    mixers: of a `config`.
+    seed: of parameters and items.
+    steps: updates.
+    params: where to begin; None draws them.
+    length: events of an item.
+    rows: of a batch, even.
+    rate: the largest of the optimizer.
+
+  Returns:
+    trained parameters, and the seconds it took.
+  """
   import jax
   import jax.numpy as jnp
   import optax
@@ -101,10 +134,11 @@ def train(mixers, seed, steps):
   from statejax.model import LanguageModel
   from statejax.tasks import lifecycle_events as task
   model = LanguageModel(config(mixers))
-  params = model.init(jax.random.key(seed))
-  rate = optax.warmup_cosine_decay_schedule(
-      0., 4e-3, min(100, steps // 4), steps, 1e-5)
-  optimizer = optax.chain(optax.clip_by_global_norm(1.), optax.adam(rate))
+  if params is None:
+    params = model.init(jax.random.key(seed))
+  rates = optax.warmup_cosine_decay_schedule(
+      0., rate, min(100, steps // 4), steps, 1e-5)
+  optimizer = optax.chain(optax.clip_by_global_norm(1.), optax.adam(rates))
 
   @functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
   def update(model, params, moments, events, answer, hints):
@@ -120,9 +154,10 @@ def train(mixers, seed, steps):
     return optax.apply_updates(params, change), moments, cost, right
 
   moments, begin = optimizer.init(params), time.perf_counter()
-  fresh, pool = (task.LifecycleEventsSource(n, 1000 * (which + 1) + seed)
-                 for which, n in enumerate(labels.sizes(steps, ROWS, LABELLED)))
-  for i, batch in enumerate(labels.batches(fresh, pool, ROWS, seed)):
+  fresh, pool = (
+      task.LifecycleEventsSource(n, 1000 * (which + 1) + seed, length)
+      for which, n in enumerate(labels.sizes(steps, rows, LABELLED)))
+  for i, batch in enumerate(labels.batches(fresh, pool, rows, seed)):
     params, moments, cost, right = update(
         model, params, moments, batch['events'], batch['answer'],
         hinted(batch['events'], batch['known']))

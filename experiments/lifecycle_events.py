@@ -29,7 +29,7 @@ from statejax import config as c
 OUT = flags.DEFINE_string('out', 'experiments/results/lifecycle_events.json',
                           'results')
 SEEDS = flags.DEFINE_integer('seeds', 3, 'seeds', lower_bound=1)
-STEPS = flags.DEFINE_integer('steps', 1200, 'updates')
+STEPS = flags.DEFINE_integer('steps', 2000, 'updates')
 SMOKE = flags.DEFINE_bool('smoke', False, 'one seed, a few updates')
 
 TEST = 600

@@ -23,6 +23,8 @@ MIXERS = {
     'slots_fallback': dataclasses.replace(
         SLOTS, confidence=0.3, top=3, fallback=c.LogConfig(
             block=4, k=2)),
+    'slots_asks': dataclasses.replace(
+        SLOTS, confidence=0.3, asks=True, fallback=c.LogConfig(block=4, k=2)),
     # Tokens are positions where a layer runs alone.
     'slots_spelled': dataclasses.replace(SLOTS, vocab=256),
     'slots_hashed': dataclasses.replace(SLOTS, rules=dataclasses.replace(

@@ -92,6 +92,8 @@ class SlotsConfig:
     vocab: of the model: the tokens of keys and values are then spelled into
       them. 0 leaves them to what the hidden state makes of them.
     fallback: what is read in place of slots that know nothing; None has none.
+    asks: whether a token says that it asks; the fallback answers no other. A
+      step in which nobody asks costs the fallback its stores alone.
   """
 
   rules: SlotRules = SlotRules()
@@ -103,6 +105,7 @@ class SlotsConfig:
   confidence: float = 0.7
   vocab: int = 0
   fallback: LogConfig | None = None
+  asks: bool = False
 
   def __post_init__(self):
     checks.positive(self, 'segment', 'events', 'top')
@@ -118,6 +121,10 @@ class SlotsConfig:
       raise ValueError(
           'SlotsConfig: expected kappa > 0 and confidence a cosine, got '
           f'kappa={self.kappa}, confidence={self.confidence}.')
+
+    if self.asks and self.fallback is None:
+      raise ValueError('SlotsConfig: expected a fallback with asks=True, got '
+                       'None: there is nobody to ask; take asks=False.')
 
   @property
   def chooses(self):

@@ -86,6 +86,12 @@ def run(config, params, x, layers, context):
   Returns:
     x, the new layer states, and {layer: {name: total}} of their losses.
   """
+  return run_and_lend(config, params, x, layers, context)[:3]
+
+
+def run_and_lend(config, params, x, layers, context):
+  """`run`, and what layers lend to whoever comes after the last:
+  {layer: {name: array}}, see `statejax.layers.common.lend`."""
   used, losses = dict.fromkeys(layers, 0), {}
   for name, group in named(config).items():
     run_one = _unrolled if 'repeat_0' in params[name] else _scanned
@@ -94,7 +100,7 @@ def run(config, params, x, layers, context):
     losses = _add(losses, more)
     for layer in group.pattern:
       used[layer] += group.repeats
-  return x, layers, losses
+  return x, layers, losses, context.lent
 
 
 def _block(config, name):
@@ -137,7 +143,16 @@ def _add(losses, more):
 
 
 def _losses(layer, said):
-  return {layer: dict(said['losses']['mixer'])} if 'losses' in said else {}
+  return {layer: _flat(said['losses']['mixer'])} if 'losses' in said else {}
+
+
+def _flat(said):
+  """What parts of a mixer say, under `part/name`."""
+  out = {}
+  for name, x in said.items():
+    out |= ({f'{name}/{k}': y for k, y in _flat(x).items()}
+            if isinstance(x, dict) else {name: x})
+  return out
 
 
 def _unrolled(config, group, params, x, layers, used, context):

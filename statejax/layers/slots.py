@@ -95,7 +95,12 @@ class Slots(nn.Module):
   `fallback`, the log of all that was said, answers in its place, by the same
   addresses (`statejax.layers.slot_log`); the gradient of the cosine is that of
   a soft choice between the two. Who reads well seldom asks the log, which then
-  learns little: a hint 'look' of 0 hides the bank from a token.
+  learns little: a hint 'look' of 0 hides the bank from a token. With `asks` the
+  log answers only who says that he asks, argmax(W_a x_t) (hint 'ask', 0 or 1,
+  adds `ask_loss`); p(asks) learns as if it weighed the answer.
+
+  Lends what each token read, and `active`: how many blocks of the log it saw
+  where that answered, or how many slots.
 
   Laws: split (L1), start (L2), padding (L3), packed (L4).
   Reference: the lifecycle memory of arXiv 2606.28876; its rules are those of
@@ -164,29 +169,37 @@ class Slots(nn.Module):
         'fires': found.fires, 'confidence': confidence.reshape(cells.shape)}),
                        at)
     y, fires, sure = seen.pop('y'), seen['fires'][..., None], seen['confidence']
-    common.lend(self, receipts=receipts, **seen)
     other, log = jnp.zeros_like(y), dict.fromkeys(_LOG)
+    active = jnp.zeros_like(context.positions)
     if c.fallback is not None:
-      other, log = self._look_back(c.fallback, x, query, key, value, state,
-                                   context)
+      other, log, active = self._look_back(c.fallback, x, query, key, value,
+                                           state, context)
+    read = jnp.sum(seen['ids'] >= 0, axis=-1, dtype=jnp.int32)
+    common.lend(self, receipts=receipts, **seen,
+                active=jnp.where(seen['fires'], read, active))
     # The gate is hard, and learns as if the confidence mixed the two.
-    mix = (sure - jax.lax.stop_gradient(sure))[..., None].astype(y.dtype)
-    gain = jax.lax.stop_gradient(y - other)
-    gain = jnp.where(jnp.isfinite(gain), gain, jnp.zeros((), y.dtype))
-    y = jnp.where(fires, y, other) + mix * gain
+    y = jnp.where(fires, y, other) + _mixed(sure[..., None], y - other)
     y = Proj((x.shape[-1],), ('value', 'embed'), name='out')(y.astype(x.dtype))
     return y, SlotsState(**{n: getattr(bank, n) for n in _BANK}, **waiting,
                          **tails, **log)
 
   def _look_back(self, config, x, query, key, value, state, context):
-    """What the log answers, and its leaves."""
+    """What the log answers, its leaves, and how many blocks were seen."""
+    asked = sure = None
+    if self.config.asks:
+      logits = Proj((2,), ('embed', 'wants'), name='ask')(x)
+      self._learn('ask', logits, context)
+      asked = jnp.argmax(logits, axis=-1) == 1
+      sure = jax.nn.softmax(logits.astype(jnp.float32))[..., 1:]
     kappa = weights.weight(self, 'log_kappa', ('words',), (1,),
                            weights.constant(math.log(config.kappa)))
     salience = Proj((1,), ('embed', 'words'), name='salience')(x)[..., 0]
-    y, log = slot_log.read(
+    y, log, active = slot_log.read(
         config, jnp.exp(kappa[0]), query, key, salience.astype(jnp.float32),
-        value, attention.StoreState(state.k, state.v), context)
-    return y, vars(log)
+        value, attention.StoreState(state.k, state.v), context, asked)
+    if sure is not None:
+      y = y + _mixed(sure, y)
+    return y, vars(log), active
 
   def _ask(self, x, query, context):
     """What each token asks of the bank, and how."""
@@ -370,6 +383,13 @@ def _told_apart(cosine, same, seen, middle):
   costs += mean(jax.nn.softplus(-margin), same)
   costs += mean(jax.nn.softplus(margin), seen & ~same)
   return jnp.sum(costs)
+
+
+def _mixed(share, gain):
+  """0, whose gradient is that of `share` of a gain."""
+  gain = jax.lax.stop_gradient(gain)
+  gain = jnp.where(jnp.isfinite(gain), gain, jnp.zeros((), gain.dtype))
+  return (share - jax.lax.stop_gradient(share)).astype(gain.dtype) * gain
 
 
 def _address(x, rules, name):

@@ -24,6 +24,10 @@ class Draw:
     """A number in low..high."""
     return low + self.below(high - low + 1)
 
+  def many(self, count, n):
+    """`count` numbers in 0..n-1, an array of int32."""
+    return (self._generator.random(count) * n).astype(np.int32)
+
   def order(self, n):
     """0..n-1 in random order."""
     return np.argsort(self._generator.random(n)).tolist()

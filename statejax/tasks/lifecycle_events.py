@@ -44,50 +44,54 @@ class LifecycleEventsSource:
 
   kind = 'events'
 
-  def __init__(self, size, seed):
-    """Describes a source of `size` items; `seed` names the stream."""
-    if size < 1 or not 0 <= seed < 2**64:
-      raise ValueError(f'expected size > 0 and 0 <= seed < 2**64, got size='
-                       f'{size}, seed={seed}.')
-    self._size, self._seed = size, seed
+  def __init__(self, size, seed, events=EVENTS):
+    """Describes a source of `size` items; `seed` names the stream. More
+    `events` are more noise."""
+    if size < 1 or not 0 <= seed < 2**64 or events < EVENTS:
+      raise ValueError(
+          f'expected size > 0, 0 <= seed < 2**64 and events >= {EVENTS}, got '
+          f'size={size}, seed={seed}, events={events}.')
+    self._size, self._seed, self._events = size, seed, events
 
   def __len__(self):
     return self._size
 
   def __getitem__(self, index):
-    """Returns {events, answer, family}: events [73, 3] int32, each (operation,
-    key, value), the question last; answer 0 to 64; family, an index."""
+    """Returns {events, answer, family}: events [events + 1, 3] int32, each
+    (operation, key, value), the question last; answer 0 to 64; family, an
+    index."""
     if not 0 <= index < self._size:
       raise IndexError(f'item {index} of {self._size}')
     draw = Draw(self._seed, index)
     family = FAMILIES[index % len(FAMILIES)]
     key, *others = draw.order(KEYS)
-    target, answer = _target(family, key, draw)
+    mine, answer = target(family, key, draw)
     if family == 'pressure':
       streams = [[(SET, k, draw.below(VALUES))] for k in others[:PRESSURE]]
       used = PRESSURE
     else:
       used = 6 + draw.below(6)
-      streams = [target, *(_other(k, draw) for k in others[:used])]
-    noise = EVENTS - sum(map(len, streams)) - (family == 'pressure')
+      streams = [mine, *(_other(k, draw) for k in others[:used])]
+    noise = self._events - sum(map(len, streams)) - (family == 'pressure')
     streams += [[(NOISE, others[used + draw.below(len(others) - used)],
                   draw.below(VALUES))] for _ in range(noise)]
     events = draw.mixed(streams)
     if family == 'pressure':
       # Anywhere before the first of the keys that are to push it out.
       first = next(i for i, e in enumerate(events) if e[0] == SET)
-      events[draw.below(first + 1):0] = target
+      events[draw.below(first + 1):0] = mine
     question = (BEFORE if family == 'version' else NOW, key, NONE)
     return {'events': np.array([*events, question], np.int32),
             'answer': np.int32(answer),
             'family': np.int32(FAMILIES.index(family))}
 
   def __repr__(self):
-    return f'LifecycleEventsSource(size={self._size}, seed={self._seed})'
+    return (f'LifecycleEventsSource(size={self._size}, seed={self._seed}, '
+            f'events={self._events})')
 
 
-def _target(family, key, draw):
-  """The target's events, and the answer."""
+def target(family, key, draw):
+  """The events of a key of which a family asks, in order, and the answer."""
   values = draw.order(VALUES)
   count = 1 if family in ('pressure', 'no_write') else 2 + draw.below(3)
   sets, fresh = values[:count], values[count:]

@@ -26,19 +26,21 @@ def draw(config, width, seed=0):
 def empty(config, rows, capacity, dtype='float32'):
   """A state whose stores are of one layer."""
   specs = MIXERS[type(config)].state(config, rows, capacity, dtype)
-  return dataclasses.replace(specs, **{
-      f.name: jnp.zeros((*([1] if f.metadata['kind'] == 'growing' else []),
-                         *getattr(specs, f.name).shape),
-                        getattr(specs, f.name).dtype)
-      for f in dataclasses.fields(specs) if getattr(specs, f.name) is not None})
+  held = st.allocate(st.describe(specs))
+  return dataclasses.replace(held, **{
+      f.name: getattr(held, f.name)[None] for f in dataclasses.fields(held)
+      if f.metadata['kind'] == 'growing'
+      and getattr(held, f.name) is not None})
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def step(config, params, x, state, length, document=None, lent=None):
+def step(config, params, x, state, length, document=None, lent=None,
+         hints=None):
   """Returns y, the new state, and what is lent and lost."""
   n_valid = jnp.full(length.shape, x.shape[1], jnp.int32)
   context = common.context(length, n_valid, document, x.shape[1])
-  context = dataclasses.replace(context, lent=lent or {})
+  context = dataclasses.replace(context, lent=lent or {},
+                                hints=hints or {})
   stores = [f.name for f in dataclasses.fields(state)
             if f.metadata['kind'] == 'growing' and getattr(state, f.name)
             is not None]

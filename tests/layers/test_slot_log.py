@@ -26,7 +26,7 @@ def inputs(rows, seed=0):
 @functools.partial(jax.jit, static_argnums=0)
 def step(config, arrays, k, v, length, n_valid, document=None):
   context = common.context(length, n_valid, document, arrays[0].shape[1])
-  y, held = slot_log.read(config, KAPPA, *arrays, attention.StoreState(
+  y, held, _ = slot_log.read(config, KAPPA, *arrays, attention.StoreState(
       st.Store(k, jnp.int32(0)), st.Store(v, jnp.int32(0))), context)
   return y, held.k.data, held.v.data
 

@@ -1,0 +1,41 @@
+"""Sentences of `experiments.frozen_sentences`, and the states made of them."""
+
+import jax
+import numpy as np
+
+from experiments import frozen_sentences as frozen
+from statejax import model as lm
+from statejax.tasks import lifecycle_events as le
+
+
+def text(tokens):
+  return ' '.join(frozen.WORDS[t] for t in tokens if t >= 0)
+
+
+def test_sentences_tell_events():
+  sentences, names = frozen.table()
+  assert text(sentences[le.SET, 47, 9]) == 'entity 0 4 7 is set to 0 9 .'
+  assert text(sentences[le.BEFORE, 399, le.NONE]) == (
+      'what did entity 3 9 9 hold before ?')
+  assert text(names[120]) == 'entity 1 2 0'
+  both = [set(frozen.entities(split).tolist()) for split in ('train', 'test')]
+  assert not both[0] & both[1] and len(both[0] | both[1]) == frozen.ENTITIES
+
+
+def test_a_state_is_the_mean_of_a_sentence(monkeypatch):
+  """Of its own tokens alone, and the same scale for all entities."""
+  sentences, names = (x[..., :5, :] if x.ndim == 4 else x
+                      for x in frozen.table())
+  monkeypatch.setattr(frozen, 'table', lambda: (sentences[:2], names))
+  params = lm.LanguageModel(frozen.config('KDA')).init(jax.random.key(0))
+  found, called = frozen.states('KDA', params)
+  assert found.shape == (2, 400, 5, 64) and called.shape == (400, 64)
+  mine = found[:, frozen.entities('train')].reshape(-1, 64)
+  np.testing.assert_allclose(mine.mean(0), 0, atol=1e-4)
+  np.testing.assert_allclose(mine.std(0), 1, atol=1e-3)
+  # Padding more changes nothing.
+  wider = np.pad(sentences[:2], ((0, 0),) * 3 + ((0, 3),), constant_values=-1)
+  monkeypatch.setattr(frozen, 'LENGTH', frozen.LENGTH + 3)
+  monkeypatch.setattr(frozen, 'table', lambda: (
+      wider, np.pad(names, ((0, 0), (0, 3)), constant_values=-1)))
+  np.testing.assert_allclose(frozen.states('KDA', params)[0], found, atol=2e-4)
