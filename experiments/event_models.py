@@ -14,7 +14,7 @@ from experiments import labels
 from experiments.record import digest
 from statejax import config as c
 
-WIDTH, ROWS, LABELLED, HIDDEN = 64, 64, 0.1, 4
+WIDTH, ROWS, LABELLED, HIDDEN, LENGTH = 64, 64, 0.1, 4, 72
 HEADS = c.AttentionConfig(heads=4, kv_heads=4, key=16, value=16, rope=None)
 RULES = c.SlotRules(slots=32, key=32, value=64, ring=1, span=1, key_span=1,
                     aliases=1, threshold=0.8)
@@ -111,7 +111,7 @@ def batches(size, seed, rows):
                 for k in ('events', 'answer', 'family'))
 
 
-def train(mixers, seed, steps, params=None, *, length=72, rows=ROWS,
+def train(mixers, seed, steps, params=None, *, length=LENGTH, rows=ROWS,
           rate=4e-3):
   """Trains a model.
 

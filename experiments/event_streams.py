@@ -1,13 +1,14 @@
 """Models of memory events on streams far longer than what they learned from.
 
-A model of `event_models` learns from 72 events, then from 512, so that its
-attention finds one among many. Over a long stream the same parameters serve
-with longer segments and blocks: see `SERVED`. A stream is read once; each
-question is asked of a fork of the state at its end.
+A model of `event_models` learns from 72 events, then from 512. Over a long
+stream the same parameters serve with longer segments and blocks, see `SERVED`,
+and a sharper log, see `sharper`. A stream is read once; each question is asked
+of a fork of the state at its end.
 """
 
 import dataclasses
 import functools
+import math
 import multiprocessing
 import pathlib
 import time
@@ -35,7 +36,6 @@ VARIANTS = ('slots and fallback', 'slots only', 'fallback only')
 MOST, SHARE = 132, 0.98
 # Bytes of forks of a state at a time, about.
 _FORKS = 2 ** 30
-
 
 
 def model_of(mixer):
@@ -69,6 +69,19 @@ def trained(path, steps, more):
   with np.load(path) as held:
     return tree.unflatten([jnp.asarray(held[str(i)])
                            for i in range(len(leaves))])
+
+
+def sharper(params, length):
+  """Parameters whose log is as sharp among `length` events as it was among
+  those it learned from: scores times log(length) / log(72), as a weight of 1 /
+  length takes a score that grows with log(length) (arXiv 2501.19399)."""
+  factor = math.log(length) / math.log(event_models.LENGTH)
+  layer = params['group_0']['layer_0']
+  mixer = layer['mixer']
+  mixer = mixer | {
+      'log_kappa': mixer['log_kappa'] + math.log(factor),
+      'salience': jax.tree.map(lambda x: x * factor, mixer['salience'])}
+  return params | {'group_0': {'layer_0': layer | {'mixer': mixer}}}
 
 
 def _train(path, steps, more):
@@ -208,7 +221,10 @@ def claims(cells):
   rows += [row(both, [name], SHARE) for name in asked]
   rows += [row(slots, history, SHARE), row(slots, ['no_write'], most=0.1)]
   rows += [row(fallback, ['no_write'], SHARE)]
-  rows += [row(fallback, [name], most=0.6) for name in history]
+  # The log has no rule which of two is the newer one.
+  rows += [row(fallback, [name], most=0.6) for name in history
+           if name != 'overwrite']
+  rows += [row(fallback, ['overwrite'], most=0.9)]
   active = max(cell['active'] for cell in cells)
   return [*rows, report.Row('most chunks that an event looks at', f'<= {MOST}',
                             str(active), active <= MOST)]

@@ -12,8 +12,7 @@ model with that part taken out; attention and the delta state are models of the
 same size without slots.
 
 Expected: 600 of 600 with slots; without fallback what was evicted or never
-written is lost and nothing else, without locks what was protected. Not run
-for all seeds yet.
+written is lost and nothing else, without locks what was protected.
 """
 
 import dataclasses

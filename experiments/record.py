@@ -30,7 +30,7 @@ class Record:
   def get(self, key, make):
     """Returns the facts of `key`, made now if they are missing."""
     if key not in self.cells:
-      self.cells[key] = {'of': self.digest(key), **make()}
+      self.cells[key] = {'of': self.digest(key), 'on': _here(), **make()}
       print(f'  {key}: {json.dumps(self.cells[key])}', flush=True)
       self.write([])
     return self.cells[key]
@@ -41,6 +41,15 @@ class Record:
     self.path.parent.mkdir(parents=True, exist_ok=True)
     report.write(new, rows, self.command, cells=self.cells, **facts)
     os.replace(new, self.path)
+
+
+def _here():
+  """Where a cell was made: one file may hold those of several machines."""
+  import jax
+  cores = (len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity')
+           else os.cpu_count())
+  return (f'{jax.devices()[0].device_kind}, {cores} cores, jax '
+          f'{jax.__version__}')
 
 
 def digest(facts):
