@@ -221,10 +221,7 @@ def claims(cells):
   rows += [row(both, [name], SHARE) for name in asked]
   rows += [row(slots, history, SHARE), row(slots, ['no_write'], most=0.1)]
   rows += [row(fallback, ['no_write'], SHARE)]
-  # The log has no rule which of two is the newer one.
-  rows += [row(fallback, [name], most=0.6) for name in history
-           if name != 'overwrite']
-  rows += [row(fallback, ['overwrite'], most=0.9)]
+  rows += [row(fallback, [name], most=0.6) for name in history]
   active = max(cell['active'] for cell in cells)
   return [*rows, report.Row('most chunks that an event looks at', f'<= {MOST}',
                             str(active), active <= MOST)]

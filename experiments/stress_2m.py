@@ -13,8 +13,7 @@ same state without the fallback, `fallback only` hides the bank from the
 question.
 
 Expected: at least 98 % of 100 items right, looking at 132 chunks at most; slots
-alone lose what nobody asked to keep, the fallback alone what has a history (of
-several values it may well find the last).
+alone lose what nobody asked to keep, the fallback alone what has a history.
 """
 
 import functools
