@@ -40,7 +40,8 @@ SEEDS = flags.DEFINE_integer('seeds', 3, 'seeds', lower_bound=1)
 STEPS = flags.DEFINE_integer('steps', 1500, 'updates')
 SMOKE = flags.DEFINE_bool('smoke', False, 'one seed, a few updates')
 
-WIDTH, ROWS, TEST, LABELLED, HIDDEN = 64, 64, 100, 0.1, 4
+# A line sums 13 fields: an address of the name alone needs room beside them.
+WIDTH, ROWS, TEST, LABELLED, HIDDEN = 256, 64, 100, 0.1, 4
 TAPS = 8
 RULES = c.SlotRules(slots=32, key=32, value=64, ring=1, span=1, key_span=1,
                     aliases=8, threshold=0.8)

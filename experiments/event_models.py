@@ -23,11 +23,11 @@ SLOTS = c.SlotsConfig(
     fallback=c.LogConfig(block=8, k=16))
 
 
-def config(mixers):
+def config(mixers, width=WIDTH):
   """Of a model with these mixers in turn."""
   layers = tuple(c.LayerConfig(f'l{i}', m, c.SwiGLUConfig(128))
                  for i, m in enumerate(mixers))
-  return c.ModelConfig(vocab=8 + 96 + 65, width=WIDTH, layers=layers, groups=(
+  return c.ModelConfig(vocab=8 + 96 + 65, width=width, layers=layers, groups=(
       c.GroupConfig(tuple(x.name for x in layers)),))
 
 

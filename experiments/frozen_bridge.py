@@ -13,7 +13,7 @@ The bridge of arXiv 2606.28876 is over six published models; these six are our
 own, tiny and trained for a minute, so that the figures do not compare.
 
 Expected: with names 57 of 60 or more for each family and seed; without them
-whatever it is, as digits of a name are hard to tell from a mean.
+whatever it is.
 """
 
 import dataclasses
@@ -35,6 +35,9 @@ TEXT = flags.DEFINE_integer('text', 300, 'updates of the frozen model')
 SMOKE = flags.DEFINE_bool('smoke', False, 'one family and seed, a few updates')
 
 TEST, ENOUGH, WAYS = 60, 57, ('names', 'no names')
+# A state tells entity, value and operation at once: an address of the entity
+# alone needs room beside the other two.
+CONFIG = event_models.config((event_models.SLOTS,), width=128)
 
 
 def told(events, split, random):
@@ -56,11 +59,11 @@ def initial(seed, width):
   from statejax.tasks import lifecycle_events as le
   keys = jax.random.split(jax.random.key(seed), 4)
   draw = lambda key, *shape: jax.random.normal(key, shape) * shape[0] ** -0.5
-  own = event_models.WIDTH
-  return LanguageModel(event_models.config((event_models.SLOTS,))).init(
-      keys[0]) | {'sentence': draw(keys[1], width, own),
-                  'name': draw(keys[2], width, own),
-                  'head': draw(keys[3], own, le.VALUES + 1)}
+  own = CONFIG.width
+  return LanguageModel(CONFIG).init(keys[0]) | {
+      'sentence': draw(keys[1], width, own),
+      'name': draw(keys[2], width, own),
+      'head': draw(keys[3], own, le.VALUES + 1)}
 
 
 def answers(params, sentence, name, tokens, hints):
@@ -77,7 +80,7 @@ def answers(params, sentence, name, tokens, hints):
   from statejax.layers import common, groups
   from statejax.model import LanguageModel
   from statejax.ops import norm
-  model = LanguageModel(event_models.config((event_models.SLOTS,)))
+  model = LanguageModel(CONFIG)
   x = jnp.dot(sentence, params['sentence'])
   if name is not None:
     x = x + jnp.dot(name, params['name'])
@@ -175,8 +178,8 @@ def main(argv):
       out, f'python -m experiments.frozen_bridge --seeds={seeds} '
       f'--steps={steps} --text={text}',
       lambda key: digest([
-          c.to_dict(frozen.config(key.split('/')[0])), text,
-          event_models.settings((event_models.SLOTS,), steps)]))
+          c.to_dict(frozen.config(key.split('/')[0])), c.to_dict(CONFIG), text,
+          steps]))
   rows, show = [], lambda numbers: ', '.join(map(str, numbers))
   for family in families:
     found = [record.get(f'{family}/{seed}', functools.partial(

@@ -1,9 +1,10 @@
 """Memory events as sentences, and what frozen language models make of them.
 
-A sentence tells one event of `statejax.tasks.lifecycle_events` about 'entity 4
-0 7'. Half of the entities are for training. A frozen model is trained on such
-sentences as text, about entities of training only, and then never again: what a
-memory reads of a sentence is the mean of its last hidden states.
+A sentence tells one event of `statejax.tasks.lifecycle_events` about 'entity a4
+n17', a pair of words, and 'v12', one word: a mean forgets order, and so digits.
+Half of the pairs are for training. A frozen model is trained on such sentences
+as text, about entities of training only, and then never again: what a memory
+reads of a sentence is the mean of its last hidden states.
 """
 
 import functools
@@ -19,17 +20,19 @@ from statejax.layers import common, groups
 from statejax.ops import norm
 from statejax.tasks import lifecycle_events as le
 
-WIDTH, ENTITIES, LENGTH = 64, 400, 12
+WIDTH, LENGTH, SIDE = 128, 12, 20
+ENTITIES = SIDE ** 2
 SENTENCES = {
     le.NOISE: 'somebody saw {} beside {} .', le.SET: '{} is set to {} .',
     le.MENTION: '{} once held {} .', le.REJECT: '{} may not take {} .',
     le.LOCK: '{} is locked now .', le.DELETE: '{} is struck out .',
     le.NOW: 'what does {} hold now ?', le.BEFORE: 'what did {} hold before ?'}
 WORDS = sorted({w for text in SENTENCES.values() for w in text.split()} - {
-    '{}'}) + ['entity', 'none', *'0123456789']
+    '{}'}) + ['entity', 'none', *(f'{kind}{i}' for kind, n in (
+        ('a', SIDE), ('n', SIDE), ('v', le.VALUES + 1)) for i in range(n))]
 _IDS = {word: i for i, word in enumerate(WORDS)}
 _MLP = c.SwiGLUConfig(2 * WIDTH)
-_HEADS = dict(heads=4, key=16, value=16)
+_HEADS = dict(heads=4, key=32, value=32)
 _KDA, _FULL = c.KDAConfig(**_HEADS), c.AttentionConfig(kv_heads=4, **_HEADS)
 FAMILIES = {
     'GDN': (c.GatedDeltaNetConfig(value_heads=4, **_HEADS),) * 2,
@@ -49,14 +52,13 @@ def encode(text):
 
 def entity(number):
   """The name of an entity, 0 to ENTITIES - 1."""
-  return 'entity ' + ' '.join(f'{number:03d}')
+  return f'entity a{number // SIDE} n{number % SIDE}'
 
 
 @functools.cache
 def table():
   """Tokens of all sentences, [8, ENTITIES, 65, LENGTH], and of all names,
   [ENTITIES, LENGTH]."""
-  value = lambda v: ' '.join(f'{v:02d}')
   out = np.zeros((8, ENTITIES, le.VALUES + 1, LENGTH), np.int32)
   for op, text in SENTENCES.items():
     for n in range(ENTITIES):
@@ -64,7 +66,7 @@ def table():
         out[op, n] = encode(text.format(entity(n)))
         continue
       for v in range(le.VALUES + 1):
-        out[op, n, v] = encode(text.format(entity(n), value(v)))
+        out[op, n, v] = encode(text.format(entity(n), f'v{v}'))
   return out, np.stack([encode(entity(n)) for n in range(ENTITIES)])
 
 

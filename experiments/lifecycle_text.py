@@ -48,7 +48,7 @@ WIDTH, ROWS, TEST, LABELLED, HIDDEN = 96, 16, 100, 0.1, 4
 # Most is learned on short logs, with fewer slots.
 SHORT, LONG = 512, 1216
 EARLY = 0.7  # of the updates
-# One token of 20 ends a line, and is what 'want' is about; 'part' is about four.
+# One token of 20 ends a line, which is what 'want' is about; 'part' has four.
 WEIGHTS = {'want': 20., 'part': 5.}
 
 # A name and a figure have five tokens at most, so that eight taps see each of

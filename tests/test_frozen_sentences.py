@@ -14,10 +14,10 @@ def text(tokens):
 
 def test_sentences_tell_events():
   sentences, names = frozen.table()
-  assert text(sentences[le.SET, 47, 9]) == 'entity 0 4 7 is set to 0 9 .'
+  assert text(sentences[le.SET, 47, 9]) == 'entity a2 n7 is set to v9 .'
   assert text(sentences[le.BEFORE, 399, le.NONE]) == (
-      'what did entity 3 9 9 hold before ?')
-  assert text(names[120]) == 'entity 1 2 0'
+      'what did entity a19 n19 hold before ?')
+  assert text(names[120]) == 'entity a6 n0'
   both = [set(frozen.entities(split).tolist()) for split in ('train', 'test')]
   assert not both[0] & both[1] and len(both[0] | both[1]) == frozen.ENTITIES
 
@@ -29,8 +29,8 @@ def test_a_state_is_the_mean_of_a_sentence(monkeypatch):
   monkeypatch.setattr(frozen, 'table', lambda: (sentences[:2], names))
   params = lm.LanguageModel(frozen.config('KDA')).init(jax.random.key(0))
   found, called = frozen.states('KDA', params)
-  assert found.shape == (2, 400, 5, 64) and called.shape == (400, 64)
-  mine = found[:, frozen.entities('train')].reshape(-1, 64)
+  assert found.shape == (2, 400, 5, 128) and called.shape == (400, 128)
+  mine = found[:, frozen.entities('train')].reshape(-1, 128)
   np.testing.assert_allclose(mine.mean(0), 0, atol=1e-4)
   np.testing.assert_allclose(mine.std(0), 1, atol=1e-3)
   # Padding more changes nothing.

@@ -59,7 +59,8 @@ def test_greedy_equals_full_recompute():
   assert (tokens == seen[:, STEPS:]).all() and tokens.dtype == np.int32
 
 
-@pytest.mark.parametrize('chunk', [1, 3, STEPS, 100])
+@pytest.mark.parametrize('chunk', [
+    1, 3, *(pytest.param(n, marks=pytest.mark.slow) for n in (STEPS, 100))])
 def test_prefill_in_any_chunks(chunk):
   state = absorbed(chunk=chunk)
   assert st.diff(state, absorbed(), tolerance=1e-5) is None

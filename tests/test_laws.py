@@ -65,7 +65,7 @@ def model(name):
 
 
 # The kinds; the others differ in a detail, and run whole with -m slow.
-QUICKLY = ('full_rope', 'gated_conv', 'gdn', 'window_sink')
+QUICKLY = ('full_rope', 'gated_conv', 'gdn')
 
 
 @pytest.mark.slow

@@ -34,11 +34,14 @@ MIXERS = {
 }
 MODELS = ('tiny_delta_net', 'tiny_delta_product', 'tiny_gdn2', 'tiny_gla',
           'tiny_lightning', 'tiny_mamba2', 'tiny_olmo', 'tiny_retnet')
+QUICKLY = ('delta_product', 'lightning', 'mamba2')
 # No gradient is compiled.
 QUICK = ('schema', 'split', 'decode', 'true_start')
 
 
-@pytest.mark.parametrize('name', MIXERS)
+@pytest.mark.parametrize('name', [
+    n if n in QUICKLY else pytest.param(n, marks=pytest.mark.slow)
+    for n in MIXERS])
 def test_mixer_quick(name):
   laws.check(MIXERS[name], laws=QUICK)
 

@@ -159,7 +159,7 @@ def window_too_long(right, self, window):
   return seen.at[:, 1:].set(seen[:, 1:] | older)
 
 
-@mutant('ring', 'causality', common.Context, 'visible_band')
+@mutant('ring', 'causality', common.Context, 'visible_band', SLOW)
 def window_too_short(right, self, window):
   return right(self, window) & ~jnp.eye(
       window, 2 * window, 1, dtype=bool)[None, None]
@@ -175,7 +175,7 @@ def ring_one_slot_late(right, length, window):
   return right(length + 1, window)
 
 
-@mutant('ring', 'packed', window, 'write')
+@mutant('ring', 'packed', window, 'write', SLOW)
 def ring_keeps_the_last_document(right, ring, new, base, first, count):
   written = right(ring, new, base, first, count)
   reached = jnp.any(written != 0, axis=(1, 3), keepdims=True)

@@ -101,6 +101,7 @@ def test_settings_tell_layer_task_and_training():
   assert synthetic.settings(train, 'mqar/S4/0/1') is None
 
 
+@pytest.mark.slow
 def test_trains_as_the_loop_does(monkeypatch):
   layer = c.LayerConfig('full', c.AttentionConfig(
       heads=2, kv_heads=2, key=4, value=4), c.SwiGLUConfig(16))

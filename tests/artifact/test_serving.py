@@ -74,7 +74,8 @@ def test_continues_bit_for_bit(saved):
   assert run(state, 8) == run(middle(), 8)
 
 
-@pytest.mark.parametrize('capacity', [15, 19, 64])
+@pytest.mark.parametrize('capacity', [
+    19, *(pytest.param(n, marks=pytest.mark.slow) for n in (15, 64))])
 def test_continues_in_another_capacity(saved, capacity):
   state = serving.load_state(saved, MODEL, params(), capacity=capacity)
   assert st.capacity(state) == capacity

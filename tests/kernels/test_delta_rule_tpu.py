@@ -69,7 +69,8 @@ def both(args, n_valid=None, segment_ids=None, weights=None, **options):
 # Values and gradients.
 
 
-@pytest.mark.parametrize('decay', DECAYS)
+@pytest.mark.parametrize('decay', [
+    pytest.param('head', marks=pytest.mark.slow), 'channel'])
 def test_agrees_with_the_recurrence(decay):
   args = make(decay, **CASE)
   check(both(args), oracle(args), 1e-6, 2e-6)

@@ -25,7 +25,7 @@ for NAME, FACTS in ABOUT.items():
 # The others have lengths of their own; these cover both decays in every way.
 SLOW = [group for group in GROUPS.values()
         if {'gdn_short', 'kda_short', 'gdn_strong_decay', 'gdn_base',
-            'kda_base'} & {*group}]
+            'kda_base', 'kda_grad'} & {*group}]
 
 
 @functools.partial(

@@ -149,7 +149,8 @@ def everything(config):
 
 
 @pytest.mark.parametrize('name', [
-    'moba', pytest.param('minimax_m3', marks=pytest.mark.slow), 'qsa'])
+    'moba', *(pytest.param(n, marks=pytest.mark.slow)
+              for n in ('minimax_m3', 'qsa'))])
 def test_enough_blocks_are_dense_attention(name):
   config = everything(MOBA if name == 'moba' else LAYERS[name])
   params, x = single.draw(config, 24)

@@ -37,6 +37,7 @@ def model():
       groups=(c.GroupConfig(('gdn', 'kda')),)))
 
 
+@pytest.mark.slow
 def test_deferred_quick():
   laws.check(mixer('kda', 'deferred'), laws=('schema', 'decode'))
 

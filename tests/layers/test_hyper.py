@@ -125,6 +125,7 @@ def test_starts_as_the_plain_residual():
   assert relative(logits(HYPER, far), want) > 0.05
 
 
+@pytest.mark.slow
 def test_streams_come_apart_and_gradients_are_finite():
   model = lm.LanguageModel(HYPER)
   state = model.init_state(2, 0)

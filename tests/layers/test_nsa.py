@@ -244,7 +244,8 @@ def influence(config, params, x, state, length):
       jnp.arange(x.shape[1]))
 
 
-@pytest.mark.parametrize('begin', [0, 9])
+@pytest.mark.parametrize('begin', [
+    pytest.param(0, marks=pytest.mark.slow), 9])
 @pytest.mark.parametrize('name', ['compress', 'select', 'window'])
 def test_who_influences_whom(name, begin):
   """Every pair of tokens, in a step and through the state, as the rule says.

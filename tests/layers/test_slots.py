@@ -201,6 +201,7 @@ def test_layer_does_what_plain_python_does(mode, vocab):
   assert np.asarray(state.reads).any() and (np.asarray(state.seq) > 3).any()
 
 
+@pytest.mark.slow
 def test_documents_begin_with_an_empty_bank():
   params, (x, tokens) = params_of(SLOTS), inputs(4, 40)
   # Short ones, one that ends with its segment, one across the call; and one of

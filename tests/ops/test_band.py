@@ -13,7 +13,7 @@ from statejax.ops import attend, band
 
 @pytest.mark.parametrize('borders', [False, True])
 @pytest.mark.parametrize('steps, window', [
-    (13, 4), pytest.param(12, 4, marks=pytest.mark.slow)])
+    pytest.param(13, 4, marks=pytest.mark.slow), (12, 4)])
 def test_band(steps, window, borders):
   """With a past, documents, padding and a sink; gradients too."""
   rows, heads, groups, width = 3, 4, 2, 8

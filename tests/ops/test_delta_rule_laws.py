@@ -24,7 +24,8 @@ from statejax.ops.delta_rule import delta_rule, delta_rule_step
 
 
 @pytest.mark.parametrize('decay', DECAYS)
-@pytest.mark.parametrize('border', [1, 7, 8, 9])
+@pytest.mark.parametrize('border', [
+    8, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 7, 9))])
 def test_packed_is_separate(decay, border):
   args = make(decay, length=19, batch=1)
   segments = np.where(np.arange(19) < border, 5, 3)[None].astype(np.int32)

@@ -301,7 +301,14 @@ MUTANTS = {
 }
 
 
-@pytest.mark.parametrize('name', MUTANTS)
+# What the others cover as well, and takes the longest.
+SLOW = ('gate clipped', 'd_tot without the state, one decay',
+        'd_tot without the state, many decays')
+
+
+@pytest.mark.parametrize('name', [
+    pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n
+    for n in MUTANTS])
 def test_caught(monkeypatch, name):
   kind, decay, *change = MUTANTS[name]
   sound(kind, decay)

@@ -65,7 +65,8 @@ def compare(kinds, packed, chunks, gradient):
 
 
 @pytest.mark.parametrize('kinds, packed, chunks, gradient', [
-    (('channel', 'head', 'head'), True, 2, True),
+    pytest.param(('channel', 'head', 'head'), True, 2, True,
+                 marks=pytest.mark.slow),
     (('head', 'head', 'head'), True, 2, False),
     (('head', 0, 1), False, 9, False)])
 def test_as_chunk_by_chunk(kinds, packed, chunks, gradient):

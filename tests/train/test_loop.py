@@ -199,6 +199,7 @@ def test_sigterm_saves_and_returns(whole, tmp_path):
   assert small.outcome(tmp_path) == small.outcome(whole[0])
 
 
+@pytest.mark.slow
 def test_sigterm_to_the_command(tmp_path):
   """The process exits with 0, and what it does later is as if never stopped."""
   command = [sys.executable, '-m', 'statejax.main', 'train',

@@ -105,6 +105,7 @@ def test_a_batch_that_asks_nothing():
   assert_close(state.params, first.params, atol=0)
 
 
+@pytest.mark.slow
 def test_bfloat16_compute_keeps_float32_parameters():
   config = small.get_config(model={'dtype': 'bfloat16'})
   state, metrics = updated(config)
