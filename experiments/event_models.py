@@ -119,7 +119,7 @@ def train(mixers, seed, steps, params=None, *, length=LENGTH, rows=ROWS,
     mixers: of a `config`.
     seed: of parameters and items.
     steps: updates.
-    params: where to begin; None draws them.
+    params: where to begin, and then no longer of use; None draws them.
     length: events of an item.
     rows: of a batch, even.
     rate: the largest of the optimizer.
@@ -128,22 +128,42 @@ def train(mixers, seed, steps, params=None, *, length=LENGTH, rows=ROWS,
     trained parameters, and the seconds it took.
   """
   import jax
-  import jax.numpy as jnp
-  import optax
 
   from statejax.model import LanguageModel
-  from statejax.tasks import lifecycle_events as task
   model = LanguageModel(config(mixers))
   if params is None:
     params = model.init(jax.random.key(seed))
+  inputs = lambda batch: (batch['events'],)
+  return fit(functools.partial(answers, model), params, inputs, seed, steps,
+             length=length, rows=rows, rate=rate)
+
+
+def fit(answers, params, inputs, seed, steps, *, length=LENGTH, rows=ROWS,
+        rate=4e-3):
+  """Fits parameters to items of `statejax.tasks.lifecycle_events`.
+
+  Args:
+    answers: (params, *inputs, hints) -> logits [B, 65] and own losses.
+    params: where to begin; its memory is used.
+    inputs: of a batch of `labels.batches`, a tuple of arrays.
+    seed, steps, length, rows, rate: as for `train`.
+
+  Returns:
+    the parameters, and the seconds it took.
+  """
+  import jax
+  import jax.numpy as jnp
+  import optax
+
+  from statejax.tasks import lifecycle_events as task
   rates = optax.warmup_cosine_decay_schedule(
       0., rate, min(100, steps // 4), steps, 1e-5)
   optimizer = optax.chain(optax.clip_by_global_norm(1.), optax.adam(rates))
 
-  @functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
-  def update(model, params, moments, events, answer, hints):
+  @functools.partial(jax.jit, donate_argnums=(0, 1))
+  def update(params, moments, inputs, answer, hints):
     def loss(params):
-      logits, own = answers(model, params, events, hints)
+      logits, own = answers(params, *inputs, hints)
       cost = optax.softmax_cross_entropy_with_integer_labels(logits, answer)
       own = sum(jax.tree.leaves(own), jnp.float32(0))
       known = jnp.maximum(jnp.sum(hints['want'] >= 0), 1)
@@ -159,7 +179,7 @@ def train(mixers, seed, steps, params=None, *, length=LENGTH, rows=ROWS,
       for which, n in enumerate(labels.sizes(steps, rows, LABELLED)))
   for i, batch in enumerate(labels.batches(fresh, pool, rows, seed)):
     params, moments, cost, right = update(
-        model, params, moments, batch['events'], batch['answer'],
+        params, moments, inputs(batch), batch['answer'],
         hinted(batch['events'], batch['known']))
     if i % 100 == 0:
       logging.info('update %d: loss %.3f, right %.2f', i, cost, right)

@@ -13,7 +13,8 @@ The bridge of arXiv 2606.28876 is over six published models; these six are our
 own, tiny and trained for a minute, so that the figures do not compare.
 
 Expected: with names 57 of 60 or more for each family and seed; without them
-whatever it is.
+whatever it is. Not met, nor run for all families: softmax, seed 0, answers 27
+with names after 600 updates.
 """
 
 import dataclasses
@@ -21,9 +22,9 @@ import functools
 import pathlib
 import time
 
-from absl import app, flags, logging
+from absl import app, flags
 
-from experiments import event_models, labels, report
+from experiments import event_models, report
 from experiments.record import Record, digest
 from statejax import config as c
 
@@ -97,44 +98,17 @@ def answers(params, sentence, name, tokens, hints):
 
 def train(table, names, way, seed, steps):
   """Returns parameters of the memory."""
-  import jax
-  import jax.numpy as jnp
   import numpy as np
-  import optax
+  random = np.random.default_rng(seed)
 
-  from statejax.tasks import lifecycle_events as le
-  params = initial(seed, table.shape[-1])
-  rate = optax.warmup_cosine_decay_schedule(
-      0., 4e-3, min(100, steps // 4), steps, 1e-5)
-  optimizer = optax.chain(optax.clip_by_global_norm(1.), optax.adam(rate))
+  def inputs(batch):
+    op, value = batch['events'][..., 0], batch['events'][..., 2]
+    who = told(batch['events'], 'train', random)
+    return (table[op, who, value], names[who] if way == 'names' else None,
+            value)
 
-  @functools.partial(jax.jit, donate_argnums=(0, 1))
-  def update(params, moments, sentence, name, events, answer, hints):
-    def loss(params):
-      logits, own = answers(params, sentence, name, events[..., 2], hints)
-      cost = optax.softmax_cross_entropy_with_integer_labels(logits, answer)
-      own = sum(jax.tree.leaves(own), jnp.float32(0))
-      known = jnp.maximum(jnp.sum(hints['want'] >= 0), 1)
-      return jnp.mean(cost) + own / known, jnp.mean(
-          jnp.argmax(logits, -1) == answer)
-    (cost, right), grads = jax.value_and_grad(loss, has_aux=True)(params)
-    change, moments = optimizer.update(grads, moments)
-    return optax.apply_updates(params, change), moments, cost, right
-
-  moments, random = optimizer.init(params), np.random.default_rng(seed)
-  rows = event_models.ROWS
-  fresh, pool = (le.LifecycleEventsSource(n, 1000 * (which + 1) + seed)
-                 for which, n in enumerate(labels.sizes(
-                     steps, rows, event_models.LABELLED)))
-  for i, batch in enumerate(labels.batches(fresh, pool, rows, seed)):
-    events = batch['events']
-    who = told(events, 'train', random)
-    params, moments, cost, right = update(
-        params, moments, table[events[..., 0], who, events[..., 2]],
-        names[who] if way == 'names' else None, events, batch['answer'],
-        event_models.hinted(events, batch['known']))
-    if i % 100 == 0:
-      logging.info('update %d: loss %.3f, right %.2f', i, cost, right)
+  params, _ = event_models.fit(
+      answers, initial(seed, table.shape[-1]), inputs, seed, steps)
   return params
 
 

@@ -52,3 +52,16 @@ def test_claims():
                  {'right': cell['right'] | {'slots only': both}},
                  {'right': cell['right'] | {'fallback only': both}}):
     assert not all(r.ok for r in event_streams.claims([cell | change] * 4))
+
+
+def test_a_longer_stream_is_read_as_sharply():
+  """log(72 ** 2) is twice log(72): scores are doubled, all else is kept."""
+  params = MODEL.init(jax.random.key(0))
+  mixer = lambda p: p['group_0']['layer_0']['mixer']
+  old, new = mixer(params), mixer(event_streams.sharper(params, 72 ** 2))
+  np.testing.assert_allclose(np.exp(new['log_kappa']),
+                             2 * np.exp(old['log_kappa']), rtol=1e-6)
+  np.testing.assert_array_equal(new['salience']['kernel'],
+                                2 * old['salience']['kernel'])
+  same = set(old) - {'log_kappa', 'salience'}
+  assert all(old[name] is new[name] for name in same)

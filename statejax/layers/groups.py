@@ -143,16 +143,7 @@ def _add(losses, more):
 
 
 def _losses(layer, said):
-  return {layer: _flat(said['losses']['mixer'])} if 'losses' in said else {}
-
-
-def _flat(said):
-  """What parts of a mixer say, under `part/name`."""
-  out = {}
-  for name, x in said.items():
-    out |= ({f'{name}/{k}': y for k, y in _flat(x).items()}
-            if isinstance(x, dict) else {name: x})
-  return out
+  return {layer: dict(said['losses']['mixer'])} if 'losses' in said else {}
 
 
 def _unrolled(config, group, params, x, layers, used, context):
