@@ -88,6 +88,7 @@ def _finite_difference(bench, origin, gradients, d_outputs, d_final):
     # move, is no more than half of what is allowed. What chooses might choose
     # otherwise at a longer one.
     chooses = getattr(bench.subject, 'chooses', False)
+    both, sides, noise = np.nan, [], np.nan
     for step in scale * np.array([1e-5, 1e-4, 1e-3, 1e-2])[not chooses:]:
       both, *sides, noise = _differences(
           bench, origin, path, leaves[path], step,

@@ -177,6 +177,7 @@ def packed(bench):
   note = f'documents of lengths {lengths.tolist()}'
   got, state = bench.run(bench.warm, bench.inputs, segments=segments)
   starts = np.cumsum(lengths, axis=1) - lengths
+  final = bench.warm
   for i, (start, count) in enumerate(zip(starts.T, lengths.T)):
     want, final = bench.run(
         bench.fresh() if i else bench.warm,
