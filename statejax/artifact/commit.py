@@ -139,6 +139,21 @@ def sweep(parent):
   return removed
 
 
+def living(folder) -> bool:
+  """Whether the writer of a staged directory, moved or not, is still at it.
+
+  Where the file system has no locks nobody can tell, and this says no.
+  """
+  try:
+    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+  except FileNotFoundError:
+    return False
+  try:
+    return _lock(lock) is False
+  finally:
+    os.close(lock)
+
+
 def _locked_directory(path):
   while True:
     folder = path.parent / (f'.{path.name}.tmp-{os.getpid()}-'
