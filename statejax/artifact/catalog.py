@@ -193,12 +193,16 @@ class Catalog:
 
   def add(self, id: str, mint_key: str, nbytes: int, kind: str, workflow: str,
           parents=()):
-    """Enters an object; raises sqlite3.IntegrityError if its key is taken."""
-    # What was deleted may come back: the same bytes under the same key.
-    self._all('delete from art where id = ? and mint_key = ? and gone',
-              (id, mint_key))
-    self._all('insert into art values (?, ?, ?, ?, ?, ?, 0)', (
-        id, mint_key, nbytes, kind, workflow, self.clock()))
+    """Enters an object; raises sqlite3.IntegrityError if its key is taken, or
+    if it is there.
+    """
+    if self._one('select 1 from art where id = ? and gone', (id,)):
+      # What was deleted has come back, and keeps the key of its mint.
+      self._all('update art set gone = 0, created = ? where id = ?',
+                (self.clock(), id))
+    else:
+      self._all('insert into art values (?, ?, ?, ?, ?, ?, 0)', (
+          id, mint_key, nbytes, kind, workflow, self.clock()))
     for parent in parents:
       self._all('insert or ignore into kin values (?, ?)', (id, parent))
 

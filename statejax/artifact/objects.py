@@ -313,8 +313,8 @@ class Store:
   def _enter(self, id, nbytes, about, mint_key, principal, action, ref, expect,
              charges):
     with self.catalog.transaction():
-      earlier = self.catalog.minted(mint_key)
-      if earlier in self.catalog.objects():
+      earlier, there = self.catalog.minted(mint_key), self.catalog.objects()
+      if earlier in there and earlier != id:
         # A retry of what was done: gc takes the second copy.
         return Kept(earlier, self.catalog.head(), '', False)
       if earlier not in (None, id):
@@ -324,11 +324,14 @@ class Store:
         raise Refused('E_IO', f'{id}: expected it where it was put, got '
                       'nothing: a collection took it for abandoned')
       receipt = self.catalog.audit(principal, action, id, 'allowed')
-      self.catalog.add(id, mint_key, nbytes, about['kind'],
-                       about['governance']['workflow'],
-                       [p['id'] for p in about['provenance']['parents']])
-      self.catalog.charge(principal, id, live_bytes=nbytes, **(charges or {}))
-      moved = bool(ref) and self.catalog.move(ref, id, expect)
+      if id not in there:  # as what is imported may be
+        self.catalog.add(id, mint_key, nbytes, about['kind'],
+                         about['governance']['workflow'],
+                         [p['id'] for p in about['provenance']['parents']])
+        self.catalog.charge(principal, id, live_bytes=nbytes,
+                            **(charges or {}))
+      moved = bool(ref) and (self.catalog.move(ref, id, expect)
+                             or (self.catalog.ref(ref) or ('',))[0] == id)
       if ref and not moved:
         ref = f'{ref}~{token_hex(4)}'
         self.catalog.move(ref, id, 0)
