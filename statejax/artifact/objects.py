@@ -107,9 +107,9 @@ class Secrets:
   def _written(self, name, text):
     """Yields a file of this text, closed to others and on the disk."""
     new = self.path / f'.{name}.{token_hex(8)}'
-    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
-      with open(descriptor, 'w') as out:
+      with open(new, 'x', opener=lambda path, flags: os.open(
+          path, flags, 0o600)) as out:
         out.write(text)
         out.flush()
         os.fsync(out.fileno())
@@ -133,12 +133,13 @@ class Secrets:
 
   def destroy(self, name: str):
     """Overwrites and removes a secret; what it alone opens is gone."""
-    if self.find(name) is not None:
-      file = self.path / f'{name}.secret'
-      file.write_text('0' * 64)
-      commit.sync(file)
-      file.unlink()
-      commit.sync(self.path)
+    # Also where a kill has left it half made.
+    for file in (self.path / f'{name}.secret', *self.path.glob(f'.{name}.*')):
+      if file.exists():
+        file.write_text('0' * 64)
+        commit.sync(file)
+        file.unlink()
+        commit.sync(self.path)
 
   def org_name(self, org: str, use: str) -> str:
     """Returns the name of an organisation's secret for a use."""
@@ -181,7 +182,8 @@ class Store:
       self.id, version = facts['id'], facts['version']
       if facts['format'] != FORMAT or not re.fullmatch('[0-9a-f]{32}', self.id):
         raise ValueError('another format')
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError,
+            TypeError) as error:
       raise ValueError(f'{self.path}: expected a store, got something else '
                        f'({error}); name another directory, or a new one.'
                        ) from error
@@ -307,6 +309,8 @@ class Store:
         nbytes = self._install(folder, id)
       except commit.AlreadyPublished:  # the same bytes, as the name says
         nbytes = sum(layout.walk(self.place(id)).files.values())
+        # Whoever has put them there may not have come so far.
+        commit.sync(self.place(id).parent)
     return self._enter(id, nbytes, about, f'import-{id}', principal, 'import',
                        ref, 0, None)
 

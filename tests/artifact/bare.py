@@ -8,6 +8,7 @@ payload is bytes of a number. `fill` writes it as Orbax does, without syncing.
 import functools
 import hashlib
 import pathlib
+from secrets import token_hex
 
 import example
 
@@ -26,9 +27,13 @@ SIZE = 2100
 
 def about(number, **changes):
   """A manifest but for its list of files."""
-  found = example.make(nonce=f'{number:032x}', **changes)
+  found = example.make(nonce=f'{token_hex(8)}{number:016x}', **changes)
   del found['files']
   return found
+
+
+def number_of(about):
+  return int(about['nonce'][16:], 16)
 
 
 def fill(folder, number):
@@ -78,7 +83,7 @@ def read(shop, id):
   """Verifies an artifact under a lease; returns its number."""
   with objects.said(), shop.catalog.lease(id, f'reader-{id}'):
     found = verify.verify(shop.place(id), name=id, secret=shop.secret)
-    number = int(found.about['nonce'], 16)
+    number = number_of(found.about)
     assert layout.read(shop.place(id), 'state/state/d/a') == payload(number)
   return number
 

@@ -142,11 +142,17 @@ def faults(point, recorder, path, rng, **options):
 
 def replay(recorder, path, tries, rng, **options):
   """Returns {what is wrong: how often} over images of random points."""
-  wrong = {}
-  for i in range(tries):
+  wrong, points = {}, []
+  for _ in range(tries):
     # Every point is met before any is met again.
-    point = recorder.points[i * 7919 % len(recorder.points)]
-    for text in faults(point, recorder, path, rng, **options):
+    points = points or rng.sample(recorder.points, len(recorder.points))
+    point = points.pop()
+    try:
+      found = faults(point, recorder, path, rng, **options)
+    except Exception as error:  # where nothing may be raised
+      found = [f'{type(error).__name__}: {error}']
+      shutil.rmtree(path / 'image')
+    for text in found:
       wrong[f'{point.call}: {text}'] = wrong.get(f'{point.call}: {text}', 0) + 1
   print(f'unsynced: {len(recorder.points)} points, tried {tries}, lost or '
         f'accepted wrongly {sum(wrong.values())}')
