@@ -66,7 +66,8 @@ def store(path, **options):
                        **options)
 
 
-def mint(shop, number, *, ref='', expect=0, mint_key='', parents=(), **changes):
+def mint(shop, number, *, ref='', expect=0, mint_key='', parents=(),
+         vouch=None, **changes):
   """As `mint.mint`, of artifact `number`."""
   if parents:
     changes['provenance'] = {
@@ -76,12 +77,12 @@ def mint(shop, number, *, ref='', expect=0, mint_key='', parents=(), **changes):
     fill(folder, number)
     return shop.keep(folder, about(number, **changes), principal='alice',
                      mint_key=mint_key or f'mint-{number}', action='mint',
-                     ref=ref, expect=expect)
+                     ref=ref, expect=expect, vouch=vouch)
 
 
 def read(shop, id):
   """Verifies an artifact under a lease; returns its number."""
-  with objects.said(), shop.catalog.lease(id, f'reader-{id}'):
+  with objects.said(), shop.catalog.lease(id, token_hex(8)):
     found = verify.verify(shop.place(id), name=id, secret=shop.secret)
     number = number_of(found.about)
     assert layout.read(shop.place(id), 'state/state/d/a') == payload(number)
