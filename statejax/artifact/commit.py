@@ -163,8 +163,12 @@ def _locked_directory(path):
       lock = os.open(folder, os.O_RDONLY)
     except FileNotFoundError:
       continue  # a sweep came before the lock, and took it for abandoned
-    if _lock(lock) is not False and folder.exists():
-      return folder, lock
+    try:
+      if _lock(lock) is not False and folder.exists():
+        return folder, lock
+    except BaseException:  # what nobody holds is swept
+      os.close(lock)
+      raise
     os.close(lock)
 
 

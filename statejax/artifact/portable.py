@@ -31,18 +31,19 @@ def pack(folder, path):
   """
   folder, path = pathlib.Path(folder), pathlib.Path(os.path.abspath(path))
   found = layout.walk(folder)
-  with open(path, 'xb') as out:
-    try:
+  out = open(path, 'xb')
+  try:
+    with out:
       for name in sorted(found.files, key=_order):
         data = layout.read(folder, name)
         out.write(_header(name, len(data)) + data + bytes(-len(data) % _BLOCK))
       out.write(_END)
       out.flush()
       os.fsync(out.fileno())
-      commit.sync(path.parent)
-    except BaseException:
-      path.unlink()
-      raise
+    commit.sync(path.parent)
+  except BaseException:
+    path.unlink()
+    raise
 
 
 def unpack(path, folder, *, max_bytes: int = 1 << 40):
