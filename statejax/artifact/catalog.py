@@ -67,6 +67,8 @@ class Catalog:
       self._base.execute('pragma synchronous=full')
       self._base.executescript(_TABLES)
     except sqlite3.Error as error:
+      if hasattr(self, '_base'):
+        self.close()
       raise Refused('E_IO', f'{path}: expected a catalog, got {error}'
                     ) from error
 
