@@ -58,7 +58,7 @@ class Catalog:
     Raises:
       Refused: E_IO: no such catalog can be opened there.
     """
-    self.path, self.clock = path, clock
+    self.path, self.clock, self._inside = path, clock, False
     try:
       # Whichever thread collects it may close it.
       self._base = sqlite3.connect(path, timeout=60, isolation_level=None,
@@ -67,6 +67,8 @@ class Catalog:
       self._base.execute('pragma synchronous=full')
       self._base.executescript(_TABLES)
     except sqlite3.Error as error:
+      if hasattr(self, '_base'):
+        self.close()
       raise Refused('E_IO', f'{path}: expected a catalog, got {error}'
                     ) from error
 
@@ -85,11 +87,14 @@ class Catalog:
     Raises:
       Refused: E_NOSPACE or E_IO; then nothing was done.
     """
-    if self._base.in_transaction:
+    if self._inside:
       yield
       return
-    try:
+    with self._said():
+      if self._base.in_transaction:  # one whose end has failed
+        self._base.execute('rollback')
       self._base.execute('begin immediate')
+      self._inside = True
       try:
         yield
         self._base.execute('commit')
@@ -97,12 +102,29 @@ class Catalog:
         if self._base.in_transaction:
           self._base.execute('rollback')
         raise
+      finally:
+        self._inside = False
+
+  @contextlib.contextmanager
+  def _said(self):
+    """What the file cannot do becomes a refusal."""
+    try:
+      yield
     except sqlite3.IntegrityError:
       raise
     except sqlite3.Error as error:
       full = getattr(error, 'sqlite_errorname', '') == 'SQLITE_FULL'
       raise Refused('E_NOSPACE' if full else 'E_IO',
                     f'{self.path}: {error}') from error
+
+  def _all(self, statement, values=()):
+    """Runs a statement; returns all its rows."""
+    with self._said():
+      return self._base.execute(statement, values).fetchall()
+
+  def _one(self, statement, values=()):
+    """Runs a statement; returns its first row, None without one."""
+    return next(iter(self._all(statement, values)), None)
 
   # The chains.
 
@@ -126,8 +148,8 @@ class Catalog:
 
   def head(self, table: str = 'audit') -> Receipt:
     """Returns the last row's number and hash; 0 and zeros where empty."""
-    row = self._base.execute(
-        f'select seq, hash from {table} order by seq desc limit 1').fetchone()
+    row = self._one(
+        f'select seq, hash from {table} order by seq desc limit 1')
     return Receipt(int(row[0]), str(row[1])) if row else Receipt(0, _GENESIS)
 
   def _append(self, table, row):
@@ -136,14 +158,13 @@ class Catalog:
       row = {'seq': last.seq + 1, 'time': self.clock(), **row}
       body = canonical.dumps(row)
       found = _link(table, last.head, body)
-      self._base.execute(f'insert into {table} values (?, ?, ?)',
-                         (row['seq'], body.decode(), found))
+      self._all(f'insert into {table} values (?, ?, ?)',
+                (row['seq'], body.decode(), found))
     return Receipt(row['seq'], found)
 
   def newest(self) -> int:
     """Returns the time of the last row of the audit log, 0 where empty."""
-    row = self._base.execute(
-        'select body from audit order by seq desc limit 1').fetchone()
+    row = self._one('select body from audit order by seq desc limit 1')
     return json.loads(row[0])['time'] if row else 0
 
   def rows(self, table: str = 'audit') -> list[dict]:
@@ -153,7 +174,7 @@ class Catalog:
       Refused: E_IO: a row was changed, lost or inserted; says which.
     """
     rows, last = [], _GENESIS
-    for seq, body, found in self._base.execute(
+    for seq, body, found in self._all(
         f'select seq, body, hash from {table} order by seq'):
       row = json.loads(body)
       if (seq != len(rows) + 1 or row.get('seq') != seq
@@ -167,47 +188,54 @@ class Catalog:
 
   def holds(self, receipt: Receipt) -> bool:
     """Whether the audit log still has the row of a receipt, unchanged."""
-    row = self._base.execute('select hash from audit where seq = ?',
-                             (receipt.seq,)).fetchone()
+    row = self._one('select hash from audit where seq = ?', (receipt.seq,))
     return row is not None and row[0] == receipt.head
 
   # Objects and names.
 
   def add(self, id: str, mint_key: str, nbytes: int, kind: str, workflow: str,
           parents=()):
-    """Enters an object; raises sqlite3.IntegrityError if its key is taken."""
-    # What was deleted may come back: the same bytes under the same key.
-    self._base.execute('delete from art where id = ? and mint_key = ? and gone',
-                       (id, mint_key))
-    self._base.execute('insert into art values (?, ?, ?, ?, ?, ?, 0)', (
-        id, mint_key, nbytes, kind, workflow, self.clock()))
-    self._base.executemany('insert or ignore into kin values (?, ?)',
-                           [(id, parent) for parent in parents])
+    """Enters an object; raises sqlite3.IntegrityError if its key is taken, or
+    if it is there.
+    """
+    if self._one('select 1 from art where id = ? and gone', (id,)):
+      # What was deleted has come back, and keeps the key of its mint.
+      self._all('update art set gone = 0, created = ? where id = ?',
+                (self.clock(), id))
+    else:
+      self._all('insert into art values (?, ?, ?, ?, ?, ?, 0)', (
+          id, mint_key, nbytes, kind, workflow, self.clock()))
+    for parent in parents:
+      self._all('insert or ignore into kin values (?, ?)', (id, parent))
 
   def minted(self, mint_key: str) -> str | None:
     """Returns the id that was minted under a key, None for none."""
-    row = self._base.execute('select id from art where mint_key = ?',
-                             (mint_key,)).fetchone()
+    row = self._one('select id from art where mint_key = ?', (mint_key,))
     return row and row[0]
 
   def objects(self, *, gone: bool = False) -> dict[str, tuple]:
     """Returns {id: (bytes, kind, workflow, created)} of what is there."""
-    return {row[0]: tuple(row[1:]) for row in self._base.execute(
+    return {row[0]: tuple(row[1:]) for row in self._all(
         'select id, bytes, kind, workflow, created from art where gone = ?',
         (int(gone),))}
 
   def bury(self, id: str):
     """Marks an object as deleted; its history stays."""
-    self._base.execute('update art set gone = 1 where id = ?', (id,))
+    self._all('update art set gone = 1 where id = ?', (id,))
 
   def parents(self, id: str) -> list[str]:
     """Returns the parents of an object."""
-    return [row[0] for row in self._base.execute(
+    return [row[0] for row in self._all(
         'select parent from kin where child = ? order by parent', (id,))]
+
+  def children(self, id: str) -> list[str]:
+    """Returns the children of an object."""
+    return [row[0] for row in self._all(
+        'select child from kin where parent = ? order by child', (id,))]
 
   def descendants(self, id: str) -> list[str]:
     """Returns an object's children and theirs, without itself."""
-    return [row[0] for row in self._base.execute('''
+    return [row[0] for row in self._all('''
         with recursive below(id) as (
           select child from kin where parent = ?
           union select child from kin join below on kin.parent = below.id)
@@ -215,12 +243,11 @@ class Catalog:
 
   def ref(self, name: str) -> tuple[str, int] | None:
     """Returns (id, version) of a name, None where it is free."""
-    return self._base.execute('select id, version from ref where name = ?',
-                              (name,)).fetchone()
+    return self._one('select id, version from ref where name = ?', (name,))
 
   def refs(self) -> dict[str, tuple[str, int]]:
     """Returns {name: (id, version)}."""
-    return {row[0]: (row[1], row[2]) for row in self._base.execute(
+    return {row[0]: (row[1], row[2]) for row in self._all(
         'select name, id, version from ref order by name')}
 
   def move(self, name: str, id: str, expect: int) -> bool:
@@ -229,39 +256,50 @@ class Catalog:
       found = self.ref(name)
       if (found[1] if found else 0) != expect:
         return False
-      self._base.execute('replace into ref values (?, ?, ?)',
-                         (name, id, expect + 1))
+      self._all('replace into ref values (?, ?, ?)', (name, id, expect + 1))
     return True
 
   def drop(self, name: str):
     """Frees a name."""
     with self.transaction():
-      self._base.execute('delete from ref where name = ?', (name,))
+      self._all('delete from ref where name = ?', (name,))
 
   @contextlib.contextmanager
   def lease(self, id: str, owner: str, seconds: int = 600):
-    """Keeps an object from being collected while it is read."""
+    """Keeps an object from being collected while it is read.
+
+    Raises:
+      Refused: E_ACL: it has been collected already.
+    """
     with self.transaction():
-      self._base.execute('replace into lease values (?, ?, ?)',
-                         (id, owner, self.clock() + seconds))
+      if not self._one('select 1 from art where id = ? and not gone', (id,)):
+        raise Refused('E_ACL', f'expected an artifact of this store, got '
+                      f'{id[:80]!r}')
+      self._all('replace into lease values (?, ?, ?)',
+                (id, owner, self.clock() + seconds))
     try:
       yield
     finally:
       with self.transaction():
-        self._base.execute('delete from lease where id = ? and owner = ?',
-                           (id, owner))
+        self._all('delete from lease where id = ? and owner = ?', (id, owner))
 
   def leased(self) -> set[str]:
     """Returns the objects under a lease that has not run out."""
-    return {row[0] for row in self._base.execute(
+    return {row[0] for row in self._all(
         'select id from lease where until > ?', (self.clock(),))}
+
+  def held(self, id: str) -> bool:
+    """Whether a name points to an object, or somebody reads it."""
+    return bool(self._one(
+        'select 1 from ref where id = ? union all '
+        'select 1 from lease where id = ? and until > ?',
+        (id, id, self.clock())))
 
   # Revocations and grants.
 
   def revocations(self) -> dict | None:
     """Returns the newest revocation list, None where there is none."""
-    row = self._base.execute(
-        'select body from crl order by number desc limit 1').fetchone()
+    row = self._one('select body from crl order by number desc limit 1')
     return row and canonical.loads(row[0].encode())
 
   def keep_revocations(self, body: dict):
@@ -271,18 +309,17 @@ class Catalog:
       if old and body['number'] <= old['number']:
         raise ValueError(f'crl: expected a number above {old["number"]}, got '
                          f'{body["number"]}; lists never go back.')
-      self._base.execute('insert into crl values (?, ?)', (
+      self._all('insert into crl values (?, ?)', (
           body['number'], canonical.dumps(body).decode()))
 
   def use_grant(self, id: str, most: int) -> bool:
     """Counts a use of a grant; False where it had `most` already."""
     with self.transaction():
-      row = self._base.execute('select uses from grant_seen where id = ?',
-                               (id,)).fetchone()
+      row = self._one('select uses from grant_seen where id = ?', (id,))
       if row and row[0] >= most:
         return False
-      self._base.execute('replace into grant_seen values (?, ?)',
-                         (id, (row[0] if row else 0) + 1))
+      self._all('replace into grant_seen values (?, ?)',
+                (id, (row[0] if row else 0) + 1))
     return True
 
 

@@ -56,17 +56,12 @@ def collect(shop, *, grace: int = 3600, generations: int = 1,
   now, marked = shop.catalog.clock(), roots(shop, generations)
   gone = [id for id, (_, _, _, created) in shop.catalog.objects().items()
           if id not in marked and created + grace <= now]
-  for id in gone:
-    # Asked again: a reader may have come since.
-    if id not in shop.catalog.leased():
-      delete(shop, id, principal, action='gc')
-  lost = []
-  for id in orphans(shop):
-    place = shop.place(id)
-    if os.stat(place).st_mtime + grace <= time.time():
-      _to_trash(shop, id)
-      shop.catalog.audit(principal, 'gc', id, 'orphan')
-      lost.append(id)
+  # Asked again, each in one transaction with its removal: since then somebody
+  # may have begun to read it, or have given it a name.
+  gone = [id for id in gone if _take(
+      shop, id, principal, 'gc', lambda id: not _needed(shop, id, generations))]
+  lost = [id for id in orphans(shop) if _take_orphan(shop, id, principal,
+                                                     grace)]
   _finish(shop)
   return Collected(tuple(gone), tuple(lost), tuple(leftovers))
 
@@ -76,18 +71,23 @@ def delete(shop, id: str, principal: str, *, action: str = 'delete'):
 
   Renamed first, so that a kill leaves nothing half: the catalog follows, here
   or in the next collection.
+
+  Raises:
+    Refused: E_ACL: there is none; E_IO: the catalog does not know of it yet,
+      and the next collection ends it.
   """
-  trash = _to_trash(shop, id)
-  _note(shop, id, principal, action)
-  shutil.rmtree(trash)
+  if not _take(shop, id, principal, action, lambda id: True):
+    raise Refused('E_ACL', f'expected an artifact of this store, got '
+                  f'{id[:80]!r}')
+  _finish(shop)
 
 
 def orphans(shop) -> list[str]:
   """Returns artifacts' directories that the catalog does not know."""
-  known = shop.catalog.objects()
   found = ['sj1-' + path.name
            for path in (shop.path / 'objects').glob('??/' + '?' * 64)]
-  return sorted(set(found) - known.keys())
+  # Read after them: what comes in between is known.
+  return sorted(set(found) - shop.catalog.objects().keys())
 
 
 def adopt(shop, id: str, principal: str) -> str:
@@ -99,6 +99,9 @@ def adopt(shop, id: str, principal: str) -> str:
   found = verify.verify(shop.place(id), name=id, secret=shop.secret)
   nbytes = sum(layout.walk(shop.place(id)).files.values())
   with shop.catalog.transaction():
+    if not shop.place(id).exists():
+      raise Refused('E_IO', f'{id}: expected an orphan, got nothing: a '
+                    'collection took it')
     shop.catalog.audit(principal, 'adopt', id, 'allowed')
     shop.catalog.add(id, f'adopted-{id}', nbytes, found.about['kind'],
                      found.about['governance']['workflow'],
@@ -140,35 +143,75 @@ def check(shop) -> list[str]:
   return wrong
 
 
+def _needed(shop, id, generations):
+  """As `roots`, of one artifact."""
+  edge = {id}
+  for _ in range(generations + 1):
+    if any(map(shop.catalog.held, edge)):
+      return True
+    edge = {child for id in edge for child in shop.catalog.children(id)}
+  return False
+
+
+def _take(shop, id, principal, action, wanted):
+  """Moves an artifact to the trash if it is there and `wanted(id)`."""
+  with shop.catalog.transaction():
+    if id not in shop.catalog.objects() or not wanted(id):
+      return False
+    _to_trash(shop, id)
+    _note(shop, id, principal, action)
+  return True
+
+
+def _take_orphan(shop, id, principal, grace):
+  place = shop.place(id)
+  try:
+    if os.stat(place).st_mtime + grace > time.time():
+      return False
+    with shop.catalog.transaction():
+      # Its mint may have ended since, or be just about to.
+      if commit.living(place) or id in shop.catalog.objects():
+        return False
+      _to_trash(shop, id)
+      shop.catalog.audit(principal, 'gc', id, 'orphan')
+  except FileNotFoundError:  # another collection was faster
+    return False
+  return True
+
+
 def _to_trash(shop, id):
   trash = shop.path / 'trash' / f'{id}-{token_hex(8)}'
   place = shop.place(id)
-  os.rename(place, trash)
+  try:
+    os.rename(place, trash)
+  except FileNotFoundError:
+    return  # as after a crash that kept its catalog only: nothing is left of it
   commit.sync(trash.parent)
   commit.sync(place.parent)
-  return trash
 
 
 def _note(shop, id, principal, action):
-  with shop.catalog.transaction():
-    size = shop.catalog.objects()[id][0]
-    shop.catalog.audit(principal, action, id, 'allowed')
-    shop.catalog.charge(principal, id, live_bytes=-size)
-    shop.catalog.bury(id)
-    for name, (target, _) in shop.catalog.refs().items():
-      if target == id:
-        shop.catalog.drop(name)
+  size = shop.catalog.objects()[id][0]
+  shop.catalog.audit(principal, action, id, 'allowed')
+  shop.catalog.charge(principal, id, live_bytes=-size)
+  shop.catalog.bury(id)
+  for name, (target, _) in shop.catalog.refs().items():
+    if target == id:
+      shop.catalog.drop(name)
 
 
 def _finish(shop):
-  """Ends deletions that a kill has cut short; returns their directories."""
+  """Ends deletions that were cut short; returns the directories removed."""
   done = []
   for trash in sorted((shop.path / 'trash').iterdir()):
     id = trash.name[:68]
-    if id in shop.catalog.objects() and not shop.place(id).exists():
-      _note(shop, id, 'gc', 'gc')
-    shutil.rmtree(trash)
-    done.append(trash.name)
+    with shop.catalog.transaction():
+      if id in shop.catalog.objects() and not shop.place(id).exists():
+        _note(shop, id, 'gc', 'gc')
+    # What cannot be removed now, the next collection removes.
+    shutil.rmtree(trash, ignore_errors=True)
+    if not trash.exists():
+      done.append(trash.name)
   return done
 
 

@@ -139,6 +139,21 @@ def sweep(parent):
   return removed
 
 
+def living(folder) -> bool:
+  """Whether the writer of a staged directory, moved or not, is still at it.
+
+  Where the file system has no locks nobody can tell, and this says no.
+  """
+  try:
+    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+  except FileNotFoundError:
+    return False
+  try:
+    return _lock(lock) is False
+  finally:
+    os.close(lock)
+
+
 def _locked_directory(path):
   while True:
     folder = path.parent / (f'.{path.name}.tmp-{os.getpid()}-'
@@ -148,8 +163,12 @@ def _locked_directory(path):
       lock = os.open(folder, os.O_RDONLY)
     except FileNotFoundError:
       continue  # a sweep came before the lock, and took it for abandoned
-    if _lock(lock) is not False and folder.exists():
-      return folder, lock
+    try:
+      if _lock(lock) is not False and folder.exists():
+        return folder, lock
+    except BaseException:  # what nobody holds is swept
+      os.close(lock)
+      raise
     os.close(lock)
 
 

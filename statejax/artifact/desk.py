@@ -6,6 +6,7 @@ Each answer is a decision, and stands in the audit log of the store.
 import contextlib
 import pathlib
 import tempfile
+from secrets import token_hex
 
 from statejax.artifact import (
   access,
@@ -17,6 +18,7 @@ from statejax.artifact import (
   verify,
 )
 from statejax.artifact.access import Principal
+from statejax.artifact.objects import said
 from statejax.artifact.outcome import Refused
 
 
@@ -37,14 +39,15 @@ def examine(shop, key: str, principal: Principal,
   try:
     id = shop.find(key)
     place = shop.place(id)
-    found, data, about, _ = verify.head(place, name=id)
-    vouched = trust.vouch(shop, place, found, data, about)
-    hit = revoke.match(shop.catalog.revocations(), about, id)
-    allowed = access.require(about, principal, right, revoked=bool(hit),
-                             now=shop.catalog.clock())
-    layout.check(place, found, about)
-    with sealing.opened(shop, place, about) as clear:
-      plain, tokens = verify.unsealed(clear, about)
+    with said(), shop.catalog.lease(id, token_hex(8)):
+      found, data, about, _ = verify.head(place, name=id)
+      vouched = trust.vouch(shop, place, found, data, about)
+      hit = revoke.match(shop.catalog.revocations(), about, id)
+      allowed = access.require(about, principal, right, revoked=bool(hit),
+                               now=shop.catalog.clock())
+      layout.check(place, found, about)
+      with sealing.opened(shop, place, about) as clear:
+        plain, tokens = verify.unsealed(clear, about)
   except Refused as error:
     shop.catalog.audit(principal.name, right, id or key[:80], 'refused',
                        code=error.code)

@@ -42,6 +42,7 @@ class Journal:
     """
     self.path = pathlib.Path(path)
     self.path.mkdir(exist_ok=True)
+    _sync(self.path.absolute().parent)
     self._log, self._salts = (self.path / n for n in (
         'journal.jsonl', 'slots.json'))
     self.entries, self._head, self._size = [], _GENESIS, 0

@@ -99,10 +99,12 @@ def _entries(folder, prefix='', depth=1):
 
 def read(folder, name) -> bytes:
   """Returns the content of a file; follows no link at its end."""
-  descriptor = os.open(pathlib.Path(folder) / name,
-                       os.O_RDONLY | os.O_NOFOLLOW)
-  with open(descriptor, 'rb') as file:
+  with open(pathlib.Path(folder) / name, 'rb', opener=_no_link) as file:
     return file.read()
+
+
+def _no_link(path, flags):
+  return os.open(path, flags | os.O_NOFOLLOW)
 
 
 def listing(folder) -> list:
@@ -138,9 +140,7 @@ def check(folder, found: Walk, about: dict):
 def _digests(folder, names):
   """Returns {name: SHA-256}, of several files at once."""
   def one(name):
-    descriptor = os.open(pathlib.Path(folder) / name,
-                         os.O_RDONLY | os.O_NOFOLLOW)
-    with open(descriptor, 'rb') as file:
+    with open(pathlib.Path(folder) / name, 'rb', opener=_no_link) as file:
       return hashlib.file_digest(file, 'sha256').hexdigest()
   with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     return dict(zip(names, pool.map(one, names)))

@@ -8,6 +8,7 @@ it is refused, the caller gets no state, so that no slot is touched.
 
 import dataclasses
 import os
+import re
 from concurrent import futures
 from secrets import token_hex
 from typing import Any
@@ -33,6 +34,8 @@ from statejax.artifact.access import Principal
 from statejax.artifact.compat import ASK, Ask
 from statejax.artifact.outcome import Decision, Refused, refusal
 
+# As the library of the payload tells of a failed call of the system.
+_SYSTEM = re.compile(r"os_error_code='(?!2')|OS error (?!2:)")
 # Bytes that memory must begin at for jax to take it as it is.
 _ALIGNMENT = 64
 
@@ -163,8 +166,7 @@ def restore(folder, about: dict, plain: dict, host: identity.Host,
   try:
     store.fill(stored, {path: x for path, x in live.items() if x.size})
   except Exception as error:  # of any type: the library promises none
-    raise Refused('E_PAYLOAD', f'expected a readable payload, got '
-                  f'{type(error).__name__}: {error}') from error
+    raise _unreadable('payload', error) from error
   with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     digests = pool.map(digest.leaf_digest, live, live.values())
   for path, got in zip(live, digests):
@@ -200,11 +202,17 @@ def _open(folder, target):
     opened = store.open_payload(folder / manifest.PAYLOAD)
     stored = store.describe_payload(opened)
   except Exception as error:  # of any type: the library promises none
-    raise Refused('E_PAYLOAD', f'expected readable metadata, got '
-                  f'{type(error).__name__}: {error}') from error
+    raise _unreadable('metadata', error) from error
   _same('payload', {store.stored_name(path): (dtype, shape) for path, (
       dtype, shape) in target.items() if 0 not in shape}, stored)
   return opened
+
+
+def _unreadable(what, error):
+  """What it means that a payload could not be read: damage, or the disk."""
+  failed = isinstance(error, OSError) or _SYSTEM.search(str(error))
+  return Refused('E_IO' if failed else 'E_PAYLOAD', f'expected readable {what}'
+                 f', got {type(error).__name__}: {error}')
 
 
 def _same(what, expected, got):

@@ -233,6 +233,9 @@ def check(value: dict):
     if first != PAYLOAD and name not in (PLAIN, TOKENS, SLOTS):
       raise ValueError(f'files: expected {PLAIN}, {TOKENS}, {SLOTS} and files '
                        f'below {PAYLOAD}/, got {name}')
+  if len({name.lower() for name in files}) < len(files):
+    raise ValueError('files: expected names that differ by more than the case '
+                     'of letters, got two that are one on some file systems')
   source = value['provenance']
   _agree('provenance.root is self', not source['parents'],
          source['root'] == 'self')

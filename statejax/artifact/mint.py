@@ -5,6 +5,8 @@ a copy. See `objects.Store.keep` for what makes it durable.
 """
 
 import dataclasses
+import errno
+import os
 from secrets import token_hex
 
 import numpy as np
@@ -21,7 +23,7 @@ from statejax.artifact import (
   store,
 )
 from statejax.artifact.access import Principal
-from statejax.artifact.objects import Kept
+from statejax.artifact.objects import Kept, said
 from statejax.artifact.outcome import Refused
 
 # No sound leaf holds larger numbers, by role.
@@ -129,7 +131,7 @@ def mint(shop, state, row: int, host: identity.Host, terms: Terms, *,
   about = _manifest(live, host, terms, transcript, parent, account, vouch) | {
       'created': shop.catalog.clock()}
   shop.room(about['state']['logical_bytes'])
-  with shop.stage() as folder:
+  with said(), shop.stage() as folder:
     if terms.sealed or manifest.must_seal(about):
       key, group = sealing.new_key(shop, about)
       about |= {'sealed': 'aes256gcm1', 'seal': group}
@@ -149,8 +151,15 @@ def mint(shop, state, row: int, host: identity.Host, terms: Terms, *,
 def _fill(folder, live, about, transcript):
   """Writes all files of an artifact but its manifest."""
   named = digest.named_leaves(live)
-  store.save_payload(folder / manifest.PAYLOAD, {
-      path: x for path, x in named.items() if x.size})
+  try:
+    store.save_payload(folder / manifest.PAYLOAD, {
+        path: x for path, x in named.items() if x.size})
+  except OSError:
+    raise
+  except Exception as error:  # of any type: the library promises none
+    full = os.strerror(errno.ENOSPC) in str(error)
+    raise Refused('E_NOSPACE' if full else 'E_IO', 'expected to write the '
+                  f'payload, got {type(error).__name__}: {error}') from error
   (folder / manifest.PLAIN).write_bytes(_plain(live, about, transcript))
   if transcript is not None and transcript.keep:
     waiting = [int(live.pending)] if live.pending >= 0 else []
@@ -176,7 +185,8 @@ def fork(shop, parent: Parent, principal: Principal, *, ref: str = '',
       'governance': parent.about['governance'] | {'owner': principal.name},
       'provenance': _provenance(parent, 'absorbed', vouch)}
   source = shop.place(parent.id)
-  with shop.stage() as folder:
+  with said(), shop.catalog.lease(parent.id, token_hex(8)), (
+      shop.stage()) as folder:
     if about['sealed'] != 'none':
       # Its bytes are bound to its name: they are sealed anew.
       key, about['seal'] = sealing.new_key(shop, about)

@@ -54,8 +54,8 @@ class Kept:
 
 
 @contextlib.contextmanager
-def _said():
-  """A disk that is full or broken becomes a refusal."""
+def said():
+  """A disk that is full or broken becomes a refusal: E_NOSPACE or E_IO."""
   try:
     yield
   except commit.AlreadyPublished:
@@ -85,20 +85,37 @@ class Secrets:
       return bytes.fromhex(file.read_text())
     except FileNotFoundError:
       pass
-    self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    new = self.path / f'.{name}.{token_hex(8)}'
-    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with open(descriptor, 'w') as out:
-      out.write(token_hex(32))
-      out.flush()
-      os.fsync(out.fileno())
-    try:
-      os.link(new, file)  # of two that make it at once, one wins
-    except FileExistsError:
-      pass
-    new.unlink()
+    self._make()
+    with self._written(name, token_hex(32)) as new:
+      try:
+        os.link(new, file)  # of two that make it at once, one wins
+      except FileExistsError:
+        pass
     commit.sync(self.path)
     return bytes.fromhex(file.read_text())
+
+  def _make(self):
+    """Makes the directory, so that no crash takes it away again."""
+    missing = [p for p in (self.path, *self.path.parents) if not p.exists()]
+    for path in reversed(missing):
+      path.mkdir(mode=0o700, exist_ok=True)
+    # Also if it was there: who made it may not have come so far.
+    for path in (self.path, *missing):
+      commit.sync(path.absolute().parent)
+
+  @contextlib.contextmanager
+  def _written(self, name, text):
+    """Yields a file of this text, closed to others and on the disk."""
+    new = self.path / f'.{name}.{token_hex(8)}'
+    try:
+      with open(new, 'x', opener=lambda path, flags: os.open(
+          path, flags, 0o600)) as out:
+        out.write(text)
+        out.flush()
+        os.fsync(out.fileno())
+      yield new
+    finally:
+      new.unlink(missing_ok=True)
 
   def find(self, name: str) -> bytes | None:
     """Returns what is kept under a name, None for nothing; makes nothing."""
@@ -109,19 +126,20 @@ class Secrets:
 
   def put(self, name: str, value: bytes):
     """Keeps 32 bytes that came from elsewhere."""
-    self.get(name)  # makes the file, closed to others
-    file = self.path / f'{name}.secret'
-    file.write_text(value.hex())
-    commit.sync(file)
+    self._make()
+    with self._written(name, value.hex()) as new:
+      new.replace(self.path / f'{name}.secret')
+    commit.sync(self.path)
 
   def destroy(self, name: str):
     """Overwrites and removes a secret; what it alone opens is gone."""
-    if self.find(name) is not None:
-      file = self.path / f'{name}.secret'
-      file.write_text('0' * 64)
-      commit.sync(file)
-      file.unlink()
-      commit.sync(self.path)
+    # Also where a kill has left it half made.
+    for file in (self.path / f'{name}.secret', *self.path.glob(f'.{name}.*')):
+      if file.exists():
+        file.write_text('0' * 64)
+        commit.sync(file)
+        file.unlink()
+        commit.sync(self.path)
 
   def org_name(self, org: str, use: str) -> str:
     """Returns the name of an organisation's secret for a use."""
@@ -164,7 +182,8 @@ class Store:
       self.id, version = facts['id'], facts['version']
       if facts['format'] != FORMAT or not re.fullmatch('[0-9a-f]{32}', self.id):
         raise ValueError('another format')
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError,
+            TypeError) as error:
       raise ValueError(f'{self.path}: expected a store, got something else '
                        f'({error}); name another directory, or a new one.'
                        ) from error
@@ -266,7 +285,7 @@ class Store:
     """
     if ref:
       check_ref(ref)
-    with _said():
+    with said():
       id = self._settle(folder, about, vouch)
       nbytes = self._install(folder, id)
     return self._enter(id, nbytes, about, mint_key, principal, action, ref,
@@ -285,30 +304,38 @@ class Store:
     """
     if ref:
       check_ref(ref)
-    with _said():
+    with said():
       try:
         nbytes = self._install(folder, id)
       except commit.AlreadyPublished:  # the same bytes, as the name says
         nbytes = sum(layout.walk(self.place(id)).files.values())
+        # Whoever has put them there may not have come so far.
+        commit.sync(self.place(id).parent)
     return self._enter(id, nbytes, about, f'import-{id}', principal, 'import',
                        ref, 0, None)
 
   def _enter(self, id, nbytes, about, mint_key, principal, action, ref, expect,
              charges):
     with self.catalog.transaction():
-      earlier = self.catalog.minted(mint_key)
-      if earlier in self.catalog.objects():
+      earlier, there = self.catalog.minted(mint_key), self.catalog.objects()
+      if earlier in there and earlier != id:
         # A retry of what was done: gc takes the second copy.
         return Kept(earlier, self.catalog.head(), '', False)
       if earlier not in (None, id):
         raise ValueError(f'mint_key: expected one not used yet, got that of '
                          f'{earlier}, which was deleted; choose another one.')
+      if not self.place(id).exists():
+        raise Refused('E_IO', f'{id}: expected it where it was put, got '
+                      'nothing: a collection took it for abandoned')
       receipt = self.catalog.audit(principal, action, id, 'allowed')
-      self.catalog.add(id, mint_key, nbytes, about['kind'],
-                       about['governance']['workflow'],
-                       [p['id'] for p in about['provenance']['parents']])
-      self.catalog.charge(principal, id, live_bytes=nbytes, **(charges or {}))
-      moved = bool(ref) and self.catalog.move(ref, id, expect)
+      if id not in there:  # as what is imported may be
+        self.catalog.add(id, mint_key, nbytes, about['kind'],
+                         about['governance']['workflow'],
+                         [p['id'] for p in about['provenance']['parents']])
+        self.catalog.charge(principal, id, live_bytes=nbytes,
+                            **(charges or {}))
+      moved = bool(ref) and (self.catalog.move(ref, id, expect)
+                             or (self.catalog.ref(ref) or ('',))[0] == id)
       if ref and not moved:
         ref = f'{ref}~{token_hex(4)}'
         self.catalog.move(ref, id, 0)

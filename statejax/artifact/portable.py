@@ -6,11 +6,12 @@ compares all bytes, so that there is nothing in an archive which it does not
 understand. Any `tar` opens it. Imports no jax.
 """
 
+import os
 import pathlib
 import re
 import tarfile
 
-from statejax.artifact import layout, manifest
+from statejax.artifact import commit, layout, manifest
 from statejax.artifact.outcome import Refused
 
 _BLOCK = 512
@@ -26,14 +27,23 @@ def pack(folder, path):
 
   Raises:
     FileExistsError: it does.
+    OSError: it could not be written; then nothing is there.
   """
-  folder = pathlib.Path(folder)
+  folder, path = pathlib.Path(folder), pathlib.Path(os.path.abspath(path))
   found = layout.walk(folder)
-  with open(path, 'xb') as out:
-    for name in sorted(found.files, key=_order):
-      data = layout.read(folder, name)
-      out.write(_header(name, len(data)) + data + bytes(-len(data) % _BLOCK))
-    out.write(_END)
+  out = open(path, 'xb')
+  try:
+    with out:
+      for name in sorted(found.files, key=_order):
+        data = layout.read(folder, name)
+        out.write(_header(name, len(data)) + data + bytes(-len(data) % _BLOCK))
+      out.write(_END)
+      out.flush()
+      os.fsync(out.fileno())
+    commit.sync(path.parent)
+  except BaseException:
+    path.unlink()
+    raise
 
 
 def unpack(path, folder, *, max_bytes: int = 1 << 40):

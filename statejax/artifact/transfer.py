@@ -25,7 +25,7 @@ from statejax.artifact import (
   verify,
 )
 from statejax.artifact.access import Principal
-from statejax.artifact.objects import Kept
+from statejax.artifact.objects import Kept, said
 from statejax.artifact.outcome import Refused
 
 
@@ -58,7 +58,8 @@ def export(shop, key: str, principal: Principal, signer: keys.Signer,
           'depth': source['depth'] + 1, 'producer': signer.name,
           'how': 'exported'}}
   wrapped, about['seal'] = sealing.new_key(shop, about)
-  with shop.stage() as folder:
+  with said(), shop.catalog.lease(found.id, token_hex(8)), (
+      shop.stage()) as folder:
     with sealing.opened(shop, shop.place(found.id), found.about) as clear, (
         sealing.scratch(shop)) as bare:
       for name, _, _ in found.about['files']:
@@ -71,9 +72,13 @@ def export(shop, key: str, principal: Principal, signer: keys.Signer,
     signer(folder, data)
     portable.pack(folder, path)
   id = manifest.artifact_id(data)
-  with shop.catalog.transaction():
-    shop.catalog.audit(principal.name, 'export', id, 'written')
-    shop.catalog.charge(principal.name, found.id, exports=1)
+  try:
+    with shop.catalog.transaction():
+      shop.catalog.audit(principal.name, 'export', id, 'written')
+      shop.catalog.charge(principal.name, found.id, exports=1)
+  except BaseException:
+    pathlib.Path(path).unlink()  # nothing leaves that is not in the log
+    raise
   return id
 
 
@@ -95,7 +100,7 @@ def receive(shop, path, principal: Principal, *, host=None, ref: str = '',
   """
   id = ''
   try:
-    with shop.stage() as folder:
+    with said(), shop.stage() as folder:
       portable.unpack(path, folder, max_bytes=shop.quota)
       found, data, about, id = verify.head(folder, max_bytes=shop.quota,
                                            foreign=True)

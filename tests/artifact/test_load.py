@@ -474,6 +474,22 @@ def test_unreadable_payload(broken):
   assert str(end(shop, adopt(shop, place)).decision) == 'refused(E_PAYLOAD)'
 
 
+@pytest.mark.parametrize('call', ['open_payload', 'fill'])
+@pytest.mark.parametrize('error, code', [
+    (OSError(5, 'Input/output error'), 'E_IO'),
+    (ValueError("Too many open files [os_error_code='24']"), 'E_IO'),
+    (ValueError("No such file or directory [os_error_code='2']"), 'E_PAYLOAD'),
+    (ValueError('Invalid checksum'), 'E_PAYLOAD')])
+def test_the_disk_or_damage(shop, kept, monkeypatch, call, error, code):
+  def fail(*_):
+    raise error
+  monkeypatch.setattr(store, call, fail)
+  found = end(shop, kept)
+  assert str(found.decision) == f'refused({code})' and found.state is None
+  monkeypatch.undo()
+  assert str(end(shop, kept).decision) == 'resumed(11)'
+
+
 def test_tokens_of_another_state(broken):
   shop, place = broken
   (place / 'tokens.u32').write_bytes(names.pack([*small.TOKENS[::-1], 3]))

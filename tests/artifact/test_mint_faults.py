@@ -1,0 +1,119 @@
+"""As `test_faults`, of what needs arrays: mints, loads, forks, files from store
+to store. Calls of Orbax's own threads fail too; it must be told as well.
+"""
+
+import random
+
+import pytest
+import small_store as small
+from test_faults import Case, every_call
+
+from statejax import state as st
+from statejax.artifact import digest, keys, load, mint, transfer, trust
+from statejax.artifact.access import Principal
+from statejax.artifact.outcome import Refused
+
+ALICE = Principal('alice', 'acme')
+
+# What Orbax leaves behind of a save or load that has failed.
+pytestmark = [pytest.mark.slow, *(pytest.mark.filterwarnings(text) for text in (
+    'ignore::RuntimeWarning', 'ignore::ResourceWarning',
+    'ignore::pytest.PytestUnraisableExceptionWarning',
+    'ignore::pytest.PytestUnhandledThreadExceptionWarning'))]
+
+
+STEP = 1  # every call, with an error by chance
+
+
+class Arrays(Case):
+  """A store of the small model, in which `chat` points to an artifact."""
+
+  closes = False  # Orbax does not
+  terms = small.TERMS
+
+  def __init__(self, path):
+    self.path, self.shop, self.number = path, small.store(path), 0
+    self.state = small.state()
+    self.digest = digest.tree_digest(self.state)
+    self.id = self.mint('first').id
+    self.kept = {self.id}
+
+  def mint(self, ref):
+    return mint.mint(self.shop, self.state, 0, small.host(), self.terms,
+                     ref=ref, transcript=small.transcript())
+
+  def load(self, key):
+    found = load.load(self.shop, key, ALICE, small.host())
+    if found.decision.outcome != 'resumed':
+      assert found.state is None
+      raise Refused(found.decision.code, found.decision.detail)
+    assert st.diff(found.state, self.state) is None
+
+  def prepare(self):
+    self.name = f'new/{self.next()}'
+
+  def undone(self):
+    assert self.shop.catalog.ref(self.name) is None
+    # The session goes on.
+    assert digest.tree_digest(self.state) == self.digest
+
+  def done(self):
+    self.load(self.name)
+    self.shop.catalog.drop(self.name)
+
+
+class Mint(Arrays):
+  def act(self):
+    self.mint(self.name)
+
+
+class Load(Arrays):
+  def act(self):
+    self.load('first')
+
+  def done(self):
+    self.load('first')
+
+
+class Fork(Arrays):
+  def act(self):
+    about = load.load(self.shop, 'first', ALICE, small.host()).about
+    if not about:
+      raise Refused('E_IO', 'the parent could not be read')
+    mint.fork(self.shop, mint.Parent(self.id, about), ALICE, ref=self.name)
+
+
+class Sealed(Arrays):
+  """Minted, written to a file and taken in by a store of the same secrets."""
+
+  terms = mint.Terms('alice', 'acme', export='org')
+
+  def __init__(self, path):
+    root = keys.generate()
+    self.signer = keys.Signer(keys.generate())
+    super().__init__(path)
+    self.shop.root = keys.public(root)
+    trust.install(self.shop, keys.Signer(root).document('trust', trust.extended(
+        None, keys.public(self.signer.private), 'acme')))
+    trust.install_revocations(self.shop, 'acme', transfer.issue_revocations(
+        self.shop, self.signer))
+
+  def prepare(self):
+    super().prepare()
+    self.file = self.path / f'{self.number}.tar'
+
+  def undone(self):
+    super().undone()
+    self.file.unlink(missing_ok=True)  # of an export that came through
+
+  def act(self):
+    transfer.export(self.shop, 'first', ALICE, self.signer, self.file)
+    transfer.receive(self.shop, self.file, ALICE, host=small.host(),
+                     ref=self.name)
+
+
+@pytest.mark.parametrize('kind', [Mint, Load, Fork, Sealed])
+def test_every_call_fails(tmp_path, kind):
+  if kind is Sealed:
+    pytest.importorskip('cryptography', reason='the extra [sign] is missing')
+  assert every_call(kind(tmp_path), ('EIO',), STEP, random.Random(0))
