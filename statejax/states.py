@@ -262,6 +262,7 @@ def resume(key):
                                     keep=True)
   kept = minting.mint(
       shop, state, 0, host, terms, transcript=transcript,
+      stands=found.stands and found.stands.after(emitted),
       parent=minting.Parent(found.id, found.about), ref=key if ref else '',
       expect=ref[1] if ref else 0)
   _say(kept)
