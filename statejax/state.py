@@ -462,7 +462,8 @@ def live(state, row: int):
   strides = dict(state.strides)
   def one(path, axes, kind, x):
     batch = axes.index('batch')
-    x = jax.lax.index_in_dim(x, row, batch)
+    # As an array, so that not every row is a program.
+    x = jax.lax.dynamic_index_in_dim(x, np.int32(row), batch)
     if kind == 'fixed':
       return np.squeeze(np.asarray(x), batch)
     axis, slots = axes.index('capacity'), length // strides.get(path, 1)

@@ -190,6 +190,12 @@ class Catalog:
                              (mint_key,)).fetchone()
     return row and row[0]
 
+  def key_of(self, id: str) -> str | None:
+    """Returns the mint key of an object, there or deleted; None for none."""
+    row = self._base.execute('select mint_key from art where id = ?',
+                             (id,)).fetchone()
+    return row and row[0]
+
   def objects(self, *, gone: bool = False) -> dict[str, tuple]:
     """Returns {id: (bytes, kind, workflow, created)} of what is there."""
     return {row[0]: tuple(row[1:]) for row in self._base.execute(

@@ -290,8 +290,10 @@ class Store:
         nbytes = self._install(folder, id)
       except commit.AlreadyPublished:  # the same bytes, as the name says
         nbytes = sum(layout.walk(self.place(id)).files.values())
-    return self._enter(id, nbytes, about, f'import-{id}', principal, 'import',
-                       ref, 0, None)
+    # What was here once comes back under the key of its mint.
+    key = self.catalog.key_of(id) or f'import-{id}'
+    return self._enter(id, nbytes, about, key, principal, 'import', ref, 0,
+                       None)
 
   def _enter(self, id, nbytes, about, mint_key, principal, action, ref, expect,
              charges):
