@@ -406,14 +406,29 @@ def restore_fixed(state, snapshot):
   go on to give NaN, though never a wrong number).
 
   Raises:
-    ValueError: the snapshot is of another number of rows or another config.
+    ValueError: the snapshot is of another number of rows or another config, or
+      no earlier one of these rows: it has absorbed more than they have.
   """
   if rows(state) != rows(snapshot):
     raise ValueError(f'restore_fixed: expected a snapshot of {rows(state)} '
                      f'rows, got {rows(snapshot)}; take the same rows of both.')
   _match(state, snapshot, 'restore_fixed', but=('batch', 'capacity'))
+  _earlier(state, snapshot)
   return map_leaves(
       lambda p, a, kind, x, y: x if kind == 'growing' else y, state, snapshot)
+
+
+def _earlier(state, snapshot):
+  """Raises where the stores cannot hold what a snapshot goes on from."""
+  traced = [isinstance(x.length, jax.core.Tracer) for x in (state, snapshot)]
+  if state.capacity is None or any(traced):
+    return
+  now, then = np.asarray(state.length), np.asarray(snapshot.length)
+  if (then > now).any():
+    row = int(np.argmax(then > now))
+    raise ValueError(
+        f'restore_fixed: row {row}: expected an earlier snapshot of its '
+        f'{now[row]} tokens, got one of {then[row]}; take that of this row.')
 
 
 def snapshot(state):
@@ -447,7 +462,8 @@ def live(state, row: int):
   strides = dict(state.strides)
   def one(path, axes, kind, x):
     batch = axes.index('batch')
-    x = jax.lax.index_in_dim(x, row, batch)
+    # As an array, so that not every row is a program.
+    x = jax.lax.dynamic_index_in_dim(x, np.int32(row), batch)
     if kind == 'fixed':
       return np.squeeze(np.asarray(x), batch)
     axis, slots = axes.index('capacity'), length // strides.get(path, 1)

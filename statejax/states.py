@@ -10,6 +10,7 @@ r"""The command `state`: mint, show, verify, resume, fork, transfer and so on.
   python -m statejax.main state revoke other
   python -m statejax.main state audit
   python -m statejax.main state account
+  python -m statejax.main state fsck --adopt
   python -m statejax.main state gc
 
 A target is a name, an id or its beginning; `show`, `verify` and `diff` also
@@ -31,6 +32,21 @@ the extra [sign] and the organisation's secrets at both ends:
   python -m statejax.main state transfer chat.tar --org=acme --root=root.pub \
       --store=there --ref=chat
 
+A file may be in a bucket: `--file=gs://bucket/states` writes there, and the
+target gs://bucket/states/sj1-... takes it in. `push` copies an artifact to a
+bucket as it is, `pull` brings it back to the store that it came from:
+
+  python -m statejax.main state push chat --org=acme --url=gs://bucket/states
+  python -m statejax.main state pull gs://bucket/states/sj1-... --org=acme
+
+To somebody of another organisation, by a grant to their key:
+
+  python -m statejax.main state grant chat --org=acme --holder=bob.pub \
+      --rights=inspect,resume --signing_key=acme.pem --file=bob.grant
+  python -m statejax.main state grant bob.grant
+  python -m statejax.main state resume chat --workdir=runs/a --org=globex \
+      --principal=bob --grant=bob.grant --holder_key=bob.pem
+
 Loads jax only where a model runs.
 """
 
@@ -42,6 +58,8 @@ import sys
 from typing import Any
 
 from absl import flags
+
+from statejax import exchange
 
 STORE = flags.DEFINE_string('store', 'states', 'state: directory of artifacts')
 SECRETS = flags.DEFINE_string(
@@ -74,22 +92,31 @@ SIGNING_KEY = flags.DEFINE_string(
     'signing_key', None, 'state: file of a private key')
 ROOT = flags.DEFINE_string(
     'root', None, 'state: file of the public key that decides on trust')
-FILE = flags.DEFINE_string('file', None, 'state transfer: what to write')
+FILE = flags.DEFINE_string(
+    'file', None, 'state transfer, grant: what to write; transfer: or a bucket')
+GRANT = flags.DEFINE_string('grant', None, 'state: file of a grant to show')
+HOLDER_KEY = flags.DEFINE_string(
+    'holder_key', None, 'state: file of the private key that --grant is for')
 
 OWN = {'store', 'secrets', 'principal', 'org', 'root'}
 SAMPLING = {'workdir', 'tokens', 'capacity', 'temperature', 'top_k', 'top_p'}
+SHOWN = {'grant', 'holder_key'}
 # What each verb reads beside `OWN`.
 USES = {
     'mint': SAMPLING | {'prompt', 'seed', 'resume', 'row', 'acl', 'sensitivity',
                         'workflow', 'scope', 'transcript', 'export'},
-    'resume': SAMPLING | {'on_mismatch'},
-    'show': {'workdir'}, 'verify': {'workdir'}, 'fork': {'ref'},
+    'resume': SAMPLING | {'on_mismatch'} | SHOWN,
+    'show': {'workdir'}, 'verify': {'workdir'} | SHOWN, 'fork': {'ref'} | SHOWN,
     'diff': set(), 'lineage': set(),
-    'transfer': {'signing_key', 'file', 'ref', 'workdir'}, 'revoke': set(),
-    'audit': set(), 'account': set(), 'gc': {'grace'},
+    'transfer': {'signing_key', 'file', 'ref', 'workdir'} | SHOWN,
+    'push': {'url'}, 'pull': {'ref'},
+    'grant': {'signing_key', 'file', 'holder', 'rights', 'seconds',
+              'max_uses'},
+    'revoke': set(),
+    'audit': set(), 'account': set(), 'fsck': {'adopt'}, 'gc': {'grace'},
     'keygen': set(), 'trust': {'signing_key'}, 'crl': {'signing_key'}}
 # Which of them take no target, and which two.
-WHOLE, PAIRS = ('audit', 'account', 'gc'), ('diff',)
+WHOLE, PAIRS = ('audit', 'account', 'fsck', 'gc'), ('diff',)
 ALL = OWN.union(*USES.values())
 
 
@@ -133,6 +160,32 @@ def _signer():
 def _principal():
   from statejax.artifact.access import Principal
   return Principal(PRINCIPAL.value, ORG.value)
+
+
+def _granted():
+  """(grant, private key) that --grant and --holder_key name, None for none."""
+  data, private = GRANT.value, HOLDER_KEY.value
+  if data is not None and private is not None:
+    return pathlib.Path(data).read_bytes(), pathlib.Path(private).read_bytes()
+  if data is private:
+    return None
+  raise ValueError('--grant, --holder_key: expected both: a grant, and the '
+                   'private key of whom it is for.')
+
+
+def _asking(shop, key):
+  """Who asks for an artifact, with what a grant that they show gives."""
+  who, granted = _principal(), _granted()
+  if granted is None:
+    return who
+  from secrets import token_hex
+
+  from statejax.artifact import grant, verify
+  data, private = granted
+  id, nonce = shop.find(key), token_hex(16)
+  about = verify.head(shop.place(id), name=id)[2]
+  return grant.present(shop, data, about, id, who, nonce,
+                       grant.prove(private, nonce, data))
 
 
 def _model():
@@ -235,11 +288,12 @@ def resume(key):
   from statejax.artifact import mint as minting
   from statejax.artifact.compat import Ask
   from statejax.artifact.outcome import Refused
-  shop, who, steps = _shop(), _principal(), _flag('tokens')
+  shop, steps = _shop(), _flag('tokens')
   model, params, digest = _model()
   ref = shop.catalog.ref(key)
   host = _host(model, digest, _room(_length(shop, key) + steps))
-  found = load.load(shop, key, who, host, Ask(on_mismatch=MISMATCH.value))
+  found = load.load(shop, key, _asking(shop, key), host, Ask(
+      on_mismatch=MISMATCH.value))
   decision = found.decision
   print(f'{decision} promise={decision.promise} '
         f'{" ".join(decision.warnings)} {decision.detail}'.rstrip(),
@@ -262,6 +316,7 @@ def resume(key):
                                     keep=True)
   kept = minting.mint(
       shop, state, 0, host, terms, transcript=transcript,
+      stands=found.stands and found.stands.after(emitted),
       parent=minting.Parent(found.id, found.about), ref=key if ref else '',
       expect=ref[1] if ref else 0)
   _say(kept)
@@ -298,10 +353,28 @@ def _absorb_again(model, params, found):
 
 def show(key):
   """Prints what an artifact is, whose, and whether it would load here."""
+  from statejax.artifact import desk, verify
+  if pathlib.Path(key).exists():
+    with desk.opened(key) as folder:
+      found, may = verify.verify(folder), _may_resume(folder)
+  else:
+    found = _examined(key)
+    may = _may_resume(_shop().place(found.id))
+  print('\n'.join([
+      *desk.describe(found),
+      f'  may {PRINCIPAL.value} of {ORG.value or "no organisation"} resume it '
+      f'here: {may}',
+      f'  would it load here: {_would_load(found.about)}']))
+
+
+def _may_resume(folder):
+  """Whether the store would let the principal, in words."""
   from statejax.artifact import desk
-  found = _examined(key)
-  print('\n'.join(desk.describe(found)))
-  print(f'  would it load here: {_would_load(found.about)}')
+  if not (pathlib.Path(STORE.value) / 'STORE.json').exists():
+    return (f'not asked, there is no store at {STORE.value}; name one with '
+            '--store')
+  fault = desk.obstacle(_shop(), folder, _principal())
+  return 'yes' if fault is None else f'no, {fault}'
 
 
 def _examined(key):
@@ -346,19 +419,42 @@ def verify(key):
   if pathlib.Path(key).exists():
     with desk.opened(key) as folder:
       found = verify.verify(folder)
-    result = {'vouched': 'not asked'}
+      result = {'vouched': 'not asked', 'resume': _may_resume(folder)}
+      if _flag('workdir') is not None:
+        result |= _arrays(folder, found.about)
   else:
     shop = _shop()
-    found = desk.examine(shop, key, _principal(), 'inspect')
+    who = _asking(shop, key)
+    found = desk.examine(shop, key, who, 'inspect')
     result = {'vouched': found.vouched}
     if _flag('workdir') is not None:
       from statejax.artifact import load
       model, _, digest = _model()
       host = _host(model, digest, _room(found.about['state']['length']))
-      decision = load.load(shop, key, _principal(), host).decision
+      decision = load.load(shop, key, who, host).decision
       result |= {'load': str(decision), 'promise': decision.promise,
                  'why': decision.detail}
   print(json.dumps({'verified': True, 'id': found.id, **result}))
+
+
+def _arrays(folder, about):
+  """Whether the arrays of an artifact that is in no store load in a run."""
+  from statejax.artifact import compat, identity, load, sealing, verify
+  from statejax.artifact.outcome import Refused
+  model, _, digest = _model()
+  room = _room(about['state']['length'])
+  host = _host(model, digest, room)
+  verdict = compat.compare(about, host.groups(identity.Carried.by(about)))
+  try:
+    if verdict.action != 'go':
+      raise Refused(verdict.code, verdict.detail)
+    with sealing.opened(_shop(), folder, about) as clear:
+      load.restore(clear, about, verify.unsealed(clear, about)[0], host, room)
+  except Refused as error:
+    return {'load': f'refused({error.code})', 'promise': 'none',
+            'why': error.detail}
+  return {'load': f'resumed({about["state"]["length"]})',
+          'promise': verdict.promise, 'why': ''}
 
 
 def fork(key):
@@ -368,22 +464,24 @@ def fork(key):
   if REF.value is None:
     raise ValueError('--ref: name the child.')
   objects.check_ref(REF.value)
-  shop, who = _shop(), _principal()
+  shop = _shop()
+  who = _asking(shop, key)
   found = desk.examine(shop, key, who, 'fork')
   _say(minting.fork(shop, minting.Parent(found.id, found.about), who,
                     ref=REF.value))
 
 
 def transfer(target):
-  """Writes an artifact as one file, or takes one in."""
-  from statejax.artifact import transfer
+  """Writes an artifact as one file or to a bucket, or takes one in."""
+  from statejax.artifact import bucket, transfer
   shop, who = _shop(), _principal()
-  if pathlib.Path(target).is_file():
+  if bucket.is_url(target) or pathlib.Path(target).is_file():
     host = None
     if _flag('workdir') is not None:
       model, _, digest = _model()
       host = _host(model, digest, 0)
-    _say(transfer.receive(shop, target, who, host=host, ref=REF.value or ''))
+    _say(transfer.receive(shop, target, who, host=host, ref=REF.value or '',
+                          granted=_granted()))
     return
   if FILE.value is None:
     raise ValueError(f'{target}: expected a file to take in, or with --file a '
@@ -477,4 +575,9 @@ def _say(kept):
 VERBS = {'mint': mint, 'resume': resume, 'show': show, 'verify': verify,
          'fork': fork, 'diff': diff, 'lineage': lineage, 'transfer': transfer,
          'keygen': keygen, 'trust': trust, 'crl': crl, 'revoke': revoke,
+         'push': lambda key: exchange.push(_shop(), _principal(), key),
+         'pull': lambda url: _say(exchange.pull(_shop(), _principal(), url)),
+         'grant': lambda key: exchange.grant(_shop(), _principal(), key,
+                                             _signer),
+         'fsck': lambda: exchange.fsck(_shop(), _principal()),
          'audit': audit, 'account': account, 'gc': gc}

@@ -38,6 +38,7 @@ ALLOWED = {
         'desk', 'envelope', 'grammar',
         'journal', 'layout', 'manifest', 'names', 'objects', 'outcome',
         'portable', 'revoke', 'tree', 'verify')},
+    'artifact/bucket': 'artifact tensorstore',
     'tasks': 'numpy grain config',
     'metrics': 'numpy grain config',
     'generate': f'{MODEL} artifact',
@@ -48,7 +49,8 @@ ALLOWED = {
     'serve': f'{MODEL} artifact generate starlette uvicorn',
     'train': f'{MODEL} artifact tasks parallel optax',
     'train/plot': f'{MODEL} artifact matplotlib',
-    'states': f'{MODEL} artifact tasks generate train absl',
+    'exchange': 'artifact absl',
+    'states': f'{MODEL} artifact tasks generate train exchange absl',
     'main': f'{MODEL} artifact tasks metrics generate memory states train '
             'serve absl pallas_kernels',
     'pallas_kernels': 'jax numpy',

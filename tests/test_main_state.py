@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import sys
+import tarfile
 
 import jax
 import pytest
@@ -12,7 +13,7 @@ from test_main import TRAIN, call, run  # noqa: F401
 from statejax import config as c
 from statejax import model as lm
 from statejax import states
-from statejax.artifact import digest
+from statejax.artifact import digest, objects
 
 FULL = c.LayerConfig('full', c.AttentionConfig(
     heads=1, kv_heads=1, key=8, value=8), c.SwiGLUConfig(8))
@@ -31,9 +32,9 @@ def state(run, monkeypatch, tmp_path):  # noqa: F811
   """Runs `state ...` with an untrained model; status, lines, errors."""
   monkeypatch.setattr(states, '_model', model)
   def state(*argv):
-    code, out, err = run('state', *argv, f'--store={tmp_path}/store',
-                         f'--secrets={tmp_path}/secrets')
-    return code, out, err
+    # Of two values of a flag the last one counts.
+    return run('state', f'--store={tmp_path}/store',
+               f'--secrets={tmp_path}/secrets', *argv)
   return state
 
 
@@ -114,7 +115,7 @@ def test_life_of_an_artifact(state, monkeypatch):
 
 @pytest.mark.parametrize('argv, message', [
     ([], 'usage: '), (['fly'], 'state takes one of mint, resume, show'),
-    (['mint'], 'and, but for audit, account, gc, a target'),
+    (['mint'], 'and, but for audit, account, fsck, gc, a target'),
     (['trust', 'nothing'], 'No such file'),
     (['crl', 'x'], '--signing_key: name the file'),
     (['audit', 'x'], 'usage'), (['diff', 'x'], 'diff takes two'),
@@ -174,6 +175,100 @@ def test_from_store_to_store(state, monkeypatch, tmp_path):
   code, out, _ = state('verify', 'chat', *there, '--workdir=x')
   assert code == 0 and json.loads(out)['load'] == 'resumed(5)'
   assert state('audit', *there)[0] == 0
+
+
+def test_only_a_file(state, monkeypatch, tmp_path):
+  """What a portable file says to whoever has nothing else."""
+  pytest.importorskip('cryptography', reason='the extra [sign] is not there')
+  monkeypatch.chdir(tmp_path)
+  org, sign = ['--org=acme'], ['--org=acme', '--signing_key=acme.pem']
+  for name in ('root', 'acme', 'bob'):
+    state('keygen', name)
+  assert state('mint', 'chat', '--workdir=x', '--prompt=ab', '--tokens=3',
+               '--temperature=0', '--export=any', *org)[0] == 0
+  state('trust', 'acme.pub', *org, '--signing_key=root.pem')
+  state('crl', 'acme.crl', '--signing_key=acme.pem')
+  state('trust', 'acme.crl', '--root=root.pub', *org)
+  assert state('transfer', 'chat', *sign, '--file=chat.tar')[0] == 0
+  nowhere = ['--store=nowhere']
+  code, out, _ = state('show', 'chat.tar', *nowhere)
+  assert code == 0 and 'whose: local of acme' in out and 'not asked, ' in out
+  assert not (tmp_path / 'nowhere').exists()
+  # Whose signature counts, who may, which model.
+  def show(*argv):
+    return state('show', 'chat.tar', '--workdir=x', *argv)[1].splitlines()[-2:]
+  may, load = show('--root=root.pub', *org)
+  assert may.endswith('resume it here: yes') and 'yes, promise bit' in load
+  assert 'no, E_TRUST: expected a pinned root key' in show(*org)[0]
+  assert 'no, E_ACL: bob of globex may not' in show(
+      '--root=root.pub', '--org=globex', '--principal=bob')[0]
+  monkeypatch.setattr(states, '_model', lambda: model(1))
+  assert 'no, E_WEIGHTS: model.params' in show('--root=root.pub', *org)[1]
+  monkeypatch.setattr(states, '_model', model)
+  code, out, _ = state('verify', 'chat.tar', '--workdir=x', '--root=root.pub',
+                       *org)
+  found = json.loads(out)
+  assert code == 0 and found['resume'] == 'yes'
+  assert found['load'] == 'resumed(5)'
+  # A damaged one.
+  data = bytearray((tmp_path / 'chat.tar').read_bytes())
+  with tarfile.open(tmp_path / 'chat.tar') as archive:
+    data[archive.getmember('plain.json').offset_data] ^= 1
+  (tmp_path / 'bad.tar').write_bytes(data)
+  assert 'E_FILES' in state('show', 'bad.tar')[2]
+  # For another organisation, by a grant.
+  bob = ['--root=root.pub', '--org=globex', '--principal=bob']
+  shown = ['--grant=bob.grant', '--holder_key=bob.pem']
+  code, _, err = state('grant', 'chat', *sign)
+  assert code == 2 and '--holder and --file' in err
+  assert state('grant', 'chat', *sign, '--holder=bob.pub',
+               '--file=bob.grant')[0] == 0
+  out = state('grant', 'bob.grant', '--root=root.pub')[1]
+  assert 'rights: inspect, resume; 1 uses' in out and 'count here: yes' in out
+  code, _, err = state('verify', 'chat', *bob)
+  assert code == 2 and 'E_ACL' in err
+  code, _, err = state('verify', 'chat', *bob, shown[0])
+  assert code == 2 and 'expected both' in err
+  code, out, _ = state('verify', 'chat', *bob, *shown, '--workdir=x')
+  assert code == 0 and json.loads(out)['load'] == 'resumed(5)'
+  code, _, err = state('resume', 'chat', *bob, *shown, '--workdir=x')
+  assert code == 2 and 'E_GRANT: it was used 1 times' in err
+  # A bucket.
+  url = f'file://{tmp_path}/bucket'
+  code, out, _ = state('push', 'chat', *org, f'--url={url}')
+  there = json.loads(out)['url']
+  assert code == 0 and state('pull', there, *org)[0] == 0
+  assert state('push', 'chat', *org)[0] == 2
+  one = json.loads(state('transfer', 'chat', *sign, f'--file={url}')[1])['id']
+  code, _, err = state('transfer', f'{url}/{one}', *org, '--root=root.pub',
+                       '--ref=sent')
+  assert code == 0 and json.loads(err)['ref'] == 'sent'
+
+
+def test_fsck(state, tmp_path):
+  mint = ['--workdir=x', '--prompt=ab', '--tokens=2', '--temperature=0']
+  assert state('mint', 'chat', *mint)[0] == 0
+  code, out, _ = state('fsck')
+  assert code == 0 and json.loads(out) == {'artifacts': 1, 'wrong': []}
+  # As if the mint had died before it was in the catalog.
+  shop = objects.Store(tmp_path / 'store',
+                       objects.Secrets(tmp_path / 'secrets'))
+  id = shop.find('chat')
+  shop.catalog._base.execute('delete from art')
+  shop.catalog.charge('local', id, live_bytes=-sum(
+      row['delta'] for row in shop.catalog.rows('ledger')
+      if row['unit'] == 'live_bytes'))
+  shop.catalog.close()
+  code, out, err = state('fsck')
+  assert code == 2 and 'in no catalog' in json.loads(out)['wrong']
+  assert '1 faults' in err
+  code, out, _ = state('fsck', '--adopt')
+  assert code == 0 and json.loads(out.splitlines()[0]) == {'adopted': id}
+  file = next(p for p in (tmp_path / 'store/objects').rglob('plain.json'))
+  file.chmod(0o600)
+  file.write_bytes(b'{}')
+  code, out, err = state('fsck', '--adopt')
+  assert code == 2 and 'E_FILES' in out and 'plain.json' in err
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ Each answer is a decision, and stands in the audit log of the store.
 import contextlib
 import pathlib
 import tempfile
+import time
 from secrets import token_hex
 
 from statejax.artifact import (
@@ -70,6 +71,30 @@ def opened(path):
     yield pathlib.Path(folder)
 
 
+def obstacle(shop, folder, principal: Principal,
+             right: str = 'resume') -> Refused | None:
+  """Returns the first reason why a right does not hold here, None for none.
+
+  Who vouches for the artifact, what was revoked, who asks, whether the key of a
+  sealed one is here: all that no model decides. Nothing is written down.
+
+  Args:
+    shop: `objects.Store`.
+    folder: the artifact, of this store or from elsewhere, its files verified.
+    principal: who asks.
+    right: of `access.RIGHTS`.
+  """
+  try:
+    found, data, about, id = verify.head(folder)
+    trust.valid(shop, id, about, trust.vouch(shop, folder, found, data, about))
+    access.require(about, principal, right, now=shop.catalog.clock())
+    if about['sealed'] != 'none':
+      sealing.data_key(shop, id, about)
+  except Refused as error:
+    return error
+  return None
+
+
 def withdraw(shop, key: str, principal: Principal) -> list[tuple[str, str]]:
   """Revokes an artifact, and its descendants where its scope says so.
 
@@ -106,12 +131,12 @@ def describe(found: verify.Verified) -> list[str]:
       f'{size:,} bytes',
       f'  whose: {whose}; class {rules["class"]}, export {rules["export"]}, '
       f'{lists or "nobody else may resume it"}',
-      f'  until: {rules["not_after"] or "no end"}',
+      f'  until: {_date(rules["not_after"]) or "no end"}',
       f'  model: {model["family"] or "unnamed"}, parameters {model["params"]}, '
       f'{len(model["adapters"])} adapters',
       f'  tokenizer: {about["tokenizer"]["digest"] or "none"} of '
       f'{about["tokenizer"]["vocab"]} ids',
-      f'  made: {source["how"]} at {about["created"]}, {origin}, depth '
+      f'  made: {source["how"]} at {_date(about["created"])}, {origin}, depth '
       f'{source["depth"]}, by {source["producer"]}',
       f'  program: jax {about["numerics"]["jax"]} on '
       f'{about["numerics"]["device"]}, {about["numerics"]["mesh"]}',
@@ -218,6 +243,12 @@ def _flat(about, prefix=''):
       yield from _flat(value, f'{prefix}{name}.')
     elif prefix + name not in ('nonce', 'created', 'files', 'state.leaves'):
       yield prefix + name, value
+
+
+def _date(seconds):
+  """A time for a person, '' for none."""
+  return seconds and time.strftime('%Y-%m-%d %H:%M:%S UTC',
+                                   time.gmtime(seconds))
 
 
 def _short(keyed):

@@ -113,11 +113,7 @@ def read(shop, data: bytes, about: dict, id: str) -> dict:
   now, org = shop.catalog.clock(), about['governance']['org']
   pem = trust.require(shop).key(hint, org, 'grant', now)
   keys.check(pem, envelope.media('grant'), payload, signature)
-  try:
-    body = canonical.loads(payload)
-    GRAMMAR(body, '')
-  except (ValueError, RecursionError) as error:
-    raise Refused('E_GRANT', str(error)) from None
+  body = _parse(payload)
   if (body['target'], body['org']) != (id, org):
     raise Refused('E_GRANT', f'expected a grant for {id} of {org}, got one for '
                   f'{body["target"]} of {body["org"]}')
@@ -125,6 +121,43 @@ def read(shop, data: bytes, about: dict, id: str) -> dict:
       body['not_after'] - body['not_before'] > LONGEST):
     raise Refused('E_GRANT', f'expected a time of {body["not_before"]}..'
                   f'{body["not_after"]}, at most a day, got {now}')
+  return body
+
+
+def describe(shop, data: bytes) -> list[str]:
+  """Returns in lines what a grant says, and whether it counts here and now.
+
+  Args:
+    shop: `objects.Store`.
+    data: the grant.
+
+  Raises:
+    Refused: E_SIG, E_GRANT: it is no grant at all.
+  """
+  payload, _, hint = envelope.open_document('grant', data)
+  body = _parse(payload)
+  try:
+    read(shop, data, {'governance': {'org': body['org']}}, body['target'])
+    counts = 'yes'
+  except Refused as error:
+    counts = f'no, {error}'
+  return [
+      body['target'],
+      f'  grant: {body["id"]} of {body["org"]}, signed by key {hint[:16]}',
+      f'  holder: key {keys.hint(body["holder"])[:16]}',
+      f'  rights: {", ".join(body["rights"])}; {body["max_uses"]} uses',
+      f'  time: {body["not_before"]} to {body["not_after"]}',
+      f'  brings the key of a sealed artifact: '
+      f'{"yes" if body["key"] else "no"}',
+      f'  does it count here: {counts}']
+
+
+def _parse(payload):
+  try:
+    body = canonical.loads(payload)
+    GRAMMAR(body, '')
+  except (ValueError, RecursionError) as error:
+    raise Refused('E_GRANT', str(error)) from None
   return body
 
 

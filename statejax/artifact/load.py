@@ -25,7 +25,9 @@ from statejax.artifact import (
   layout,
   manifest,
   mint,
+  names,
   sealing,
+  standing,
   store,
   trust,
   verify,
@@ -51,6 +53,8 @@ class Loaded:
     state: `ServingState` of one row, where resumed.
     tokens: absorbed tokens then pending ones, where kept: to absorb again if
       the decision says so.
+    stands: where the state does, to the bit; None where there is no state. See
+      `standing.check` of the slot that it was put into.
   """
 
   decision: Decision
@@ -58,6 +62,7 @@ class Loaded:
   about: dict = dataclasses.field(default_factory=dict)
   state: Any = None
   tokens: tuple[int, ...] | None = None
+  stands: standing.Standing | None = None
 
 
 def load(shop, key: str, principal: Principal, host: identity.Host,
@@ -137,7 +142,8 @@ def _opened(folder, id, about, host, capacity, verdict, warnings):
     # Not the program of which the numerics speak.
     promise, warnings = 'tolerance', warnings + ('W_NUMERICS',)
   return Loaded(Decision('resumed', length, '', promise, tuple(
-      dict.fromkeys(warnings))), id, about, state, tokens)
+      dict.fromkeys(warnings))), id, about, state, tokens, standing.Standing(
+          length, plain['witness'], plain['tree'].removeprefix('sha256:')))
 
 
 def restore(folder, about: dict, plain: dict, host: identity.Host,
@@ -229,7 +235,7 @@ def _meets(live, about, plain):
   for what, expected, got in (
       ('length', state['length'], int(live.length)),
       ('pending', state['n_pending'], int(live.pending >= 0)),
-      ('witness', plain['witness'], mint.witness_of(live))):
+      ('witness', plain['witness'], names.lanes(live.witness))):
     if expected != got:
       raise Refused('E_WITNESS', f'{what}: expected {expected}, got {got} in '
                     'the arrays')

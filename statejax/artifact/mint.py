@@ -20,6 +20,7 @@ from statejax.artifact import (
   manifest,
   names,
   sealing,
+  standing,
   store,
 )
 from statejax.artifact.access import Principal
@@ -95,6 +96,7 @@ class Parent:
 
 def mint(shop, state, row: int, host: identity.Host, terms: Terms, *,
          transcript: Transcript | None = None, parent: Parent | None = None,
+         stands: standing.Standing | None = None,
          account: dict[str, int] | None = None, mint_key: str = '',
          ref: str = '', expect: int = 0, vouch=None) -> Kept:
   """Makes an artifact of one row; the state stays usable.
@@ -105,9 +107,11 @@ def mint(shop, state, row: int, host: identity.Host, terms: Terms, *,
     row: of it.
     host: what this process is; the state must be of its schema.
     terms: see `Terms`.
-    transcript: what the row has absorbed; without it there is no chain key and
-      the witness is taken as it stands.
+    transcript: what the row has absorbed; without it there is no chain key.
     parent: from which the state went on; None for none.
+    stands: where the host knows the row to stand, e.g. where what was loaded
+      stood and then `after` more tokens. Without it and a transcript the
+      witness is taken as it is.
     account: tokens and times for the manifest's group `account`.
     mint_key: of this request, so that a retry makes no second one.
     ref, expect: see `objects.Store.keep`.
@@ -117,7 +121,7 @@ def mint(shop, state, row: int, host: identity.Host, terms: Terms, *,
     `objects.Kept`: id, receipt, name.
 
   Raises:
-    Refused: E_WITNESS, E_NONFINITE, E_BOUNDS: the state is not sound;
+    Refused: E_WITNESS, E_DIGEST, E_NONFINITE, E_BOUNDS: the state is not sound;
       E_NOSPACE, E_IO: it could not be kept. Nothing is left then.
     ValueError: it is not a state of the host's model.
   """
@@ -128,6 +132,8 @@ def mint(shop, state, row: int, host: identity.Host, terms: Terms, *,
   check(live)
   if transcript is not None:
     _check_transcript(live, transcript)
+  if stands is not None:
+    stands.require(live)
   about = _manifest(live, host, terms, transcript, parent, account, vouch) | {
       'created': shop.catalog.clock()}
   shop.room(about['state']['logical_bytes'])
@@ -243,19 +249,14 @@ def _largest(x) -> float:
   return float(most.reshape(1).view(x.dtype)[0])
 
 
-def witness_of(live) -> str:
-  """Returns the witness of a row as 32 hex digits."""
-  return np.asarray(live.witness).astype('<u4').tobytes().hex()
-
-
 def _check_transcript(live, transcript):
   if len(transcript.tokens) != int(live.length):
     raise Refused('E_WITNESS', f'expected {int(live.length)} tokens, as the '
                   f'state has absorbed, got {len(transcript.tokens)}')
   got = names.witness(list(transcript.tokens), transcript.edits)
-  if got != witness_of(live):
+  if got != names.lanes(live.witness):
     raise Refused('E_WITNESS', f'expected witness {got} of these tokens, got '
-                  f'{witness_of(live)} in the state')
+                  f'{names.lanes(live.witness)} in the state')
 
 
 def _manifest(live, host, terms, transcript, parent, account, vouch):
@@ -299,7 +300,8 @@ def _plain(live, about, transcript):
     chain = names.chain(space, list(transcript.tokens))
   edits = transcript.edits if transcript else ()
   return canonical.dumps({
-      'tree': 'sha256:' + digest.combine(leaves), 'witness': witness_of(live),
+      'tree': 'sha256:' + digest.combine(leaves),
+      'witness': names.lanes(live.witness),
       'token_chain': chain, 'leaves': leaves,
       'edits': [[length, mark] for length, mark in edits]})
 

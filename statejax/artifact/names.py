@@ -161,6 +161,24 @@ def witness(tokens, edits=()) -> str:
   return _absorbed([*elements, *tokens[begin:]])
 
 
+def extend(witness: str, tokens) -> str:
+  """Returns the witness after further tokens.
+
+  >>> extend(witness([1]), [2, 3]) == witness([1, 2, 3])
+  True
+  """
+  pairs = zip(_BASES, *(struct.unpack('<4I', bytes.fromhex(text)) for text in (
+      witness, _absorbed(tokens))))
+  return struct.pack('<4I', *(
+      (old * pow(base, len(tokens), 1 << 32) + new) & _U32
+      for base, old, new in pairs)).hex()
+
+
+def lanes(witness) -> str:
+  """32 hex digits of a row's four words."""
+  return struct.pack('<4I', *map(int, witness)).hex()
+
+
 def _absorbed(elements):
   """The four lanes after all elements, as `witness` returns them.
 

@@ -11,6 +11,7 @@ from secrets import token_hex
 
 from statejax.artifact import (
   access,
+  bucket,
   canonical,
   desk,
   grant,
@@ -31,19 +32,20 @@ from statejax.artifact.outcome import Refused
 
 def export(shop, key: str, principal: Principal, signer: keys.Signer,
            path) -> str:
-  """Writes an artifact as one new file; returns the id of what was written.
+  """Writes an artifact as one new file, or into a bucket; returns its new id.
 
   Args:
     shop: `objects.Store`.
     key: id, beginning of one, or name.
     principal: needs the right to export it.
     signer: in the name of the artifact's organisation.
-    path: of the file; must not exist.
+    path: of the file, which must not exist; or the URL of a bucket and a path
+      in it, see `bucket`.
 
   Raises:
     Refused: not allowed, or not whole.
   """
-  if pathlib.Path(path).exists():
+  if not bucket.is_url(path) and pathlib.Path(path).exists():
     raise ValueError(f'{path}: exists already, and nothing is overwritten; '
                      'choose another name.')
   found = desk.examine(shop, key, principal, 'export')
@@ -70,12 +72,15 @@ def export(shop, key: str, principal: Principal, signer: keys.Signer,
     data = manifest.dumps(about | {'files': layout.listing(folder)})
     (folder / manifest.NAME).write_bytes(data)
     signer(folder, data)
+    id = manifest.artifact_id(data)
+    if bucket.is_url(path):
+      # Before: from a bucket nothing is taken back.
+      _log(shop, principal, found.id, id, 'written')
+      bucket.push(folder, path)
+      return id
     portable.pack(folder, path)
-  id = manifest.artifact_id(data)
   try:
-    with shop.catalog.transaction():
-      shop.catalog.audit(principal.name, 'export', id, 'written')
-      shop.catalog.charge(principal.name, found.id, exports=1)
+    _log(shop, principal, found.id, id, 'written')
   except BaseException:
     pathlib.Path(path).unlink()  # nothing leaves that is not in the log
     raise
@@ -88,7 +93,7 @@ def receive(shop, path, principal: Principal, *, host=None, ref: str = '',
 
   Args:
     shop: `objects.Store`; its trust says whose signatures count.
-    path: of the file.
+    path: of the file, or a URL, "/" and an id.
     principal: must at least be allowed to look at it.
     host: `identity.Host`, to verify its arrays too (V12 to V15); None leaves
       that to the first load, which does it anyway.
@@ -101,7 +106,10 @@ def receive(shop, path, principal: Principal, *, host=None, ref: str = '',
   id = ''
   try:
     with said(), shop.stage() as folder:
-      portable.unpack(path, folder, max_bytes=shop.quota)
+      if bucket.is_url(path):
+        bucket.pull(*bucket.split(path), folder, max_bytes=shop.quota)
+      else:
+        portable.unpack(path, folder, max_bytes=shop.quota)
       found, data, about, id = verify.head(folder, max_bytes=shop.quota,
                                            foreign=True)
       if found.voucher != layout.SIG:
@@ -123,6 +131,65 @@ def receive(shop, path, principal: Principal, *, host=None, ref: str = '',
     shop.catalog.audit(principal.name, 'import', id or 'unknown', 'refused',
                        code=error.code)
     raise
+
+
+def push(shop, key: str, principal: Principal, url: str) -> str:
+  """Copies an artifact to a bucket as it is, to `pull` it; returns its id.
+
+  Only what may be exported, which therefore is sealed.
+
+  Args:
+    shop: `objects.Store`.
+    key: id, beginning of one, or name.
+    principal: needs the right to export it.
+    url: of the bucket and the path in it.
+
+  Raises:
+    Refused: not allowed, or not whole; what `bucket.push` raises.
+  """
+  found = desk.examine(shop, key, principal, 'export')
+  with said(), shop.catalog.lease(found.id, token_hex(8)):
+    _log(shop, principal, found.id, found.id, 'pushed')
+    bucket.push(shop.place(found.id), url)
+  return found.id
+
+
+def pull(shop, url: str, id: str, principal: Principal, *,
+         ref: str = '') -> Kept:
+  """Copies an artifact back from a bucket that this store has pushed it to.
+
+  For what another store vouches for see `receive`.
+
+  Args:
+    shop: `objects.Store`.
+    url: of the bucket and the path in it.
+    id: of the artifact.
+    principal: must at least be allowed to look at it.
+    ref: a new name for it, '' for none.
+
+  Raises:
+    Refused: the first check that fails; it is in the log, and nothing is kept.
+  """
+  try:
+    with said(), shop.stage() as folder:
+      bucket.pull(url, id, folder, max_bytes=shop.quota)
+      found, data, about, _ = verify.head(folder, name=id, max_bytes=shop.quota)
+      verify.vouch(folder, found, data, shop.secret)
+      trust.valid(shop, id, about, 'mac')
+      access.require(about, principal, 'inspect', now=shop.catalog.clock())
+      shop.room(sum(found.files.values()))
+      layout.check(folder, found, about)
+      return shop.take_in(folder, id, about, principal.name, ref)
+  except Refused as error:
+    shop.catalog.audit(principal.name, 'import', id, 'refused',
+                       code=error.code)
+    raise
+
+
+def _log(shop, principal, source, id, outcome):
+  with shop.catalog.transaction():
+    shop.catalog.audit(principal.name, 'export', id, outcome)
+    shop.catalog.charge(principal.name, source, exports=1)
 
 
 def _shown(shop, about, id, principal, data, private):
