@@ -113,11 +113,7 @@ def read(shop, data: bytes, about: dict, id: str) -> dict:
   now, org = shop.catalog.clock(), about['governance']['org']
   pem = trust.require(shop).key(hint, org, 'grant', now)
   keys.check(pem, envelope.media('grant'), payload, signature)
-  try:
-    body = canonical.loads(payload)
-    GRAMMAR(body, '')
-  except (ValueError, RecursionError) as error:
-    raise Refused('E_GRANT', str(error)) from None
+  body = parse(payload)
   if (body['target'], body['org']) != (id, org):
     raise Refused('E_GRANT', f'expected a grant for {id} of {org}, got one for '
                   f'{body["target"]} of {body["org"]}')
@@ -125,6 +121,21 @@ def read(shop, data: bytes, about: dict, id: str) -> dict:
       body['not_after'] - body['not_before'] > LONGEST):
     raise Refused('E_GRANT', f'expected a time of {body["not_before"]}..'
                   f'{body["not_after"]}, at most a day, got {now}')
+  return body
+
+
+def parse(payload: bytes) -> dict:
+  """Returns what a grant says, of which nothing was checked but its form.
+
+  Raises:
+    Refused: E_GRANT.
+  """
+  try:
+    body = canonical.loads(payload)
+    GRAMMAR(body, '')
+    base64.b64decode(body['key'], validate=True)
+  except (ValueError, RecursionError) as error:
+    raise Refused('E_GRANT', f'grant: {error}') from None
   return body
 
 
