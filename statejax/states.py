@@ -5,6 +5,8 @@ r"""The command `state`: mint, show, verify, resume, fork, transfer and so on.
   python -m statejax.main state show chat
   python -m statejax.main state verify chat --workdir=runs/a
   python -m statejax.main state fork chat --ref=other
+  python -m statejax.main state migrate chat --workdir=runs/a --cast \
+      --set=model.store_dtype=float32 --ref=wide
   python -m statejax.main state diff chat other
   python -m statejax.main state lineage chat
   python -m statejax.main state revoke other
@@ -48,7 +50,7 @@ SECRETS = flags.DEFINE_string(
     'secrets', '~/.config/statejax', 'state: directory of secrets')
 PRINCIPAL = flags.DEFINE_string('principal', 'local', 'state: who acts')
 ORG = flags.DEFINE_string('org', '', "state: the principal's organisation")
-REF = flags.DEFINE_string('ref', None, 'state fork: name of the child')
+REF = flags.DEFINE_string('ref', None, 'state fork, migrate: name of the child')
 ACL = flags.DEFINE_multi_string(
     'acl', [], 'state mint: who may what, e.g. bob:resume,fork')
 SENSITIVITY = flags.DEFINE_enum(
@@ -74,6 +76,8 @@ SIGNING_KEY = flags.DEFINE_string(
     'signing_key', None, 'state: file of a private key')
 ROOT = flags.DEFINE_string(
     'root', None, 'state: file of the public key that decides on trust')
+CAST = flags.DEFINE_bool(
+    'cast', False, 'state migrate: dtypes may change, which rounds')
 FILE = flags.DEFINE_string('file', None, 'state transfer: what to write')
 
 OWN = {'store', 'secrets', 'principal', 'org', 'root'}
@@ -82,8 +86,9 @@ SAMPLING = {'workdir', 'tokens', 'capacity', 'temperature', 'top_k', 'top_p'}
 USES = {
     'mint': SAMPLING | {'prompt', 'seed', 'resume', 'row', 'acl', 'sensitivity',
                         'workflow', 'scope', 'transcript', 'export'},
-    'resume': SAMPLING | {'on_mismatch'},
-    'show': {'workdir'}, 'verify': {'workdir'}, 'fork': {'ref'},
+    'resume': SAMPLING | {'on_mismatch', 'set'},
+    'show': {'workdir', 'set'}, 'verify': {'workdir', 'set'}, 'fork': {'ref'},
+    'migrate': {'workdir', 'set', 'cast', 'ref'},
     'diff': set(), 'lineage': set(),
     'transfer': {'signing_key', 'file', 'ref', 'workdir'}, 'revoke': set(),
     'audit': set(), 'account': set(), 'gc': {'grace'},
@@ -148,6 +153,19 @@ def _model():
     raise ValueError(f'{workdir}: expected a text model of {text.VOCAB} tokens,'
                      f' got {model.config.vocab}.')
   return model, model.unstack(params), digest.tree_digest(params)
+
+
+def _set(model):
+  """The model with what --set says of it; its parameters must stay the same."""
+  from statejax import config as cfg
+  from statejax.model import LanguageModel
+  config = model.config
+  for assignment in _flag('set'):
+    if not assignment.startswith('model.'):
+      raise ValueError(f'--set={assignment}: expected a setting of the model, '
+                       'e.g. model.store_dtype=float32.')
+    config = cfg.override(config, assignment.removeprefix('model.'))
+  return model if config is model.config else LanguageModel(config)
 
 
 def _host(model, digest, capacity):
@@ -237,7 +255,7 @@ def resume(key):
   from statejax.artifact.outcome import Refused
   shop, who, steps = _shop(), _principal(), _flag('tokens')
   model, params, digest = _model()
-  ref = shop.catalog.ref(key)
+  model, ref = _set(model), shop.catalog.ref(key)
   host = _host(model, digest, _room(_length(shop, key) + steps))
   found = load.load(shop, key, who, host, Ask(on_mismatch=MISMATCH.value))
   decision = found.decision
@@ -332,7 +350,7 @@ def _would_load(about):
   from statejax.artifact import compat, identity
   from statejax.artifact.outcome import CODES
   model, _, digest = _model()
-  here = _host(model, digest, _room(about['state']['length'])).groups(
+  here = _host(_set(model), digest, _room(about['state']['length'])).groups(
       identity.Carried.by(about))
   verdict = compat.compare(about, here)
   if verdict.action == 'go':
@@ -354,7 +372,8 @@ def verify(key):
     if _flag('workdir') is not None:
       from statejax.artifact import load
       model, _, digest = _model()
-      host = _host(model, digest, _room(found.about['state']['length']))
+      host = _host(_set(model), digest, _room(
+          found.about['state']['length']))
       decision = load.load(shop, key, _principal(), host).decision
       result |= {'load': str(decision), 'promise': decision.promise,
                  'why': decision.detail}
@@ -372,6 +391,20 @@ def fork(key):
   found = desk.examine(shop, key, who, 'fork')
   _say(minting.fork(shop, minting.Parent(found.id, found.about), who,
                     ref=REF.value))
+
+
+def migrate(key):
+  """Makes a new artifact for the run's model with other settings, of --set."""
+  from statejax.artifact import migrate, objects
+  if REF.value is None:
+    raise ValueError('--ref: name the child.')
+  objects.check_ref(REF.value)
+  shop = _shop()
+  model, _, digest = _model()
+  sides = (_host(one, digest, _room(_length(shop, key)))
+           for one in (model, _set(model)))
+  _say(migrate.migrate(shop, key, _principal(), *sides, cast=CAST.value,
+                       ref=REF.value))
 
 
 def transfer(target):
@@ -475,6 +508,6 @@ def _say(kept):
 
 
 VERBS = {'mint': mint, 'resume': resume, 'show': show, 'verify': verify,
-         'fork': fork, 'diff': diff, 'lineage': lineage, 'transfer': transfer,
-         'keygen': keygen, 'trust': trust, 'crl': crl, 'revoke': revoke,
-         'audit': audit, 'account': account, 'gc': gc}
+         'fork': fork, 'migrate': migrate, 'diff': diff, 'lineage': lineage,
+         'transfer': transfer, 'keygen': keygen, 'trust': trust, 'crl': crl,
+         'revoke': revoke, 'audit': audit, 'account': account, 'gc': gc}
