@@ -155,7 +155,8 @@ def test_a_registered_layout(shop, kept):
   new, was = (leaves(load.load(shop, id, ALICE, one).state)
               for id, one in ((made.id, there), (kept, mine)))
   assert new['layers/full/k'].shape == (1, 2, 11, 4)
-  assert digest.leaf_digests(new) == digest.leaf_digests(cut(was, {}))
+  for path, x in cut(was, {}).items():
+    np.testing.assert_array_equal(new[path], x)
   # The same digests of both ends, and a setting that nobody has spoken of.
   known = {pair(shop, kept, there): migrate.Migration('cut', (), cut)}
   assert code_of(shop, kept, ALICE, mine, there, registered=known) == (
