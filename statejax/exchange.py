@@ -1,9 +1,10 @@
-"""Verbs of `state` about buckets, grants and what a catalog does not know.
+"""Verbs of `state` about other stores: buckets, keys, trust and grants.
 
 See `statejax.states`, which opens the store and knows who asks.
 """
 
 import json
+import os
 import pathlib
 
 from absl import flags
@@ -61,6 +62,52 @@ def grant(shop, who, target, signer):
   with open(file, 'xb') as out:
     out.write(data)
   print(file)
+
+
+def keygen(name):
+  """Writes a new private key and its public one."""
+  from statejax.artifact import keys
+  private = keys.generate()
+  for suffix, mode, data in (('pem', 0o600, private),
+                             ('pub', 0o644, keys.public(private).encode())):
+    path = f'{name}.{suffix}'
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode),
+              'wb') as out:
+      out.write(data)
+    print(path)
+
+
+def trust(shop, path, signer):
+  """Trusts a public key, or takes an organisation's revocation list.
+
+  Args:
+    shop: `objects.Store`.
+    path: of the public key, or of the list.
+    signer: () -> `keys.Signer` of the root, for a key.
+  """
+  from statejax.artifact import keys, trust
+  data = pathlib.Path(path).read_bytes()
+  org = flags.FLAGS['org'].value or ''
+  if not data.startswith(b'-----BEGIN PUBLIC KEY'):
+    found = trust.install_revocations(shop, org, data)
+    print(json.dumps({'crl': found['number'], 'until': found['next_update'],
+                      'entries': len(found['entries'])}))
+    return
+  root = signer()
+  shop.root = shop.root or keys.public(root.private)
+  body = trust.extended(trust.load(shop), data.decode(), org)
+  found = trust.install(shop, root.document('trust', body))
+  print(json.dumps({'trust': found.number, 'org': org,
+                    'key': keys.hint(data.decode())}))
+
+
+def crl(shop, path, signer):
+  """Writes the store's revocation list, signed, for other stores."""
+  from statejax.artifact import transfer
+  data = transfer.issue_revocations(shop, signer())
+  with open(path, 'xb') as out:
+    out.write(data)
+  print(path)
 
 
 def fsck(shop, who):

@@ -5,6 +5,8 @@ r"""The command `state`: mint, show, verify, resume, fork, transfer and so on.
   python -m statejax.main state show chat
   python -m statejax.main state verify chat --workdir=runs/a
   python -m statejax.main state fork chat --ref=other
+  python -m statejax.main state migrate chat --workdir=runs/a --cast \
+      --set=model.store_dtype=float32 --ref=wide
   python -m statejax.main state diff chat other
   python -m statejax.main state lineage chat
   python -m statejax.main state revoke other
@@ -52,7 +54,6 @@ Loads jax only where a model runs.
 
 import codecs
 import json
-import os
 import pathlib
 import sys
 from typing import Any
@@ -66,7 +67,7 @@ SECRETS = flags.DEFINE_string(
     'secrets', '~/.config/statejax', 'state: directory of secrets')
 PRINCIPAL = flags.DEFINE_string('principal', 'local', 'state: who acts')
 ORG = flags.DEFINE_string('org', '', "state: the principal's organisation")
-REF = flags.DEFINE_string('ref', None, 'state fork: name of the child')
+REF = flags.DEFINE_string('ref', None, 'state fork, migrate: name of the child')
 ACL = flags.DEFINE_multi_string(
     'acl', [], 'state mint: who may what, e.g. bob:resume,fork')
 SENSITIVITY = flags.DEFINE_enum(
@@ -92,6 +93,8 @@ SIGNING_KEY = flags.DEFINE_string(
     'signing_key', None, 'state: file of a private key')
 ROOT = flags.DEFINE_string(
     'root', None, 'state: file of the public key that decides on trust')
+CAST = flags.DEFINE_bool(
+    'cast', False, 'state migrate: dtypes may change, which rounds')
 FILE = flags.DEFINE_string(
     'file', None, 'state transfer, grant: what to write; transfer: or a bucket')
 GRANT = flags.DEFINE_string('grant', None, 'state: file of a grant to show')
@@ -105,8 +108,9 @@ SHOWN = {'grant', 'holder_key'}
 USES = {
     'mint': SAMPLING | {'prompt', 'seed', 'resume', 'row', 'acl', 'sensitivity',
                         'workflow', 'scope', 'transcript', 'export'},
-    'resume': SAMPLING | {'on_mismatch'} | SHOWN,
-    'show': {'workdir'}, 'verify': {'workdir'} | SHOWN, 'fork': {'ref'} | SHOWN,
+    'resume': SAMPLING | {'on_mismatch', 'set'} | SHOWN,
+    'show': {'workdir', 'set'}, 'verify': {'workdir', 'set'} | SHOWN,
+    'fork': {'ref'} | SHOWN, 'migrate': {'workdir', 'set', 'cast', 'ref'},
     'diff': set(), 'lineage': set(),
     'transfer': {'signing_key', 'file', 'ref', 'workdir'} | SHOWN,
     'push': {'url'}, 'pull': {'ref'},
@@ -203,6 +207,19 @@ def _model():
   return model, model.unstack(params), digest.tree_digest(params)
 
 
+def _set(model):
+  """The model with what --set says of it; its parameters must stay the same."""
+  from statejax import config as cfg
+  from statejax.model import LanguageModel
+  config = model.config
+  for assignment in _flag('set'):
+    if not assignment.startswith('model.'):
+      raise ValueError(f'--set={assignment}: expected a setting of the model, '
+                       'e.g. model.store_dtype=float32.')
+    config = cfg.override(config, assignment.removeprefix('model.'))
+  return model if config is model.config else LanguageModel(config)
+
+
 def _host(model, digest, capacity):
   from statejax.artifact import identity
   from statejax.tasks import text
@@ -290,7 +307,7 @@ def resume(key):
   from statejax.artifact.outcome import Refused
   shop, steps = _shop(), _flag('tokens')
   model, params, digest = _model()
-  ref = shop.catalog.ref(key)
+  model, ref = _set(model), shop.catalog.ref(key)
   host = _host(model, digest, _room(_length(shop, key) + steps))
   found = load.load(shop, key, _asking(shop, key), host, Ask(
       on_mismatch=MISMATCH.value))
@@ -405,7 +422,7 @@ def _would_load(about):
   from statejax.artifact import compat, identity
   from statejax.artifact.outcome import CODES
   model, _, digest = _model()
-  here = _host(model, digest, _room(about['state']['length'])).groups(
+  here = _host(_set(model), digest, _room(about['state']['length'])).groups(
       identity.Carried.by(about))
   verdict = compat.compare(about, here)
   if verdict.action == 'go':
@@ -430,7 +447,8 @@ def verify(key):
     if _flag('workdir') is not None:
       from statejax.artifact import load
       model, _, digest = _model()
-      host = _host(model, digest, _room(found.about['state']['length']))
+      host = _host(_set(model), digest, _room(
+          found.about['state']['length']))
       decision = load.load(shop, key, who, host).decision
       result |= {'load': str(decision), 'promise': decision.promise,
                  'why': decision.detail}
@@ -471,6 +489,20 @@ def fork(key):
                     ref=REF.value))
 
 
+def migrate(key):
+  """Makes a new artifact for the run's model with other settings, of --set."""
+  from statejax.artifact import migrate, objects
+  if REF.value is None:
+    raise ValueError('--ref: name the child.')
+  objects.check_ref(REF.value)
+  shop = _shop()
+  model, _, digest = _model()
+  sides = (_host(one, digest, _room(_length(shop, key)))
+           for one in (model, _set(model)))
+  _say(migrate.migrate(shop, key, _principal(), *sides, cast=CAST.value,
+                       ref=REF.value))
+
+
 def transfer(target):
   """Writes an artifact as one file or to a bucket, or takes one in."""
   from statejax.artifact import bucket, transfer
@@ -488,46 +520,6 @@ def transfer(target):
                      'name or id to write as one.')
   print(json.dumps({'id': transfer.export(
       shop, target, who, _signer(), FILE.value), 'file': FILE.value}))
-
-
-def keygen(name):
-  """Writes a new private key and its public one."""
-  from statejax.artifact import keys
-  private = keys.generate()
-  for suffix, mode, data in (('pem', 0o600, private),
-                             ('pub', 0o644, keys.public(private).encode())):
-    path = f'{name}.{suffix}'
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode),
-              'wb') as out:
-      out.write(data)
-    print(path)
-
-
-def trust(path):
-  """Trusts a public key, or takes an organisation's revocation list."""
-  from statejax.artifact import keys
-  from statejax.artifact import trust as trusting
-  data = pathlib.Path(path).read_bytes()
-  if not data.startswith(b'-----BEGIN PUBLIC KEY'):
-    found = trusting.install_revocations(_shop(), ORG.value, data)
-    print(json.dumps({'crl': found['number'], 'until': found['next_update'],
-                      'entries': len(found['entries'])}))
-    return
-  root, shop = _signer(), _shop()
-  shop.root = shop.root or keys.public(root.private)
-  body = trusting.extended(trusting.load(shop), data.decode(), ORG.value)
-  found = trusting.install(shop, root.document('trust', body))
-  print(json.dumps({'trust': found.number, 'org': ORG.value,
-                    'key': keys.hint(data.decode())}))
-
-
-def crl(path):
-  """Writes the store's revocation list, signed, for other stores."""
-  from statejax.artifact import transfer
-  data = transfer.issue_revocations(_shop(), _signer())
-  with open(path, 'xb') as out:
-    out.write(data)
-  print(path)
 
 
 def revoke(key):
@@ -572,12 +564,15 @@ def _say(kept):
         file=sys.stderr)
 
 
-VERBS = {'mint': mint, 'resume': resume, 'show': show, 'verify': verify,
-         'fork': fork, 'diff': diff, 'lineage': lineage, 'transfer': transfer,
-         'keygen': keygen, 'trust': trust, 'crl': crl, 'revoke': revoke,
-         'push': lambda key: exchange.push(_shop(), _principal(), key),
-         'pull': lambda url: _say(exchange.pull(_shop(), _principal(), url)),
-         'grant': lambda key: exchange.grant(_shop(), _principal(), key,
-                                             _signer),
-         'fsck': lambda: exchange.fsck(_shop(), _principal()),
-         'audit': audit, 'account': account, 'gc': gc}
+VERBS = {
+    'mint': mint, 'resume': resume, 'show': show, 'verify': verify,
+    'fork': fork, 'migrate': migrate, 'diff': diff, 'lineage': lineage,
+    'transfer': transfer,
+    'push': lambda key: exchange.push(_shop(), _principal(), key),
+    'pull': lambda url: _say(exchange.pull(_shop(), _principal(), url)),
+    'grant': lambda key: exchange.grant(_shop(), _principal(), key, _signer),
+    'keygen': exchange.keygen,
+    'trust': lambda path: exchange.trust(_shop(), path, _signer),
+    'crl': lambda path: exchange.crl(_shop(), path, _signer),
+    'fsck': lambda: exchange.fsck(_shop(), _principal()),
+    'revoke': revoke, 'audit': audit, 'account': account, 'gc': gc}

@@ -123,6 +123,7 @@ def test_life_of_an_artifact(state, monkeypatch):
     (['mint', 'x', '--workdir=w'], 'expected one of them'),
     (['mint', 'x', '--prompt=a', '--resume=b'], 'expected one of them'),
     (['fork', 'x'], '--ref: name the child'),
+    (['migrate', 'x', '--workdir=w'], '--ref: name the child'),
     (['show', 'nothing'], 'E_ACL: expected an artifact or name'),
     (['resume', 'nothing', '--workdir=w'], 'refused(E_ACL)'),
     (['mint', 'a b', '--prompt=a', '--tokens=1', '--workdir=w'],
@@ -291,6 +292,26 @@ def test_in_processes_of_their_own(tmp_path):
   state('mint', 's', *go, f'--resume={tmp_path}/saved')
   assert 'resumed(4)' in state('verify', 's', *go[:1], *where).stdout
   assert state('audit', *where).returncode == 0
+
+
+def test_migrate(state):
+  go = ['--workdir=x', '--temperature=0']
+  half = '--set=model.store_dtype=bfloat16'
+  assert state('mint', 'chat', *go, '--prompt=ab', '--tokens=3',
+               '--transcript=keep')[0] == 0
+  assert 'refused(E_DTYPE)' in state('verify', 'chat', '--workdir=x', half)[1]
+  code, _, err = state('migrate', 'chat', '--workdir=x', half, '--ref=half')
+  assert code == 2 and 'ask for a cast' in err
+  code, _, err = state('migrate', 'chat', '--workdir=x', half, '--ref=half',
+                       '--cast')
+  assert code == 0 and json.loads(err)['ref'] == 'half'
+  code, _, err = state('resume', 'half', *go, half, '--tokens=2')
+  assert code == 0 and err.startswith('resumed(5) promise=tolerance')
+  assert 'W_MIGRATED' in err.splitlines()[0]
+  assert 'resumed(5)' in state('verify', 'chat', '--workdir=x')[1]
+  lines = state('lineage', 'half')[1].splitlines()
+  assert 'migrated at' in lines[1] and 'migrated of sj1-' in lines[1]
+  assert state('audit')[0] == 0
 
 
 def test_flags_of_the_table_exist():

@@ -14,7 +14,9 @@ MAX_BYTES = 1 << 20
 MAX_DEPTH = 6
 MAX_INT = 2 ** 53 - 1
 _ODD = re.compile(rb'[^ -~]')
-_STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
+# A string, also one that does not end: else each quote in it would be tried as
+# the beginning of another one.
+_STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)')
 _BRACKETS = re.compile(r'[][{}]')
 
 
@@ -69,9 +71,11 @@ def _refuse_depth(text):
 def _object(pairs):
   result = dict(pairs)
   if len(result) < len(pairs):
-    names = [name for name, _ in pairs]
-    twice = next(name for name in names if names.count(name) > 1)
-    raise ValueError(f'expected one field {twice!r}, got two')
+    seen: set[str] = set()
+    for name, _ in pairs:
+      if name in seen:
+        raise ValueError(f'expected one field {name[:60]!r}, got two')
+      seen.add(name)
   return result
 
 

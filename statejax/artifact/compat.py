@@ -148,6 +148,9 @@ def _rows(about, here, ask):
   if about['numerics']['code'] != here['numerics']['code']:
     yield warn('W_CODE', f'statejax {about["numerics"]["code"]}, here '
                f'{here["numerics"]["code"]}')
+  if about['provenance']['how'] == 'migrated':
+    yield warn('W_MIGRATED', 'the state was migrated from another layout',
+               'tolerance')
   yield from _texts(about, here, ask, refuse, warn)
 
 

@@ -113,7 +113,7 @@ def read(shop, data: bytes, about: dict, id: str) -> dict:
   now, org = shop.catalog.clock(), about['governance']['org']
   pem = trust.require(shop).key(hint, org, 'grant', now)
   keys.check(pem, envelope.media('grant'), payload, signature)
-  body = _parse(payload)
+  body = parse(payload)
   if (body['target'], body['org']) != (id, org):
     raise Refused('E_GRANT', f'expected a grant for {id} of {org}, got one for '
                   f'{body["target"]} of {body["org"]}')
@@ -135,7 +135,7 @@ def describe(shop, data: bytes) -> list[str]:
     Refused: E_SIG, E_GRANT: it is no grant at all.
   """
   payload, _, hint = envelope.open_document('grant', data)
-  body = _parse(payload)
+  body = parse(payload)
   try:
     read(shop, data, {'governance': {'org': body['org']}}, body['target'])
     counts = 'yes'
@@ -152,12 +152,18 @@ def describe(shop, data: bytes) -> list[str]:
       f'  does it count here: {counts}']
 
 
-def _parse(payload):
+def parse(payload: bytes) -> dict:
+  """Returns what a grant says, of which nothing was checked but its form.
+
+  Raises:
+    Refused: E_GRANT.
+  """
   try:
     body = canonical.loads(payload)
     GRAMMAR(body, '')
+    base64.b64decode(body['key'], validate=True)
   except (ValueError, RecursionError) as error:
-    raise Refused('E_GRANT', str(error)) from None
+    raise Refused('E_GRANT', f'grant: {error}') from None
   return body
 
 

@@ -48,12 +48,9 @@ def check(pem: str, kind: str, payload: bytes, signature: bytes):
 
   ec, serialization, hashes = _library()
   try:
-    key = serialization.load_pem_public_key(pem.encode())
-  except (ValueError, exceptions.UnsupportedAlgorithm) as error:
-    raise Refused('E_SIG', f'expected a public key, got {error}') from None
-  if not isinstance(key, ec.EllipticCurvePublicKey) or (
-      key.curve.name not in _HASHES):
-    raise Refused('E_SIG', f'expected a key on one of {list(_HASHES)}')
+    key = _public(serialization.load_pem_public_key, pem.encode())
+  except ValueError as error:
+    raise Refused('E_SIG', str(error)) from None
   try:
     key.verify(signature, envelope.pae(kind, payload), ec.ECDSA(
         getattr(hashes, _HASHES[key.curve.name])()))
@@ -69,7 +66,7 @@ def encrypt(pem: str, data: bytes) -> bytes:
   AES-256-GCM: u16 length + ephemeral SPKI DER + ciphertext.
   """
   ec, serialization, _ = _library()
-  target = _curve(serialization.load_pem_public_key(pem.encode()))
+  target = _public(serialization.load_pem_public_key, pem.encode())
   mine = ec.generate_private_key(target.curve)
   head = mine.public_key().public_bytes(
       serialization.Encoding.DER,
@@ -90,7 +87,7 @@ def decrypt(private: bytes, data: bytes) -> bytes:
   size = int.from_bytes(data[:2], 'little')
   head, body = data[2:2 + size], data[2 + size:]
   try:
-    theirs = _curve(serialization.load_der_public_key(head))
+    theirs = _public(serialization.load_der_public_key, head)
     return _shared(_private(private), theirs, head).decrypt(
         bytes(12), body, head)
   except (exceptions.InvalidTag, ValueError):
@@ -109,10 +106,29 @@ def _shared(private, public, info):
           private.exchange(ec.ECDH(), public)))
 
 
-def _curve(key):
+def _public(load, data):
+  """A public key on a known curve; ValueError of whatever else."""
+  return _curve(load, 'EllipticCurvePublicKey', data)
+
+
+def _private(pem):
+  """A private key on a known curve; ValueError of whatever else."""
+  _, serialization, _ = _library()
+  return _curve(serialization.load_pem_private_key, 'EllipticCurvePrivateKey',
+                pem, None)
+
+
+def _curve(load, kind, *args):
+  from cryptography import exceptions
+
   ec, _, _ = _library()
-  if not isinstance(key, ec.EllipticCurvePublicKey) or (
-      key.curve.name not in _HASHES):
+  try:
+    key = load(*args)
+  except (ValueError, TypeError, exceptions.UnsupportedAlgorithm) as error:
+    # A TypeError is what a key gives that needs a password.
+    raise ValueError('key: expected a readable one, without a password, got '
+                     f'{error}') from None
+  if not isinstance(key, getattr(ec, kind)) or key.curve.name not in _HASHES:
     raise ValueError(f'key: expected one on a curve of {list(_HASHES)}, got '
                      f'{type(key).__name__}.')
   return key
@@ -145,16 +161,6 @@ class Signer:
     return envelope.seal(
         kind, payload, sign(self.private, envelope.media(kind), payload),
         hint(public(self.private)))
-
-
-def _private(pem):
-  ec, serialization, _ = _library()
-  key = serialization.load_pem_private_key(pem, None)
-  if not isinstance(key, ec.EllipticCurvePrivateKey) or (
-      key.curve.name not in _HASHES):
-    raise ValueError(f'key: expected one on a curve of {list(_HASHES)}, got '
-                     f'{type(key).__name__}.')
-  return key
 
 
 def _library():

@@ -288,7 +288,8 @@ def _provenance(parent, how, vouch):
             'how': how}
   source = parent.about['provenance']
   return {'root': parent.id if source['root'] == 'self' else source['root'],
-          'parents': [{'id': parent.id, 'role': 'state'}],
+          'parents': [{'id': parent.id, 'role': (
+              how if how == 'migrated' else 'state')}],
           'depth': source['depth'] + 1, 'producer': producer, 'how': how}
 
 

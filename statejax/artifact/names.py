@@ -134,7 +134,9 @@ def pack(tokens) -> bytes:
 
 
 def unpack(data: bytes) -> list[int]:
-  """Undoes `pack`."""
+  """Undoes `pack`; raises ValueError where a token is cut off."""
+  if len(data) % 4:
+    raise ValueError(f'expected four bytes per token, got {len(data)} in all')
   return list(struct.unpack(f'<{len(data) // 4}I', data))
 
 

@@ -56,6 +56,8 @@ CODES = {
     'W_SAMPLER': 'another sampler: reseeded',
     'W_CODE': 'made by another version of statejax',
     'W_CRL': 'the revocation list is old',
+    'W_MIGRATED': 'its layout was changed after it was computed: equal within '
+                  'tolerance',
 }
 
 OUTCOMES = ('resumed', 'reprefilled', 'refused')

@@ -36,7 +36,8 @@ def pack(folder, path):
     with out:
       for name in sorted(found.files, key=_order):
         data = layout.read(folder, name)
-        out.write(_header(name, len(data)) + data + bytes(-len(data) % _BLOCK))
+        out.write(header_of(name, len(data)) + data)
+        out.write(bytes(-len(data) % _BLOCK))
       out.write(_END)
       out.flush()
       os.fsync(out.fileno())
@@ -65,7 +66,7 @@ def unpack(path, folder, *, max_bytes: int = 1 << 40):
       header = file.read(_BLOCK)
       if header == bytes(_BLOCK):
         break
-      name, size = _parse(header)
+      name, size = parse_header(header)
       total += size
       if total > max_bytes or size > layout.MAX_SMALL.get(name, max_bytes):
         raise Refused('E_LIMIT', f'{name}: expected at most {max_bytes} bytes '
@@ -104,7 +105,12 @@ def _order(name):
   return ('' if name.startswith('manifest.') else 'z', name)
 
 
-def _header(name, size):
+def header_of(name: str, size: int) -> bytes:
+  """Returns the one header that a file of this name and size can have.
+
+  Raises:
+    Refused: E_LAYOUT: no header can hold it.
+  """
   info = tarfile.TarInfo(name)
   info.size, info.mode = size, 0o400
   try:
@@ -114,7 +120,12 @@ def _header(name, size):
                   f'header: {error}') from None
 
 
-def _parse(header):
+def parse_header(header: bytes) -> tuple[str, int]:
+  """Returns (name, size) of a file, of its header of 512 bytes.
+
+  Raises:
+    Refused: E_LAYOUT: anything but `header_of` those.
+  """
   try:
     info = tarfile.TarInfo.frombuf(header, 'ascii', 'strict')
     name, size = info.name, info.size
@@ -122,7 +133,7 @@ def _parse(header):
     raise Refused('E_LAYOUT', f'expected the header of a file, got {error}'
                   ) from None
   if not re.fullmatch(manifest.FILE.pattern, name) or size < 0 or (
-      _header(name, size) != header):
+      header_of(name, size) != header):
     raise Refused('E_LAYOUT', f'{name[:80]!r}: expected a plain file with the '
                   'one header that it can have')
   return name, size

@@ -5,19 +5,42 @@ A list holds everything revoked so far; a newer one replaces it. Imports no jax.
 
 import time
 
-from statejax.artifact import grammar, manifest
+from statejax.artifact import canonical, grammar, manifest
 from statejax.artifact.outcome import Refused
 
 # What an entry may name; `root` is a family: an artifact and all that stems
 # from it.
 KINDS = ('artifact', 'root', 'key', 'org', 'params', 'persona', 'workflow',
          'epoch')
+EPOCH = grammar.Text(16, '0|[1-9][0-9]*', empty=False, name='an integer')
 GRAMMAR = grammar.Record({
     'number': grammar.Int(1), 'this_update': manifest.U,
     'next_update': manifest.U,
     'entries': grammar.Items(grammar.Record({
         'kind': grammar.OneOf(KINDS), 'value': manifest.word(128),
         'from': manifest.U}), 65536)})
+
+
+def check(body: dict):
+  """Raises ValueError unless `body` is a revocation list."""
+  GRAMMAR(body, '')
+  for i, entry in enumerate(body['entries']):
+    if entry['kind'] == 'epoch':
+      EPOCH(entry['value'], f'entries[{i}].value')
+
+
+def parse(payload: bytes) -> dict:
+  """Returns the list of these bytes.
+
+  Raises:
+    Refused: E_TRUST.
+  """
+  try:
+    body = canonical.loads(payload)
+    check(body)
+  except (ValueError, RecursionError) as error:
+    raise Refused('E_TRUST', f'crl: {error}') from None
+  return body
 
 
 def extended(old: dict | None, entries, *, now: int, valid: int = 7 * 86400):
@@ -39,7 +62,7 @@ def extended(old: dict | None, entries, *, now: int, valid: int = 7 * 86400):
            if (kind, value) not in known]
   body = {'number': old['number'] + 1 if old else 1, 'this_update': now,
           'next_update': now + valid, 'entries': kept}
-  GRAMMAR(body, '')
+  check(body)
   return body
 
 

@@ -87,13 +87,23 @@ def parse(data: bytes, root: str) -> Trust:
     raise Refused('E_SIG', f'trust: expected a signature of the pinned key '
                   f'{keys.hint(root)[:16]}, got one of {hint[:16]}')
   keys.check(root, envelope.media('trust'), payload, signature)
+  value = parse_body(payload)
+  return Trust(value['number'], value['min_epoch'], tuple(value['classes']),
+               value['orgs'])
+
+
+def parse_body(payload: bytes) -> dict:
+  """Returns what a trust document says, whoever has signed it.
+
+  Raises:
+    Refused: E_TRUST.
+  """
   try:
     value = canonical.loads(payload)
     GRAMMAR(value, '')
   except (ValueError, RecursionError) as error:
     raise Refused('E_TRUST', f'trust: {error}') from None
-  return Trust(value['number'], value['min_epoch'], tuple(value['classes']),
-               value['orgs'])
+  return value
 
 
 def extended(old: Trust | None, pem: str, org: str, *, may=ROLES, not_before=0,
@@ -191,12 +201,7 @@ def signed_revocations(known: Trust, org: str, data: bytes, *,
   payload, signature, hint = envelope.open_document('crl', data)
   pem = known.key(hint, org, 'revoke', now)
   keys.check(pem, envelope.media('crl'), payload, signature)
-  try:
-    value = canonical.loads(payload)
-    revoke.GRAMMAR(value, '')
-  except (ValueError, RecursionError) as error:
-    raise Refused('E_TRUST', f'crl: {error}') from None
-  return value
+  return revoke.parse(payload)
 
 
 def vouch(shop, folder, found: layout.Walk, data: bytes, about: dict) -> str:

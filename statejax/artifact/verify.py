@@ -107,13 +107,20 @@ def unsealed(folder, about):
   plain = manifest.parse_plain(layout.read(folder, manifest.PLAIN), about)
   if about['state']['transcript'] == 'none':
     return plain, None
-  tokens = names.unpack(layout.read(folder, manifest.TOKENS))
-  check_transcript(about, plain, tokens)
-  return plain, tokens
+  data = layout.read(folder, manifest.TOKENS)
+  return plain, parse_tokens(data, about, plain)
 
 
-def check_transcript(about, plain, tokens):
-  """Raises E_WITNESS unless the kept tokens give the witness and the chain."""
+def parse_tokens(data: bytes, about: dict, plain: dict) -> list[int]:
+  """Returns the kept tokens, if they give the witness and the chain.
+
+  Raises:
+    Refused: E_PLAIN, E_WITNESS.
+  """
+  try:
+    tokens = names.unpack(data)
+  except ValueError as error:
+    raise Refused('E_PLAIN', f'{manifest.TOKENS}: {error}') from None
   length = about['state']['length']
   if len(tokens) != length + about['state']['n_pending'] or any(
       token >= names.MAX_TOKEN for token in tokens):
@@ -129,6 +136,7 @@ def check_transcript(about, plain, tokens):
   if plain['token_chain'] not in ('', chain):
     raise Refused('E_WITNESS', f'expected chain {plain["token_chain"]}, got '
                   f'{chain} of the kept tokens')
+  return tokens
 
 
 def verify(folder, *, name: str | None = None, secret: bytes | None = None,
