@@ -237,7 +237,8 @@ class Memory:
       state: `ServingState`.
       statement: tokens, fewer than a segment.
       key, value: tokens that are kept of what names the object, and of what it
-        is; `read` shows them.
+        is; `read` shows them. Where addresses are spelled (`SlotsConfig.vocab`)
+        these are what is spelled, and the statement has to hold them.
       row: of the state.
       slot: the slot to overwrite; None finds it by its key, or takes a new one.
       expect: the version that the slot must have.
@@ -251,25 +252,46 @@ class Memory:
       ValueError: tokens that are not the model's, or parameters that make no
         finite key and value of them.
     """
-    found, r = self.encode(params, statement), self.config.rules
+    r = self.config.rules
     spans = {'span': self._padded(value, r.span, 'value'),
              'key_span': self._padded(key, r.key_span, 'key')}
+    found = self.encode(params, statement, key, value)
     until = -1 if ttl is None else self._until(state, row, ttl)
     return self._edit(state, row, sl.WRITE, slot, expect, expires=until,
                       salience=jnp.linalg.norm(jnp.float32(found['value'])),
                       **found, **spans)
 
-  def encode(self, params, statement):
-    """Returns {'key': [K], 'value': [V]} of the statement's last token."""
+  def encode(self, params, statement, key=(), value=()):
+    """Returns {'key': [K], 'value': [V]} of the statement's last token.
+
+    What of it is key and value, which matters where addresses are spelled, is
+    found by the model if nobody says so.
+    """
     # More than this would be committed, and no longer wait to be seen.
     tokens = self._tokens(statement, self.config.segment - 1, 'statement')
+    parts = np.full(tokens.shape, -1, np.int32)
+    if self.config.vocab and len(key):
+      parts[:] = 0
+      for name, said in ('key', key), ('value', value):
+        parts[self._within(tokens, parts, said, name)] = layer.PARTS.index(name)
     held = _scratch(self.model, self.layer, params, jnp.asarray(
-        tokens[None], jnp.int32))
+        tokens[None], jnp.int32), jnp.asarray(parts[None]))
     found = {'key': held.want_key[0, 0, 0], 'value': held.want_value[0, 0, 0]}
     if not all(np.isfinite(np.float32(x)).all() for x in found.values()):
       raise ValueError('statement: expected a finite key and value, the model '
                        'makes NaN or infinity of it; look at its parameters.')
     return found
+
+  def _within(self, tokens, parts, said, what):
+    """Where tokens were said, in a part of the statement that is still free."""
+    size = len(said)
+    for i in range(len(tokens) - size, -1, -1):
+      at = slice(i, i + size)
+      if (tokens[at] == said).all() and not parts[at].any():
+        return at
+    raise ValueError(
+        f'statement: expected the {what} {list(map(int, said))} in it, as this '
+        f'model spells what it keeps, got {tokens.tolist()}.')
 
   def lock(self, state, slot, **where):
     """Protects a slot from being changed or evicted; with the host's
@@ -291,10 +313,11 @@ class Memory:
     """Puts an earlier value in front; the version goes on counting."""
     return self._simple(sl.ROLLBACK, state, slot, steps=steps, **where)
 
-  def alias(self, params, state, slot, statement, **where):
-    """Gives a slot the key of a statement as another name."""
-    name = self.encode(params, statement)['key']
-    return self._simple(sl.ALIAS, state, slot, name=name, **where)
+  def alias(self, params, state, slot, statement, name=(), **where):
+    """Gives a slot the key of a statement as another name; `name` are the
+    tokens of it, see `write`."""
+    found = self.encode(params, statement, name)['key']
+    return self._simple(sl.ALIAS, state, slot, name=found, **where)
 
   def expire(self, state, slot, ttl, row=0, **where):
     """Hides a slot when the row has absorbed `ttl` more tokens."""
@@ -462,12 +485,13 @@ def commit(model, name, state, events):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _scratch(model, name, params, tokens):
+def _scratch(model, name, params, tokens, parts):
   """The slot layer's state after a statement whose last token has to write."""
   length = tokens.shape[1]
   last = jnp.arange(length, dtype=jnp.int32)[None] == length - 1
   state = model.init_state(1, length)
-  hints = {'force': jnp.where(last, layer.WANTS.index(sl.WRITE), 0)}
+  hints = {'force': jnp.where(last, layer.WANTS.index(sl.WRITE), 0),
+           'force_part': parts}
   return lm.forward(model, params, state, tokens, hints=hints)[1].layers[name]
 
 

@@ -88,8 +88,8 @@ class Slots(nn.Module):
   a token writes or asks for, and of the other name that it gives) add
   `object_loss`, which brings the keys and queries of one number together, and
   parts those of two; without them the strength of an event learns straight
-  through the value that it has written. A hint 'force' (of `WANTS`) makes a
-  token want something.
+  through the value that it has written. Hints 'force' (of `WANTS`)
+  and 'force_part' (of `PARTS`) make a token want something, or be part of it.
 
   A read whose best cosine is below `confidence` is exactly 0, and then
   `fallback`, the log of all that was said, answers in its place, by the same
@@ -258,7 +258,11 @@ class Slots(nn.Module):
     r, steps = self.config.rules, x.shape[1]
     parts = Proj((len(PARTS),), ('embed', 'parts'), name='part')(x)
     self._learn('part', parts, context)
-    part = jnp.argmax(parts, axis=-1).astype(jnp.int32)
+    force = context.hints.get('force_part')
+    if force is None:
+      force = jnp.full_like(context.positions, -1)
+    part = jnp.where(force < 0, jnp.argmax(parts, axis=-1), force).astype(
+        jnp.int32)
     tokens = (context.positions if context.tokens is None else context.tokens)
     at = jnp.broadcast_to(jnp.arange(steps, dtype=jnp.int32)[None],
                           tokens.shape)
