@@ -297,3 +297,45 @@ def test_mistakes_are_named():
       MODEL.config, groups=(c.GroupConfig(('kda',)),)))
   with pytest.raises(ValueError, match='expected the name of one slot layer'):
     mem.Memory(plain)
+
+
+def test_an_edit_is_not_undone_by_what_was_said_before_it():
+  memory, state = mem.Memory(MODEL), MODEL.init_state(1, 32)
+  # The model's own write waits for the end of its segment of eight tokens.
+  force = {'force': jnp.array([[0, 1]])}
+  _, state, _ = lm.forward(MODEL, params(), state, jnp.array([[21, 10]]),
+                           hints=force)
+  state, receipt = memory.write(params(), state, [3, 10], key=[10], value=[9])
+  assert receipt.changed
+  _, state = MODEL.step(params(), state, jnp.ones((1, 6), jnp.int32))
+  slots = memory.list(state)
+  assert [x.values for x in slots] == [((9,),)] and slots[0].version == 1
+  # What is said after it does count.
+  _, state, _ = lm.forward(MODEL, params(), state, jnp.array([[21, 10]]),
+                           hints=force)
+  _, state = MODEL.step(params(), state, jnp.ones((1, 6), jnp.int32))
+  assert memory.list(state)[0].version == 2
+
+
+def test_what_is_spelled_is_what_the_host_says():
+  spelling = dataclasses.replace(SLOTS, vocab=32)
+  model = lm.LanguageModel(dataclasses.replace(MODEL.config, layers=(
+      dataclasses.replace(MODEL.config.layers[0], mixer=spelling),
+      MODEL.config.layers[1])))
+  found, memory = model.init(jax.random.key(0)), mem.Memory(model)
+  state = model.init_state(1, 0)
+  write = lambda state, statement, key, value: memory.write(
+      found, state, statement, key=key, value=value)
+  state, receipt = write(state, [3, 10, 5, 21, 7], [10, 5], [21, 7])
+  assert receipt.outcome == 'committed'
+  # Around the key anything may stand; another key is another object.
+  state, receipt = write(state, [22, 4, 4, 10, 5, 9], [10, 5], [22])
+  assert (receipt.slot, receipt.version) == (0, 2)
+  state, receipt = write(state, [3, 5, 10, 21, 7], [5, 10], [21, 7])
+  assert (receipt.slot, receipt.version) == (1, 1)
+  state, receipt = memory.alias(found, state, 1, [8, 30], name=[30])
+  assert receipt.changed
+  state, receipt = write(state, [30, 2, 23], [30], [23])
+  assert (receipt.slot, receipt.version) == (1, 2)
+  with pytest.raises(ValueError, match=r'the value \[9\] in it.*\[3, 10, 4\]'):
+    write(state, [3, 10, 4], [10], [9])

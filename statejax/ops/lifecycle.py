@@ -18,6 +18,9 @@ together, and the gradient of a value goes straight to the event it came from.
 | EXPIRE | open or host, LIVE | hidden from a position on |
 | QUARANTINE, RESTORE | open or host | out of reads and writes, and back |
 | PURGE, REKEY, HOST_LOCK, HOST_UNLOCK | host | slot empty; new key; lock |
+
+What a slot holds is not changed by what was said before it was written: an
+event may wait for the end of its segment while a host edits the same slot.
 """
 
 import dataclasses
@@ -355,7 +358,8 @@ def _outcome(row, event, old, at, new, name_free, alias_room):
   same = written & live & ~new & sl.same_span(old['span'][0], event.span)
   needs_live = op_is(sl.LOCK, sl.DELETE, sl.ROLLBACK, sl.ALIAS, sl.EXPIRE,
                      sl.QUARANTINE)
-  needs_open = op_is(sl.WRITE, sl.LOCK, sl.DELETE, sl.ROLLBACK) & ~new
+  turns = op_is(sl.WRITE, sl.DELETE, sl.ROLLBACK)
+  needs_open = (turns | op_is(sl.LOCK)) & ~new
   needs_open |= op_is(sl.EXPIRE, sl.QUARANTINE, sl.RESTORE) & ~event.host
   missing = jnp.where(new, sl.FULL, sl.MISSING)
   checks = (
@@ -378,6 +382,7 @@ def _outcome(row, event, old, at, new, name_free, alias_room):
       (op_is(sl.ALIAS) & ~alias_room, sl.FULL),
       (op_is(sl.RESTORE) & (status != sl.QUARANTINED), sl.INVALID),
       (op_is(sl.HOST_LOCK) & (lock == sl.HOST), sl.INVALID),
+      (turns & ~new & (event.time < old['t_write']), sl.SUPERSEDED),
       (worn, sl.FULL),
       (same, sl.REFRESHED))
   return jnp.select([c for c, _ in checks], [

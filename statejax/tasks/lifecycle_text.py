@@ -101,8 +101,9 @@ class LifecycleTextSource:
   which a bank of 32 that drops the oldest keeps none; half of those of
   'all_locked' about one of the four more. Elsewhere 8 to 14 other keys with 1
   to 3 updates and an ending of their own, and 10 to 20 lines about nothing, are
-  mixed with the target's, each key's in their own order. Further questions are
-  about other keys of the same log.
+  mixed with the target's, each key's in their own order. A log opens with a
+  line about nothing, as too few lines begin a log to learn from how they look.
+  Further questions are about other keys of the same log.
   """
 
   kind = 'text'
@@ -153,8 +154,8 @@ class LifecycleTextSource:
     # questions but the first.
     over = sum(map(_most, record.lines)) + 30 - self._length
     lines = []
-    for line in record.lines:
-      if line.kind == 'filler' and over > 0:
+    for i, line in enumerate(record.lines):
+      if line.kind == 'filler' and i and over > 0:
         over -= _most(line)
       else:
         lines.append(line)
@@ -205,6 +206,7 @@ class _Log:
   def record(self, scenario, questions):
     special = {'pressure': self._pressure, 'all_locked': self._all_locked}
     lines, target, kind = special.get(scenario, self._common)(scenario)
+    lines = [Line('filler'), *lines]
     held = truth(lines)
     tags = {x.key: x.tag for x in lines if x.kind == 'alias'}
     name = tags[target] if scenario == 'alias' else target

@@ -41,8 +41,10 @@ def draw(rules, rng, rows, segments, count, busy=()):
         'value': np.float32(rng.normal(size=rules.value)),
         'span': np.array([rare(0.95, 0, 3), rare(0.5, 0, 2)]),
         'key_span': np.array([which, 0]), 'source': rng.integers(9, size=2),
-        'time': time, 'salience': np.float32(rng.random()),
-        'principal': rare(0.3, 0, 1), 'expires': rare(0.2, time, time + 40),
+        # Now and then of what was said before.
+        'time': max(0, time - 25 * (rng.random() < 0.1)),
+        'salience': np.float32(rng.random()), 'principal': rare(0.3, 0, 1),
+        'expires': rare(0.2, time, time + 40),
         'slot': rare(named, 0, rules.slots + 1),
         'expect': rare(0.1, 0, 3), 'steps': int(rng.integers(4)),
         'host': bool(rng.random() < 0.3)}
