@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 
 from experiments import frozen_sentences as frozen
 from statejax import model as lm
@@ -22,6 +23,7 @@ def test_sentences_tell_events():
   assert not both[0] & both[1] and len(both[0] | both[1]) == frozen.ENTITIES
 
 
+@pytest.mark.slow
 def test_a_state_is_the_mean_of_a_sentence(monkeypatch):
   """Of its own tokens alone, and the same scale for all entities."""
   sentences, names = (x[..., :5, :] if x.ndim == 4 else x

@@ -160,7 +160,7 @@ def replay(recorder, path, tries, rng, **options):
 
 
 def test_power_cuts(recorded, tmp_path):
-  assert replay(recorded, tmp_path, 200, random.Random(0)) == {}
+  assert replay(recorded, tmp_path, 60, random.Random(0)) == {}
 
 
 @pytest.mark.slow

@@ -110,6 +110,7 @@ def set_streams(tree, value):
           for k, v in tree.items()}
 
 
+@pytest.mark.slow
 def test_starts_as_the_plain_residual():
   params = lm.LanguageModel(HYPER).init(jax.random.key(0))
   want = logits(PLAIN, without(params))
