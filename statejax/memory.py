@@ -467,13 +467,15 @@ def commit(model, name, state, events):
     model: `LanguageModel`.
     name: of the slot layer.
     state: `ServingState` of B rows.
-    events: `statejax.ops.slots.Events` [B, E].
+    events: `statejax.ops.slots.Events` [B, E]; those of no time happen now.
 
   Returns:
     The state, its witness as it was, and `statejax.ops.slots.Receipts` [B, E].
   """
   rules = model.config.layer(name).mixer.rules
   held = state.layers[name]
+  events = dataclasses.replace(events, time=jnp.where(
+      events.time < 0, state.length[:, None], events.time))
   fields = [f.name for f in dataclasses.fields(sl.Bank)]
   bank, receipts = lifecycle.commit(
       rules, sl.Bank(**{n: getattr(held, n)[0] for n in fields}), events,

@@ -214,3 +214,11 @@ def test_what_an_import_loads(module, absent):
   code = (f'import sys, {module}\n'
           f'assert not set({absent.split()}) & set(sys.modules)')
   subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=True)
+
+
+def test_modules_of_tests_have_names_of_their_own():
+  """Without packages pytest imports a second one of a name in place of it."""
+  names = collections.Counter(
+      path.name for path in pathlib.Path(__file__).parent.rglob('*.py')
+      if path.name != 'conftest.py')
+  assert [name for name, n in names.items() if n > 1] == []

@@ -92,7 +92,7 @@ class Events:
     value: of a WRITE, [B, E, V].
     span, key_span: tokens, [B, E, Ls] and [B, E, Lk] int32, padded with -1.
     source: [B, E, 2] int32, -1 where a host writes.
-    time: position of the event, [B, E] int32.
+    time: position of the event, -1 for none, [B, E] int32.
     salience: [B, E] float32.
     principal: who acts, [B, E] int32; sees and changes only what it owns.
     expires: of a WRITE or EXPIRE the position from which it is hidden, -1
@@ -198,7 +198,7 @@ def events(rules, op, **fields):
       'value': (*op.shape, rules.value),
       'span': (*op.shape, rules.span), 'key_span': (*op.shape, rules.key_span),
       'source': (*op.shape, 2)}
-  floats, zero = ('key', 'name', 'value', 'salience'), ('time', 'steps')
+  floats, zero = ('key', 'name', 'value', 'salience'), ('steps',)
   out = {'op': op}
   for field in dataclasses.fields(Events)[1:]:
     name, shape = field.name, shapes.get(field.name, op.shape)
