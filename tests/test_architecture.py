@@ -1,6 +1,7 @@
 """Who may import whom, and other rules of the house; read from the source."""
 
 import ast
+import collections
 import pathlib
 import re
 import statistics
