@@ -268,14 +268,17 @@ class Memory:
     found by the model if nobody says so.
     """
     # More than this would be committed, and no longer wait to be seen.
-    tokens = self._tokens(statement, self.config.segment - 1, 'statement')
+    most = self.config.segment - 1
+    tokens = self._tokens(statement, most, 'statement')
     parts = np.full(tokens.shape, -1, np.int32)
     if self.config.vocab and len(key):
       parts[:] = 0
       for name, said in ('key', key), ('value', value):
         parts[self._within(tokens, parts, said, name)] = layer.PARTS.index(name)
-    held = _scratch(self.model, self.layer, params, jnp.asarray(
-        tokens[None], jnp.int32), jnp.asarray(parts[None]))
+    # One program for statements of any length.
+    padded = (np.pad(x, (0, most - len(tokens)))[None] for x in (tokens, parts))
+    held = _scratch(self.model, self.layer, params, *(
+        jnp.asarray(x, jnp.int32) for x in padded), jnp.array([len(tokens)]))
     found = {'key': held.want_key[0, 0, 0], 'value': held.want_value[0, 0, 0]}
     if not all(np.isfinite(np.float32(x)).all() for x in found.values()):
       raise ValueError('statement: expected a finite key and value, the model '
@@ -487,14 +490,15 @@ def commit(model, name, state, events):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _scratch(model, name, params, tokens, parts):
+def _scratch(model, name, params, tokens, parts, n_valid):
   """The slot layer's state after a statement whose last token has to write."""
   length = tokens.shape[1]
-  last = jnp.arange(length, dtype=jnp.int32)[None] == length - 1
+  last = jnp.arange(length, dtype=jnp.int32)[None] == n_valid[:, None] - 1
   state = model.init_state(1, length)
   hints = {'force': jnp.where(last, layer.WANTS.index(sl.WRITE), 0),
            'force_part': parts}
-  return lm.forward(model, params, state, tokens, hints=hints)[1].layers[name]
+  return lm.forward(model, params, state, tokens, n_valid,
+                    hints=hints)[1].layers[name]
 
 
 def _slot(bank, m):

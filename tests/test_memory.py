@@ -299,30 +299,41 @@ def test_mistakes_are_named():
     mem.Memory(plain)
 
 
+def alone(**changed):
+  """A model of nothing but a memory, and parameters that write nothing."""
+  mixer = dataclasses.replace(SLOTS, **changed)
+  layer = c.LayerConfig('memory', mixer, c.SwiGLUConfig(16))
+  model = lm.LanguageModel(dataclasses.replace(
+      MODEL.config, layers=(layer,), groups=(c.GroupConfig(('memory',)),)))
+  found = jax.jit(model.init)(jax.random.key(0))
+  want = found['group_0']['layer_0']['mixer']['want']
+  found['group_0']['layer_0']['mixer']['want'] = jax.tree.map(
+      jnp.zeros_like, want)
+  return model, found
+
+
 def test_an_edit_is_not_undone_by_what_was_said_before_it():
-  memory, state = mem.Memory(MODEL), MODEL.init_state(1, 32)
+  model, found = alone()
+  memory, state = mem.Memory(model), model.init_state(1, 32)
   # The model's own write waits for the end of its segment of eight tokens.
   force = {'force': jnp.array([[0, 1]])}
-  _, state, _ = lm.forward(MODEL, params(), state, jnp.array([[21, 10]]),
+  _, state, _ = lm.forward(model, found, state, jnp.array([[21, 10]]),
                            hints=force)
-  state, receipt = memory.write(params(), state, [3, 10], key=[10], value=[9])
+  state, receipt = memory.write(found, state, [3, 10], key=[10], value=[9])
   assert receipt.changed
-  _, state = MODEL.step(params(), state, jnp.ones((1, 6), jnp.int32))
+  _, state = model.step(found, state, jnp.ones((1, 6), jnp.int32))
   slots = memory.list(state)
   assert [x.values for x in slots] == [((9,),)] and slots[0].version == 1
   # What is said after it does count.
-  _, state, _ = lm.forward(MODEL, params(), state, jnp.array([[21, 10]]),
+  _, state, _ = lm.forward(model, found, state, jnp.array([[21, 10]]),
                            hints=force)
-  _, state = MODEL.step(params(), state, jnp.ones((1, 6), jnp.int32))
+  _, state = model.step(found, state, jnp.ones((1, 6), jnp.int32))
   assert memory.list(state)[0].version == 2
 
 
 def test_what_is_spelled_is_what_the_host_says():
-  spelling = dataclasses.replace(SLOTS, vocab=32)
-  model = lm.LanguageModel(dataclasses.replace(MODEL.config, layers=(
-      dataclasses.replace(MODEL.config.layers[0], mixer=spelling),
-      MODEL.config.layers[1])))
-  found, memory = model.init(jax.random.key(0)), mem.Memory(model)
+  model, found = alone(vocab=32)
+  memory = mem.Memory(model)
   state = model.init_state(1, 0)
   write = lambda state, statement, key, value: memory.write(
       found, state, statement, key=key, value=value)
