@@ -273,7 +273,9 @@ class Memory:
     parts = np.full(tokens.shape, -1, np.int32)
     if self.config.vocab and len(key):
       parts[:] = 0
-      for name, said in ('key', key), ('value', value):
+      # The longer one first: the other may stand within it too.
+      for name, said in sorted((('key', key), ('value', value)),
+                               key=lambda x: -len(x[1])):
         parts[self._within(tokens, parts, said, name)] = layer.PARTS.index(name)
     # One program for statements of any length.
     padded = (np.pad(x, (0, most - len(tokens)))[None] for x in (tokens, parts))

@@ -348,5 +348,8 @@ def test_what_is_spelled_is_what_the_host_says():
   assert receipt.changed
   state, receipt = write(state, [30, 2, 23], [30], [23])
   assert (receipt.slot, receipt.version) == (1, 2)
+  # The key stands in the value as well.
+  state, receipt = write(state, [30, 2, 30, 7], [30], [30, 7])
+  assert (receipt.slot, receipt.version) == (1, 3)
   with pytest.raises(ValueError, match=r'the value \[9\] in it.*\[3, 10, 4\]'):
     write(state, [3, 10, 4], [10], [9])
