@@ -1,3 +1,4 @@
+import dataclasses
 import importlib
 import json
 import pathlib
@@ -131,3 +132,32 @@ def test_unknown_layer():
 def test_a_field_of_the_wrong_type(make, text):
   with pytest.raises(ValueError, match=text):
     make()
+
+
+def test_defaults_never_change():
+  """Digests of configs leave them out: a new meaning is a new field, which is
+  added to the file."""
+  path = pathlib.Path(__file__).parent / 'golden' / 'defaults.json'
+  kinds = {n: k for n, k in vars(c).items() if dataclasses.is_dataclass(k)}
+  assert json.loads(path.read_text()) == {
+      name: {f.name: c.to_dict(f.default) for f in dataclasses.fields(kind)
+             if f.default is not dataclasses.MISSING}
+      for name, kind in kinds.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Later(c.GroupConfig):
+  """A group with a field that came later, in a module of its own."""
+
+  more: int = 0
+
+
+def test_a_field_that_came_later():
+  before, now = c.GroupConfig(('kda',), 2), Later(('kda',), 2)
+  saved = {**c.to_dict(before), 'type': 'Later'}
+  assert c.renewed([saved], (now,)) == [c.to_dict(now)] != [saved]
+  assert c.essence(now) == {**c.essence(before), 'type': 'Later'}
+  other = dataclasses.replace(now, more=1)
+  assert c.essence(other) == {**c.essence(now), 'more': 1}
+  with pytest.raises(ValueError, match="unknown type 'Later'"):
+    c.renewed(saved, before)

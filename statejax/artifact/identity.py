@@ -221,8 +221,9 @@ def position(config) -> str:
 
   More than rotary parameters, windows and rates: with equal parameters and an
   equal layout a state still means another thing under another epsilon.
+  Fields at their defaults are left out, so that new ones change no digest.
   """
-  facts = cfg.to_dict(config)
+  facts = cfg.essence(config)
   facts.pop('remat', None)  # changes only when activations are computed
   return names.document(facts)
 

@@ -111,8 +111,9 @@ def load_state(path, model, params, *, capacity: int | None = None):
   """
   facts = about(path)
   # Recomputing activations or not changes no state.
-  mine = {**cfg.to_dict(model.config), 'remat': facts['config'].get('remat')}
-  _same_config(path, facts['config'], mine)
+  saved = cfg.renewed(facts['config'], model.config)
+  mine = {**cfg.to_dict(model.config), 'remat': saved.get('remat')}
+  _same_config(path, saved, mine)
   mine = digest.tree_digest(model.stack(params))
   if mine != facts['params']:
     raise ValueError(f'{path}: expected parameters with digest '

@@ -58,7 +58,7 @@ from statejax.config.segment import (
 )
 from statejax.config.slots import LogConfig, SlotRules, SlotsConfig
 from statejax.config.train import Config, TaskConfig, TrainConfig
-from statejax.config.tree import from_dict, to_dict
+from statejax.config.tree import essence, from_dict, renewed, to_dict
 
 __all__ = [
   'AttentionConfig', 'BlockMaxConfig', 'CompressedConfig', 'CompressiveConfig',
@@ -72,5 +72,6 @@ __all__ = [
   'QSAConfig',
   'RetNetConfig', 'RopeConfig', 'SlotRules', 'SlotsConfig', 'SummaryConfig',
   'SwiGLUConfig', 'TaskConfig', 'TitansConfig', 'TrainConfig',
-  'TransformerXLConfig', 'YarnConfig', 'from_dict', 'override', 'to_dict',
+  'TransformerXLConfig', 'YarnConfig', 'essence', 'from_dict', 'override',
+  'renewed', 'to_dict',
 ]

@@ -42,6 +42,45 @@ def to_dict(config) -> typing.Any:
   return config
 
 
+def essence(config) -> typing.Any:
+  """Returns `to_dict` without the fields that hold their defaults.
+
+  What digests of configs are taken of: a field that is added later, with a
+  default under which all is computed as before, changes none of them. So no
+  default may ever change (`tests/golden/defaults.json`).
+  """
+  if dataclasses.is_dataclass(config):
+    fields = {f.name: essence(getattr(config, f.name))
+              for f in dataclasses.fields(config)
+              if getattr(config, f.name) != f.default}
+    return {'type': type(config).__name__, **fields}
+  if isinstance(config, tuple | list):
+    return [essence(item) for item in config]
+  return config
+
+
+def renewed(data, config) -> typing.Any:
+  """Returns what `to_dict` of an earlier version made, as it is made now.
+
+  Args:
+    data: saved; fields that came since get their defaults.
+    config: lends its types, where they are defined outside this package.
+
+  Raises:
+    ValueError: as `from_dict`.
+  """
+  return to_dict(from_dict(data, _types(config)))
+
+
+def _types(config):
+  if dataclasses.is_dataclass(config):
+    return {type(config)}.union(*(
+        _types(getattr(config, f.name)) for f in dataclasses.fields(config)))
+  if isinstance(config, tuple | list):
+    return set().union(*map(_types, config))
+  return set()
+
+
 def from_dict(data, types=()) -> typing.Any:
   """Undoes `to_dict`, for the config types of this package and `types`.
 

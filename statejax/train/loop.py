@@ -122,7 +122,7 @@ class _Run:
     checkpoint.sweep(self.folder)
     path, mine = self.workdir / 'config.json', cfg.to_dict(self.config)
     if path.exists() and checkpoint.steps(self.folder):
-      old = json.loads(path.read_text())
+      old = cfg.renewed(json.loads(path.read_text()), self.config)
       if _identity(old) != _identity(mine):
         raise ValueError(f'{self.workdir}: holds a run of another config; use '
                          'another workdir, or remove this one.')
