@@ -31,7 +31,7 @@ MODEL = lm.LanguageModel(c.ModelConfig(
 def params():
   """The memory comes first and asks as it writes, so that a token reads what a
   statement that ends with it has written; on its own it writes nothing."""
-  found = MODEL.init(jax.random.key(0))
+  found = jax.jit(MODEL.init)(jax.random.key(0))
   mixer = found['group_0']['layer_0']['mixer']
   mixer['query'] = mixer['key']
   mixer['want'] = jax.tree.map(jnp.zeros_like, mixer['want'])
@@ -316,17 +316,17 @@ def test_an_edit_is_not_undone_by_what_was_said_before_it():
   model, found = alone()
   memory, state = mem.Memory(model), model.init_state(1, 32)
   # The model's own write waits for the end of its segment of eight tokens.
-  force = {'force': jnp.array([[0, 1]])}
-  _, state, _ = lm.forward(model, found, state, jnp.array([[21, 10]]),
-                           hints=force)
+  says = jax.jit(lambda state: lm.forward(
+      model, found, state, jnp.array([[21, 10]]),
+      hints={'force': jnp.array([[0, 1]])})[1])
+  state = says(state)
   state, receipt = memory.write(found, state, [3, 10], key=[10], value=[9])
   assert receipt.changed
   _, state = model.step(found, state, jnp.ones((1, 6), jnp.int32))
   slots = memory.list(state)
   assert [x.values for x in slots] == [((9,),)] and slots[0].version == 1
   # What is said after it does count.
-  _, state, _ = lm.forward(model, found, state, jnp.array([[21, 10]]),
-                           hints=force)
+  state = says(state)
   _, state = model.step(found, state, jnp.ones((1, 6), jnp.int32))
   assert memory.list(state)[0].version == 2
 
