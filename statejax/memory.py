@@ -315,7 +315,8 @@ class Memory:
     return self._simple(sl.DELETE, state, slot, **where)
 
   def rollback(self, state, slot, steps=1, **where):
-    """Puts an earlier value in front; the version goes on counting."""
+    """Puts an earlier value in front; the version goes on counting, and the
+    expiry stays that of the write undone."""
     return self._simple(sl.ROLLBACK, state, slot, steps=steps, **where)
 
   def alias(self, params, state, slot, statement, name=(), **where):
@@ -468,6 +469,9 @@ def marked(state, row, entry):
 def commit(model, name, state, events):
   """Applies events to the slots of a layer; pure, for use inside `jax.jit`.
 
+  What the model has decided and not committed yet, and would undo them, is
+  dropped: see `statejax.ops.lifecycle.overruled`.
+
   Args:
     model: `LanguageModel`.
     name: of the slot layer.
@@ -482,12 +486,15 @@ def commit(model, name, state, events):
   events = dataclasses.replace(events, time=jnp.where(
       events.time < 0, state.length[:, None], events.time))
   fields = [f.name for f in dataclasses.fields(sl.Bank)]
+  flat = jax.tree.map(lambda x: x[0], held)
+  before = sl.Bank(**{n: getattr(flat, n) for n in fields})
   bank, receipts = lifecycle.commit(
-      rules, sl.Bank(**{n: getattr(held, n)[0] for n in fields}), events,
       # Expiry is the stream's: an edit of one row empties no slot of another.
-      jnp.full_like(state.length, -1))
-  new = dataclasses.replace(
-      held, **{n: getattr(bank, n)[None] for n in fields})
+      rules, before, events, jnp.full_like(state.length, -1))
+  flat = layer.drop(flat, lifecycle.overruled(
+      rules, before, bank, events, receipts, layer.waiting(flat)))
+  flat = dataclasses.replace(flat, **{n: getattr(bank, n) for n in fields})
+  new = jax.tree.map(lambda x: x[None], flat)
   return dataclasses.replace(state, layers=state.layers | {name: new}), receipts
 
 

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 from statejax import config as c
+from statejax import forget
 from statejax import memory as mem
 from statejax import model as lm
 from statejax import state as st
 from statejax.artifact import journal as jn
 from statejax.artifact import serving
+from statejax.layers import slots as layer
 from statejax.ops import slots as sl
 
 RULES = c.SlotRules(slots=4, key=8, value=6, span=3, key_span=2, aliases=2)
@@ -312,23 +314,92 @@ def alone(**changed):
   return model, found
 
 
-def test_an_edit_is_not_undone_by_what_was_said_before_it():
+@functools.cache
+def saying():
+  """A model of a memory alone, its parameters, and one that says `[21, token]`,
+  wanting what is forced."""
   model, found = alone()
+  return model, found, jax.jit(lambda state, token, want: lm.forward(
+      model, found, state, jnp.stack([21, token])[None],
+      hints={'force': jnp.stack([0, want])[None]})[1])
+
+
+def after_all(model, found, state):
+  """The state after so many tokens that nothing waits."""
+  return model.step(found, state, jnp.ones((1, 6), jnp.int32))[1]
+
+
+WANT = {name: layer.WANTS.index(getattr(sl, name.upper()))
+        for name in ('write', 'lock', 'unlock', 'delete', 'alias')}
+# What waits, the edit, and what the slot is in the end.
+WAITING = {
+    'write, write': ('write', lambda m, p, s: m.write(
+        p, s, [3, 10], key=[10], value=[9]), 'values', ((9,), (7,))),
+    'delete, write': ('delete', lambda m, p, s: m.write(
+        p, s, [3, 10], key=[10], value=[9]), 'values', ((9,), (7,))),
+    'lock, write': ('lock', lambda m, p, s: m.write(
+        p, s, [3, 10], key=[10], value=[9]), 'lock', 'stream'),
+    'write, delete': ('write', lambda m, p, s: m.delete(s, 0),
+                      'status', 'tombstone'),
+    'lock, unlock': ('lock', lambda m, p, s: m.unlock(m.lock(s, 0)[0], 0),
+                     'lock', 'open'),
+    'unlock, lock': ('unlock', lambda m, p, s: m.lock(s, 0), 'lock', 'stream'),
+    'write, expire': ('write', lambda m, p, s: m.expire(s, 0, ttl=20),
+                      'expires', 22),
+    'other write': ('write', lambda m, p, s: m.expire(s, 1, ttl=20),
+                    'values', ((21, 10), (7,)))}
+
+
+@pytest.mark.parametrize('case', WAITING)
+def test_an_edit_is_not_undone_by_what_was_said_before_it(case):
+  want, edit, field, expected = WAITING[case]
+  model, found, say = saying()
   memory, state = mem.Memory(model), model.init_state(1, 32)
-  # The model's own write waits for the end of its segment of eight tokens.
-  says = jax.jit(lambda state: lm.forward(
-      model, found, state, jnp.array([[21, 10]]),
-      hints={'force': jnp.array([[0, 1]])})[1])
-  state = says(state)
-  state, receipt = memory.write(found, state, [3, 10], key=[10], value=[9])
+  for token in (10, 12):
+    state, _ = memory.write(found, state, [3, token], key=[token], value=[7])
+  # It waits for the end of its segment of eight tokens.
+  state = say(state, 10, WANT[want])
+  state, receipt = edit(memory, found, state)
   assert receipt.changed
-  _, state = model.step(found, state, jnp.ones((1, 6), jnp.int32))
-  slots = memory.list(state)
-  assert [x.values for x in slots] == [((9,),)] and slots[0].version == 1
-  # What is said after it does count.
-  state = says(state)
-  _, state = model.step(found, state, jnp.ones((1, 6), jnp.int32))
-  assert memory.list(state)[0].version == 2
+  assert getattr(memory.list(after_all(model, found, state))[0], field) == (
+      expected)
+
+
+def test_what_is_said_after_an_edit_counts():
+  model, found, say = saying()
+  memory, state = mem.Memory(model), model.init_state(1, 32)
+  state, _ = memory.write(found, state, [3, 10], key=[10], value=[9])
+  state = after_all(model, found, say(state, 10, WANT['write']))
+  assert memory.list(state)[0].values == ((21, 10), (9,))
+
+
+@pytest.mark.parametrize('value', [(9,), (21, 10)])
+def test_a_purge_takes_what_waits_with_it(value, tmp_path):
+  """And does not claim that the model has never heard of it."""
+  model, found, say = saying()
+  memory = mem.Memory(model, journal=jn.Journal(tmp_path / 'edits'), host=True)
+  state, _ = memory.write(found, model.init_state(1, 32), [3, 10], key=[10],
+                          value=list(value))
+  assert forget.plan(memory, state, 0).mode == 'purge'
+  said = say(state, 10, WANT['write'])
+  assert forget.plan(memory, said, 0) == forget.Plan(
+      'replay', 0, 'the stream has spoken of it at 0, which waits')
+  new, receipt = forget.purge(memory, said, 0)
+  assert receipt.scope == 'bank' and 'layers/memory/want_value' in receipt.left
+  assert 'token log' in receipt.left
+  held = new.layers['memory']
+  assert not np.asarray(held.want).any()
+  assert not np.asarray(held.want_value).any()
+  assert (np.asarray(held.want_span) == -1).all()
+  assert not memory.list(after_all(model, found, new))
+  # What has expired is hidden, and there until the next commit.
+  state, _ = memory.expire(state, 0, ttl=1)
+  _, state = model.step(found, state, jnp.ones((1, 2), jnp.int32))
+  assert not memory.list(state)
+  assert forget.plan(memory, state, 0).mode == 'replay'
+  for slot, text in ((1, 'empty slot'), (9, 'expected 0 to 3, got 9')):
+    with pytest.raises(ValueError, match=text):
+      forget.plan(memory, state, slot)
 
 
 def test_what_is_spelled_is_what_the_host_says():

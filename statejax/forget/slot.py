@@ -2,7 +2,13 @@
 
 import dataclasses
 
+import jax
+import numpy as np
+
+from statejax import state as st
 from statejax.forget import receipt as rc
+from statejax.layers import slots as layer
+from statejax.ops import lifecycle
 from statejax.ops import slots as sl
 
 # What deleting a slot empties, and what purging it does not.
@@ -30,25 +36,41 @@ def plan(memory, state, slot, row=0):
 
   A value that was written from outside and never read has changed nothing but
   its slot. What was read is in all that came after the first read, and what the
-  stream has said is in all that came after it. Whether only edits have made the
-  object, the journal knows; without one it is taken for the stream's. What an
-  object has pushed out when it came is not brought back.
+  stream has said of the object is in all that came after it, also where that
+  waits to be committed. Whether only edits have made the object, the journal
+  knows; without one it is taken for the stream's. What an object has pushed out
+  when it came is not brought back, and the same words said elsewhere, without
+  an event of this object, are not looked for.
 
   Raises:
-    ValueError: an empty slot.
+    ValueError: an empty slot, or none of this number.
   """
-  held = {s.slot: s for s in memory.list(state, row)}.get(slot)
-  if held is None:
+  state_row = st.take(state, row)
+  bank = jax.device_get(memory.bank(state_row))
+  if not 0 <= slot < bank.status.shape[1]:
+    raise ValueError(f'slot: expected 0 to {bank.status.shape[1] - 1}, got '
+                     f'{slot}.')
+  # What has expired is hidden, and still there until the next commit.
+  if bank.status[0, slot] == sl.EMPTY:
     raise ValueError(f'slot {slot}, row {row}: expected an object, got an '
-                     'empty or expired slot; nothing is left to forget here.')
+                     'empty slot; nothing is left to forget here.')
+  waits = jax.tree.map(lambda x: x[0], state_row.layers[memory.layer])
+  waits = layer.waiting(waits)
+  about = np.asarray(lifecycle.meant(
+      memory.config.rules, memory.bank(state_row), waits)) == slot
+  if about.any():
+    said = np.asarray(waits.source)[about][:, 0]
+    begin = int(np.where(said < 0, np.asarray(waits.time)[about], said).min())
+    return Plan('replay', begin,
+                f'the stream has spoken of it at {begin}, which waits')
+  version, source, first = (int(x[0, slot]) for x in (
+      bank.version, bank.source[..., 0], bank.t_first))
   if memory.untouched(state, slot, row):
-    if held.reads == 0:
+    if bank.reads[0, slot] == 0:
       return Plan('purge', -1, 'written from outside and never read')
-    return Plan('replay', held.t_first,
-                f'written from outside, first read at {held.t_first}')
-  if held.version == 1 and held.source[0] >= 0:
-    return Plan('replay', held.source[0],
-                f'said by the stream at {held.source[0]}')
+    return Plan('replay', first, f'written from outside, first read at {first}')
+  if version == 1 and source >= 0:
+    return Plan('replay', source, f'said by the stream at {source}')
   return Plan('replay', 0, 'it is not known who wrote its first version')
 
 
@@ -74,8 +96,9 @@ def purge(memory, state, slot, row=0, **where):
 
   Args: as of `suppress`; wants the host's capability.
   """
-  found = {s.slot for s in memory.list(state, row)}
-  alone = slot in found and plan(memory, state, slot, row).mode == 'purge'
+  there = 0 <= slot < memory.config.rules.slots and (
+      memory.bank(state).status[row, slot] != sl.EMPTY)
+  alone = there and plan(memory, state, slot, row).mode == 'purge'
   new, edit = memory.purge(state, slot, row=row, **where)
   fields = [f.name for f in dataclasses.fields(sl.Bank)
             if f.name not in _COUNTERS]

@@ -33,8 +33,8 @@ class SlotsState(sl.Bank):
   """A bank, what waits to be committed, and what a fallback keeps.
 
   Attributes beside those of `statejax.ops.slots.Bank`:
-    want: events of the open segment in order, NULL behind the last, [B, E].
-    want_strength: by which they were chosen, -1 behind the last, [B, E].
+    want: events of the open segment in order, NULL where none is, [B, E].
+    want_strength: by which they were chosen, -1 where none is, [B, E].
     want_key, want_name, want_value, want_span, want_key_span, want_source,
       want_time: see `statejax.ops.slots.Events`.
     near: the last tokens, oldest first, -1 before the document, [B, N - 1].
@@ -61,6 +61,24 @@ class SlotsState(sl.Bank):
 _BANK = tuple(f.name for f in dataclasses.fields(sl.Bank))
 _WAITING = ('key', 'name', 'value', 'span', 'key_span', 'source', 'time')
 _LOG = ('k', 'v')
+
+
+def waiting(held):
+  """The `Events` [B, E] that wait in a `SlotsState`."""
+  return _decided({n: getattr(held, f'want_{n}') for n in _WAITING} | {
+      'op': held.want, 'strength': held.want_strength})
+
+
+def drop(held, gone):
+  """A `SlotsState` without waiting events, [B, E] bool."""
+  out = {}
+  for field in dataclasses.fields(held):
+    if field.name.startswith('want'):
+      x = getattr(held, field.name)
+      mask = gone.reshape(*gone.shape, *(1,) * (x.ndim - 2))
+      fill = jnp.asarray(field.metadata['fill'], x.dtype)
+      out[field.name] = jnp.where(mask, fill, x)
+  return dataclasses.replace(held, **out)
 
 
 class Slots(nn.Module):
@@ -312,14 +330,7 @@ class Slots(nn.Module):
     """`Events` of the segments, and one without any for what stays open."""
     closed = {n: jnp.pad(a, [(0, 0), (0, 1), *[(0, 0)] * (a.ndim - 2)])
               for n, a in fields.items()}
-    op, value = closed['op'], closed['value']
-    salience = jnp.clip(closed.pop('strength'), 0., 1.) * jnp.linalg.norm(
-        jax.lax.stop_gradient(value).astype(jnp.float32), axis=-1)
-    none = jnp.full_like(op, -1)
-    return sl.Events(
-        **closed, salience=jax.lax.stop_gradient(salience),
-        principal=jnp.full_like(op, STREAM), expires=none, slot=none,
-        expect=none, steps=jnp.zeros_like(op), host=jnp.zeros(op.shape, bool))
+    return _decided(closed)
 
   def _learn(self, name, logits, context):
     """Adds the cross-entropy of what a hint says."""
@@ -365,6 +376,19 @@ class Slots(nn.Module):
           # Half way between where a write hits and a read does not.
           (self.config.rules.threshold + self.config.confidence) / 2)
     common.add_loss(self, 'object_loss', total)
+
+
+def _decided(fields):
+  """`Events` of a stream."""
+  fields = dict(fields)
+  op, value = fields['op'], fields['value']
+  salience = jnp.clip(fields.pop('strength'), 0., 1.) * jnp.linalg.norm(
+      jax.lax.stop_gradient(value).astype(jnp.float32), axis=-1)
+  none = jnp.full_like(op, -1)
+  return sl.Events(
+      **fields, salience=jax.lax.stop_gradient(salience),
+      principal=jnp.full_like(op, STREAM), expires=none, slot=none,
+      expect=none, steps=jnp.zeros_like(op), host=jnp.zeros(op.shape, bool))
 
 
 def _told_apart(cosine, same, seen, middle):

@@ -19,8 +19,8 @@ together, and the gradient of a value goes straight to the event it came from.
 | QUARANTINE, RESTORE | open or host | out of reads and writes, and back |
 | PURGE, REKEY, HOST_LOCK, HOST_UNLOCK | host | slot empty; new key; lock |
 
-What a slot holds is not changed by what was said before it was written: an
-event may wait for the end of its segment while a host edits the same slot.
+An event may wait for the end of its segment while a host edits the object that
+it is about: `overruled` says which then wait in vain.
 """
 
 import dataclasses
@@ -33,6 +33,13 @@ import jax.numpy as jnp
 from statejax.ops import slots as sl
 
 _MOST = jnp.iinfo(jnp.int32).max
+_TURNS, _LOCKS = (sl.WRITE, sl.DELETE), (sl.LOCK, sl.UNLOCK)
+# What would undo an edit, if it came after it.
+_UNDONE_BY = {
+    sl.WRITE: _TURNS, sl.DELETE: _TURNS, sl.ROLLBACK: _TURNS, sl.EXPIRE: _TURNS,
+    sl.LOCK: _LOCKS, sl.UNLOCK: _LOCKS, sl.HOST_LOCK: _LOCKS,
+    sl.HOST_UNLOCK: _LOCKS, sl.PURGE: range(1, len(sl.OPS)),
+    sl.REKEY: range(1, len(sl.OPS))}
 # A slot in the scan: the fields of a bank that a slot has, without values.
 SLOT = tuple(f.name for f in dataclasses.fields(sl.Bank)
              if f.metadata['axes'][:2] == ('batch', 'slots')
@@ -102,6 +109,46 @@ def segments(rules, bank, events, now, turn=None, inputs=(), fresh=None):
       *jax.lax.stop_gradient(steer), now, jax.lax.stop_gradient(inputs), fresh)
   return (_fill(bank, events, last), _fill(bank, events, before), receipts,
           found)
+
+
+def meant(rules, bank, events):
+  """The slots that events [B, N] are about, [B, N] int32; -1 for none."""
+  slot, alias = jax.lax.stop_gradient(parts(bank))
+  def one(slot, alias, next_oid, event):
+    return jnp.where(event.op == sl.NULL, -1,
+                     _find(rules, _Row(slot, alias, next_oid), event))
+  of_row = jax.vmap(one, in_axes=(None, None, None, 0))
+  return jax.vmap(of_row)(slot, alias, bank.next_oid,
+                          dataclasses.replace(events, value=None))
+
+
+def overruled(rules, before, after, edits, receipts, waiting):
+  """Which events are not to come after edits of their objects.
+
+  Args:
+    rules: `statejax.config.SlotRules`, static.
+    before, after: `slots.Bank` of B rows around the edits.
+    edits: `slots.Events` [B, E], and
+    receipts: what became of them.
+    waiting: `slots.Events` [B, N], decided before.
+
+  Returns:
+    [B, N] bool: those that would undo what was changed of the object that they
+    mean. Any other waits on; a lock said before a value was written locks it.
+  """
+  table = jnp.array([[op in _UNDONE_BY.get(edit, ()) for op in range(
+      len(sl.OPS))] for edit in range(len(sl.OPS))])
+  changed = (receipts.outcome == sl.COMMITTED) | (
+      receipts.outcome == sl.REFRESHED)
+  edited = jnp.where(changed, receipts.oid, -1)[..., None]
+  hits = jnp.zeros(edited.shape[:2] + waiting.op.shape[1:], bool)
+  for bank in (before, after):
+    at = meant(rules, bank, waiting)
+    oid = jnp.take_along_axis(bank.oid, jnp.maximum(at, 0), axis=1)
+    oid = jnp.where(at < 0, -2, oid)[:, None]
+    hits |= oid == edited
+  hits &= table[edits.op[..., None], waiting.op[:, None]]
+  return jnp.any(hits, axis=1)
 
 
 def parts(bank):
@@ -358,8 +405,7 @@ def _outcome(row, event, old, at, new, name_free, alias_room):
   same = written & live & ~new & sl.same_span(old['span'][0], event.span)
   needs_live = op_is(sl.LOCK, sl.DELETE, sl.ROLLBACK, sl.ALIAS, sl.EXPIRE,
                      sl.QUARANTINE)
-  turns = op_is(sl.WRITE, sl.DELETE, sl.ROLLBACK)
-  needs_open = (turns | op_is(sl.LOCK)) & ~new
+  needs_open = op_is(sl.WRITE, sl.DELETE, sl.ROLLBACK, sl.LOCK) & ~new
   needs_open |= op_is(sl.EXPIRE, sl.QUARANTINE, sl.RESTORE) & ~event.host
   missing = jnp.where(new, sl.FULL, sl.MISSING)
   checks = (
@@ -382,7 +428,6 @@ def _outcome(row, event, old, at, new, name_free, alias_room):
       (op_is(sl.ALIAS) & ~alias_room, sl.FULL),
       (op_is(sl.RESTORE) & (status != sl.QUARANTINED), sl.INVALID),
       (op_is(sl.HOST_LOCK) & (lock == sl.HOST), sl.INVALID),
-      (turns & ~new & (event.time < old['t_write']), sl.SUPERSEDED),
       (worn, sl.FULL),
       (same, sl.REFRESHED))
   return jnp.select([c for c, _ in checks], [

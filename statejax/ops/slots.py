@@ -25,9 +25,9 @@ OPS = ('null', 'write', 'lock', 'unlock', 'delete', 'rollback', 'alias',
        'host_unlock')
 # Of `Receipts.outcome`: the two first of COMMITTED changed the bank.
 (UNUSED, COMMITTED, REFRESHED, MISSING, LOCKED, FULL, CONFLICT, FORBIDDEN,
- INVALID, SUPERSEDED) = range(10)
+ INVALID) = range(9)
 OUTCOMES = ('unused', 'committed', 'refreshed', 'missing', 'locked', 'full',
-            'conflict', 'forbidden', 'invalid', 'superseded')
+            'conflict', 'forbidden', 'invalid')
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

@@ -149,8 +149,6 @@ class Row:
       return sl.LOCKED
     if s.status == sl.QUARANTINED:
       return sl.INVALID
-    if e['time'] < s.t_write:
-      return sl.SUPERSEDED
     if s.status == sl.LIVE and (s.content[0][1] == e['span']).all():
       s.t_write, s.salience = e['time'], e['salience']
       return sl.REFRESHED
@@ -179,8 +177,6 @@ class Row:
       return sl.LOCKED
     if s.status != sl.LIVE:
       return sl.INVALID
-    if e['time'] < s.t_write:
-      return sl.SUPERSEDED
     s.content, s.source, s.salience, s.expires = [], (-1, -1), 0., -1
     s.status, s.t_write = sl.TOMBSTONE, e['time']
     s.version, s.seq = s.version + 1, s.seq + 1
@@ -191,8 +187,6 @@ class Row:
       return sl.LOCKED
     if s.status != sl.LIVE or not 1 <= e['steps'] < len(s.content):
       return sl.INVALID
-    if e['time'] < s.t_write:
-      return sl.SUPERSEDED
     s.content = [s.content[e['steps']], *s.content][:self.rules.ring + 1]
     s.t_write, s.source = e['time'], tuple(e['source'])
     s.version, s.seq = s.version + 1, s.seq + 1
