@@ -456,7 +456,12 @@ def live(state, row: int):
   """Returns one row as numpy arrays, batch axis dropped, live prefix only.
 
   What an artifact stores: slots past `length` are not part of a state.
+
+  Raises:
+    ValueError: no such row, or one that outgrew its stores.
   """
+  # Indexing an array would take the nearest row instead.
+  [row] = _indices(state, row).tolist()
   length = int(state.length[row])
   _refuse_lost(state)
   strides = dict(state.strides)

@@ -116,6 +116,8 @@ def test_clear_leaves_key_and_neighbours():
 @pytest.mark.parametrize('operation, match', [
     (lambda s: st.take(s, 3), r'rows: \[3\] not among the 3 rows'),
     (lambda s: st.take(s, [0, -1]), r'rows: \[-1\] not among'),
+    (lambda s: st.live(s, 3), r'rows: \[3\] not among'),
+    (lambda s: st.live(s, -1), r'rows: \[-1\] not among'),
     (lambda s: st.take(s, 0.5), 'rows: expected integers, got float64'),
     (lambda s: st.clear(s, [True]), 'rows: expected integers, got bool'),
     (lambda s: st.fork(s, 0, 0), 'fork: expected one row and copies >= 1'),
