@@ -1,6 +1,17 @@
-"""Verbs of `state` about other stores: buckets, keys, trust and grants.
+"""Verbs of `state` about other stores, keys, trust, grants and revocations.
 
-See `statejax.states`, which opens the store and knows who asks.
+See `statejax.states`, which opens the store and knows who asks. A key that was
+lost is retired, a policy that was bad ends with its epoch; what a key has
+signed since some time, or all of a family, a model, a workflow and so on is
+revoked, and with a key that may revoke also what will come:
+
+  python -m statejax.main state trust acme.pub --org=acme --retire \
+      --signing_key=root.pem
+  python -m statejax.main state trust rules --min_epoch=5 \
+      --classes=public,internal --signing_key=root.pem
+  python -m statejax.main state revoke chat --by=family
+  python -m statejax.main state revoke stolen.pub --by=key --since=1700000000 \
+      --org=acme --root=root.pub --signing_key=acme.pem
 """
 
 import json
@@ -18,8 +29,23 @@ SECONDS = flags.DEFINE_integer(
     'seconds', 24 * 3600, 'state grant: until it ends, a day at most')
 MAX_USES = flags.DEFINE_integer(
     'max_uses', 1, 'state grant: how often it may be shown')
+RETIRE = flags.DEFINE_bool(
+    'retire', False, 'state trust: nothing that this key has signed counts')
+MIN_EPOCH = flags.DEFINE_integer(
+    'min_epoch', None, 'state trust rules: oldest epoch of policies', 0)
+CLASSES = flags.DEFINE_list(
+    'classes', None, 'state trust rules: classes that may come from elsewhere')
+BY = flags.DEFINE_enum(
+    'by', 'artifact', ['artifact', 'descendants', 'family', 'key', 'org',
+                       'params', 'persona', 'workflow', 'epoch'],
+    'state revoke: what the target names')
+SINCE = flags.DEFINE_integer(
+    'since', None, 'state revoke --by=key: unix seconds, since when it is bad',
+    0)
 ADOPT = flags.DEFINE_bool(
     'adopt', False, 'state fsck: enter what no catalog knows, if it is whole')
+
+_PEM = b'-----BEGIN PUBLIC KEY'
 
 
 def push(shop, who, key):
@@ -78,27 +104,68 @@ def keygen(name):
 
 
 def trust(shop, path, signer):
-  """Trusts a public key, or takes an organisation's revocation list.
+  """Trusts a public key or retires it, takes a revocation list, or sets rules.
 
   Args:
     shop: `objects.Store`.
-    path: of the public key, or of the list.
-    signer: () -> `keys.Signer` of the root, for a key.
+    path: of the public key, or of an organisation's list; 'rules' for what
+      --min_epoch and --classes say.
+    signer: () -> `keys.Signer` of the root, but for a list.
   """
   from statejax.artifact import keys, trust
-  data = pathlib.Path(path).read_bytes()
-  org = flags.FLAGS['org'].value or ''
-  if not data.startswith(b'-----BEGIN PUBLIC KEY'):
+  rules = path == 'rules'
+  if rules != any(x.value is not None for x in (MIN_EPOCH, CLASSES)):
+    raise ValueError('--min_epoch, --classes: they are for state trust rules, '
+                     'which needs one of them.')
+  data = b'' if rules else pathlib.Path(path).read_bytes()
+  org, key = flags.FLAGS['org'].value or '', data.startswith(_PEM)
+  if RETIRE.value and not key:
+    raise ValueError('--retire: name the file of the public key.')
+  if not rules and not key:
     found = trust.install_revocations(shop, org, data)
     print(json.dumps({'crl': found['number'], 'until': found['next_update'],
                       'entries': len(found['entries'])}))
     return
   root = signer()
   shop.root = shop.root or keys.public(root.private)
-  body = trust.extended(trust.load(shop), data.decode(), org)
+  old = trust.load(shop)
+  if rules:
+    body = trust.ruled(old, min_epoch=MIN_EPOCH.value, classes=CLASSES.value)
+  else:
+    change = trust.retired if RETIRE.value else trust.extended
+    body = change(old, data.decode(), org)
   found = trust.install(shop, root.document('trust', body))
-  print(json.dumps({'trust': found.number, 'org': org,
-                    'key': keys.hint(data.decode())}))
+  print(json.dumps({'trust': found.number, **(
+      {'min_epoch': found.min_epoch, 'classes': list(found.classes)} if rules
+      else {'org': org, 'key': keys.hint(data.decode()),
+            'status': 'retired' if RETIRE.value else 'active'})}))
+
+
+def revoke(shop, who, what, signer):
+  """Revokes an artifact, or all of some kind; prints what the list names now.
+
+  Args:
+    shop: `objects.Store`.
+    who: `Principal`.
+    what: name or id, or a value; for --by=key also the file of a public key,
+      for --by=persona also its text.
+    signer: `keys.Signer` of a key that may revoke, or None.
+  """
+  from statejax.artifact import keys, withdraw
+  by, file = BY.value, pathlib.Path(what)
+  if by == 'key' and file.is_file():
+    what = f'key:{keys.hint(file.read_text())}'
+  elif by == 'persona' and not what.startswith('hmac:'):
+    what = shop.keyed(who.org, 'governance.persona', what)
+  for kind, value in withdraw.withdraw(shop, what, who, by, signer=signer,
+                                       since=SINCE.value):
+    print(json.dumps({'revoked': kind, 'value': value}))
+
+
+def delete(shop, who, key):
+  """Deletes an artifact, whatever points to it."""
+  from statejax.artifact import desk
+  print(json.dumps({'deleted': desk.delete(shop, key, who)}))
 
 
 def crl(shop, path, signer):

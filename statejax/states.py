@@ -10,6 +10,8 @@ r"""The command `state`: mint, show, verify, resume, fork, transfer and so on.
   python -m statejax.main state diff chat other
   python -m statejax.main state lineage chat
   python -m statejax.main state revoke other
+  python -m statejax.main state revoke demo --by=workflow
+  python -m statejax.main state delete other
   python -m statejax.main state audit
   python -m statejax.main state account
   python -m statejax.main state fsck --adopt
@@ -116,9 +118,11 @@ USES = {
     'push': {'url'}, 'pull': {'ref'},
     'grant': {'signing_key', 'file', 'holder', 'rights', 'seconds',
               'max_uses'},
-    'revoke': set(),
+    'revoke': {'by', 'since', 'signing_key'}, 'delete': set(),
     'audit': set(), 'account': set(), 'fsck': {'adopt'}, 'gc': {'grace'},
-    'keygen': set(), 'trust': {'signing_key'}, 'crl': {'signing_key'}}
+    'keygen': set(),
+    'trust': {'signing_key', 'retire', 'min_epoch', 'classes'},
+    'crl': {'signing_key'}}
 # Which of them take no target, and which two.
 WHOLE, PAIRS = ('audit', 'account', 'fsck', 'gc'), ('diff',)
 ALL = OWN.union(*USES.values())
@@ -185,9 +189,13 @@ def _asking(shop, key):
   from secrets import token_hex
 
   from statejax.artifact import grant, verify
-  data, private = granted
-  id, nonce = shop.find(key), token_hex(16)
-  about = verify.head(shop.place(id), name=id)[2]
+  from statejax.artifact.outcome import Refused
+  (data, private), nonce = granted, token_hex(16)
+  try:
+    id = shop.find(key)
+    about = verify.head(shop.place(id), name=id)[2]
+  except Refused:
+    return who  # what is wrong is told, and written down, by what is asked
   return grant.present(shop, data, about, id, who, nonce,
                        grant.prove(private, nonce, data))
 
@@ -309,8 +317,8 @@ def resume(key):
   model, params, digest = _model()
   model, ref = _set(model), shop.catalog.ref(key)
   host = _host(model, digest, _room(_length(shop, key) + steps))
-  found = load.load(shop, key, _asking(shop, key), host, Ask(
-      on_mismatch=MISMATCH.value))
+  who = _asking(shop, key)
+  found = load.load(shop, key, who, host, Ask(on_mismatch=MISMATCH.value))
   decision = found.decision
   print(f'{decision} promise={decision.promise} '
         f'{" ".join(decision.warnings)} {decision.detail}'.rstrip(),
@@ -320,19 +328,14 @@ def resume(key):
   state = found.state if decision.outcome == 'resumed' else (
       _absorb_again(model, params, found))
   emitted, state = _emit(model, params, state, steps)
-  rules = found.about['governance']
-  terms = minting.Terms(
-      rules['owner'], rules['org'], rules['class'],
-      tuple((e['who'], tuple(e['may'])) for e in rules['acl']),
-      rules['export'], rules['not_after'], rules['revoke_scope'],
-      rules['workflow'])
   transcript = None
   if found.tokens is not None:
     length = found.about['state']['length']
     transcript = minting.Transcript((*found.tokens[:length], *emitted),
                                     keep=True)
   kept = minting.mint(
-      shop, state, 0, host, terms, transcript=transcript,
+      shop, state, 0, host, minting.Terms.of(found.about), principal=who,
+      transcript=transcript,
       stands=found.stands and found.stands.after(emitted),
       parent=minting.Parent(found.id, found.about), ref=key if ref else '',
       expect=ref[1] if ref else 0)
@@ -522,13 +525,6 @@ def transfer(target):
       shop, target, who, _signer(), FILE.value), 'file': FILE.value}))
 
 
-def revoke(key):
-  """Revokes an artifact; prints what the list names now."""
-  from statejax.artifact import desk
-  for kind, value in desk.withdraw(_shop(), key, _principal()):
-    print(json.dumps({'revoked': kind, 'value': value}))
-
-
 def audit():
   """Prints the audit log; fails if it, or what is stored, is not whole."""
   from statejax.artifact import collect
@@ -575,4 +571,7 @@ VERBS = {
     'trust': lambda path: exchange.trust(_shop(), path, _signer),
     'crl': lambda path: exchange.crl(_shop(), path, _signer),
     'fsck': lambda: exchange.fsck(_shop(), _principal()),
-    'revoke': revoke, 'audit': audit, 'account': account, 'gc': gc}
+    'revoke': lambda what: exchange.revoke(
+        _shop(), _principal(), what, SIGNING_KEY.value and _signer()),
+    'delete': lambda key: exchange.delete(_shop(), _principal(), key),
+    'audit': audit, 'account': account, 'gc': gc}

@@ -38,7 +38,7 @@ ALLOWED = {
         'access', 'canonical', 'catalog', 'collect', 'commit', 'compat',
         'desk', 'envelope', 'grammar',
         'journal', 'layout', 'manifest', 'names', 'objects', 'outcome',
-        'portable', 'revoke', 'tree', 'verify')},
+        'portable', 'revoke', 'tree', 'verify', 'withdraw')},
     'artifact/bucket': 'artifact tensorstore',
     'tasks': 'numpy grain config',
     'metrics': 'numpy grain config',

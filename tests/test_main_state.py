@@ -233,7 +233,9 @@ def test_only_a_file(state, monkeypatch, tmp_path):
   code, out, _ = state('verify', 'chat', *bob, *shown, '--workdir=x')
   assert code == 0 and json.loads(out)['load'] == 'resumed(5)'
   code, _, err = state('resume', 'chat', *bob, *shown, '--workdir=x')
-  assert code == 2 and 'E_GRANT: it was used 1 times' in err
+  assert code == 2 and "E_ACL: expected an artifact or name of this" in err
+  row = json.loads(state('audit')[1].splitlines()[-2])
+  assert (row['principal'], row['code']) == ('bob', 'E_GRANT')
   # A bucket.
   url = f'file://{tmp_path}/bucket'
   code, out, _ = state('push', 'chat', *org, f'--url={url}')

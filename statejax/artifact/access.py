@@ -7,6 +7,8 @@ from statejax.artifact.outcome import Refused
 
 RIGHTS = ('inspect', 'resume', 'fork', 'export', 'revoke', 'delete')
 GRANTABLE = RIGHTS[:4]
+# Which of them end when it is revoked, or its time is over.
+USES = ('resume', 'fork', 'export')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,14 +65,11 @@ def decide(about: dict, principal: Principal, right: str, *,
   if right not in RIGHTS:
     raise ValueError(f'right: expected one of {RIGHTS}, got {right!r}.')
   rules = about['governance']
-  same = bool(principal.name) and principal.org == rules['org']
-  owner = same and principal.name == rules['owner']
-  member = same and bool(rules['org'])
-  if revoked and right in ('resume', 'fork', 'export'):
+  owner, member = owns(about, principal), _belongs(rules, principal)
+  if revoked and right in USES:
     return Access(False, code='E_REVOKED', detail='the artifact is revoked')
   now = int(time.time()) if now is None else now
-  if right in ('resume', 'fork', 'export') and (
-      0 < rules['not_after'] <= now):
+  if right in USES and 0 < rules['not_after'] <= now:
     return Access(False, code='E_EXPIRED', detail='expected a time before '
                   f'{rules["not_after"]}, got {now}')
   if right == 'export' and rules['export'] == 'never':
@@ -98,9 +97,32 @@ def require(about: dict, principal: Principal, right: str, *,
   return access
 
 
+def owns(about: dict, principal: Principal) -> bool:
+  """Whether an artifact is a principal's own."""
+  rules = about['governance']
+  return bool(principal.name) and (
+      (principal.name, principal.org) == (rules['owner'], rules['org']))
+
+
+def sees(about: dict, principal: Principal) -> bool:
+  """Whether a principal may know that an artifact is there at all.
+
+  Its owner, members of its organisation and who holds a grant that counts may;
+  to others it is told as one that is not there.
+  """
+  return owns(about, principal) or bool(principal.granted) or _belongs(
+      about['governance'], principal)
+
+
 def redact(about: dict) -> dict:
   """Returns a manifest as a member sees it: without the list of files."""
   return {name: value for name, value in about.items() if name != 'files'}
+
+
+def _belongs(rules, principal):
+  """Whether a principal is of the organisation, where there is one."""
+  return bool(principal.name and rules['org']) and (
+      principal.org == rules['org'])
 
 
 def _listed(rules, principal):

@@ -69,8 +69,9 @@ class Minter:
     Args:
       state: `ServingState`; the next step may consume it.
       row: of it.
-      host, terms, **more: see `mint.mint`; `expect` is of the time at which it
-        is kept, after those that were started before.
+      host, terms, **more: see `mint.mint`, the principal who acts among them;
+        `expect` is of the time at which it is kept, after those that were
+        started before.
 
     Returns:
       A future. Its `result()` waits for `objects.Kept` and raises what

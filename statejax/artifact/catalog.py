@@ -16,7 +16,7 @@ import sqlite3
 import time
 
 from statejax.artifact import canonical
-from statejax.artifact.outcome import Receipt, Refused
+from statejax.artifact.outcome import Receipt, Refused, absent
 
 _GENESIS = '0' * 64
 _TABLES = '''
@@ -137,6 +137,17 @@ class Catalog:
     return self._append('audit', {
         'principal': principal, 'action': action, 'id': id,
         'outcome': outcome, 'code': code, 'promise': promise})
+
+  @contextlib.contextmanager
+  def refusals(self, principal: str, action: str, id: str):
+    """Writes down that what is done inside was refused, where it was."""
+    try:
+      yield
+    except Refused as error:
+      # What has failed is told even if it is the disk, which takes no row.
+      with contextlib.suppress(Refused):
+        self.audit(principal, action, id, 'refused', code=error.code)
+      raise
 
   def charge(self, principal: str, id: str, **deltas: int):
     """Adds to the ledger, one row per unit of `UNITS`."""
@@ -273,8 +284,7 @@ class Catalog:
     """
     with self.transaction():
       if not self._one('select 1 from art where id = ? and not gone', (id,)):
-        raise Refused('E_ACL', f'expected an artifact of this store, got '
-                      f'{id[:80]!r}')
+        raise absent(id)
       self._all('replace into lease values (?, ?, ?)',
                 (id, owner, self.clock() + seconds))
     try:

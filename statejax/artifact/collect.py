@@ -7,7 +7,7 @@ import time
 from secrets import token_hex
 
 from statejax.artifact import commit, layout, trust, verify
-from statejax.artifact.outcome import Refused
+from statejax.artifact.outcome import Refused, absent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +77,7 @@ def delete(shop, id: str, principal: str, *, action: str = 'delete'):
       and the next collection ends it.
   """
   if not _take(shop, id, principal, action, lambda id: True):
-    raise Refused('E_ACL', f'expected an artifact of this store, got '
-                  f'{id[:80]!r}')
+    raise absent(id)
   _finish(shop)
 
 
@@ -106,7 +105,8 @@ def adopt(shop, id: str, principal: str) -> str:
     shop.catalog.add(id, f'adopted-{id}', nbytes, found.about['kind'],
                      found.about['governance']['workflow'],
                      [p['id'] for p in found.about['provenance']['parents']])
-    shop.catalog.charge(principal, id, live_bytes=nbytes)
+    shop.catalog.charge(found.about['governance']['owner'], id,
+                        live_bytes=nbytes)
   return id
 
 

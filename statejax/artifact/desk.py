@@ -11,7 +11,9 @@ from secrets import token_hex
 
 from statejax.artifact import (
   access,
+  collect,
   layout,
+  manifest,
   portable,
   revoke,
   sealing,
@@ -20,12 +22,14 @@ from statejax.artifact import (
 )
 from statejax.artifact.access import Principal
 from statejax.artifact.objects import said
-from statejax.artifact.outcome import Refused
+from statejax.artifact.outcome import Refused, absent
 
 
 def examine(shop, key: str, principal: Principal,
             right: str) -> verify.Verified:
   """Verifies an artifact for a right, all but its arrays: V1 to V7, V9, V11.
+
+  V9 and V11 not where it shall be revoked or deleted.
 
   Args:
     shop: `objects.Store`.
@@ -34,9 +38,10 @@ def examine(shop, key: str, principal: Principal,
     right: of `access.RIGHTS`; with 'inspect' a revoked or expired one is shown.
 
   Raises:
-    Refused: the first check that fails; it is in the log.
+    Refused: the first check that fails; it is in the log. Who may not see the
+      artifact is told that there is none; the log tells why.
   """
-  id = ''
+  id, plain, tokens = '', None, None
   try:
     id = shop.find(key)
     place = shop.place(id)
@@ -46,17 +51,41 @@ def examine(shop, key: str, principal: Principal,
       hit = revoke.match(shop.catalog.revocations(), about, id)
       allowed = access.require(about, principal, right, revoked=bool(hit),
                                now=shop.catalog.clock())
-      layout.check(place, found, about)
-      with sealing.opened(shop, place, about) as clear:
-        plain, tokens = verify.unsealed(clear, about)
+      if right in access.USES:  # what somebody else has revoked counts too
+        trust.valid(shop, id, about, vouched)
+      if right in access.GRANTABLE:  # to end one it need not be whole
+        layout.check(place, found, about)
+        with sealing.opened(shop, place, about) as clear:
+          plain, tokens = verify.unsealed(clear, about)
   except Refused as error:
     shop.catalog.audit(principal.name, right, id or key[:80], 'refused',
                        code=error.code)
+    if unseen(shop, id, principal):
+      raise absent(key) from None
     raise
   shop.catalog.audit(principal.name, right, id, 'allowed')
   if allowed.redacted:
     about, plain, tokens = access.redact(about), None, None
   return verify.Verified(id, about, plain, tokens, vouched)
+
+
+def unseen(shop, id: str, principal: Principal) -> bool:
+  """Whether an artifact must be told as one that is not there.
+
+  Of one whose manifest cannot be read nobody knows whose it is: it is not
+  hidden.
+
+  Args:
+    shop: `objects.Store`.
+    id: of the artifact, '' where none was found.
+    principal: who asks.
+  """
+  try:
+    data = layout.read(shop.place(id), manifest.NAME) if id else b''
+    about = manifest.parse(data)
+  except (Refused, OSError):
+    return False
+  return manifest.artifact_id(data) == id and not access.sees(about, principal)
 
 
 @contextlib.contextmanager
@@ -98,6 +127,8 @@ def obstacle(shop, folder, principal: Principal,
 def withdraw(shop, key: str, principal: Principal) -> list[tuple[str, str]]:
   """Revokes an artifact, and its descendants where its scope says so.
 
+  By what else there is see `withdraw.withdraw`.
+
   Returns:
     The entries added to the revocation list: (kind, value).
 
@@ -108,10 +139,40 @@ def withdraw(shop, key: str, principal: Principal) -> list[tuple[str, str]]:
   entries = [('artifact', found.id)]
   if found.about['governance']['revoke_scope'] == 'descendants':
     entries += [('artifact', id) for id in shop.catalog.descendants(found.id)]
+  return enter(shop, entries, principal)
+
+
+def enter(shop, entries, principal: Principal, *,
+          since: int | None = None) -> list[tuple[str, str]]:
+  """Adds entries, decided on already, to the store's revocation list.
+
+  Args:
+    shop: `objects.Store`.
+    entries: (kind, value).
+    principal: who has decided, for the log: a row for each.
+    since: see `revoke.extended`.
+
+  Returns:
+    The entries.
+  """
   with shop.catalog.transaction():
     shop.catalog.keep_revocations(revoke.extended(
-        shop.catalog.revocations(), entries, now=shop.catalog.clock()))
+        shop.catalog.revocations(), entries, now=shop.catalog.clock(),
+        since=since))
+    for kind, value in entries:
+      shop.catalog.audit(principal.name, 'revoked', value, kind)
   return entries
+
+
+def delete(shop, key: str, principal: Principal) -> str:
+  """Deletes an artifact; returns its id.
+
+  Raises:
+    Refused: the principal may not.
+  """
+  found = examine(shop, key, principal, 'delete')
+  collect.delete(shop, found.id, principal.name, action='deleted')
+  return found.id
 
 
 def describe(found: verify.Verified) -> list[str]:

@@ -20,6 +20,7 @@ from statejax import state as st
 from statejax.artifact import (
   access,
   compat,
+  desk,
   digest,
   identity,
   layout,
@@ -34,7 +35,7 @@ from statejax.artifact import (
 )
 from statejax.artifact.access import Principal
 from statejax.artifact.compat import ASK, Ask
-from statejax.artifact.outcome import Decision, Refused, refusal
+from statejax.artifact.outcome import Decision, Refused, absent, refusal
 
 # As the library of the payload tells of a failed call of the system.
 _SYSTEM = re.compile(r"os_error_code='(?!2')|OS error (?!2:)")
@@ -80,6 +81,7 @@ def load(shop, key: str, principal: Principal, host: identity.Host,
 
   Returns:
     `Loaded`. Never raises what an artifact can cause: that is the decision.
+    Who may not see the artifact is told that there is none; the log tells why.
   """
   id = ''
   try:
@@ -100,6 +102,9 @@ def load(shop, key: str, principal: Principal, host: identity.Host,
                           tokens_skipped=decision.n)
     elif decision.outcome == 'reprefilled':
       shop.catalog.charge(principal.name, id, tokens_reprefilled=decision.n)
+  if decision.outcome == 'refused' and desk.unseen(shop, id, principal):
+    loaded = Loaded(refusal(absent(key)))
+    decision = loaded.decision
   return dataclasses.replace(loaded, decision=dataclasses.replace(
       decision, receipt=receipt))
 

@@ -23,7 +23,6 @@ from statejax.artifact import (
   load,
   mint,
   sealing,
-  trust,
 )
 from statejax.artifact.access import Principal
 from statejax.artifact.objects import Kept
@@ -68,13 +67,13 @@ def migrate(shop, key: str, principal: Principal, source: identity.Host,
             registered=REGISTERED, ref: str = '', vouch=None) -> Kept:
   """Makes a new artifact of another layout; the old one stays as it is.
 
-  Governance and transcript are the old one's, but that it belongs to whoever
-  migrates. A load of it promises a tolerance, and warns W_MIGRATED.
+  Governance and transcript are the old one's. A load of it promises a
+  tolerance, and warns W_MIGRATED.
 
   Args:
     shop: `objects.Store`.
     key: id, beginning of one, or name.
-    principal: needs the right to fork it.
+    principal: needs the right to fork it, by no grant; see `mint.fork`.
     source: what the artifact is of, and would load in.
     target: what it shall load in: of the same parameters, tokenizer, policies
       and tools.
@@ -91,24 +90,21 @@ def migrate(shop, key: str, principal: Principal, source: identity.Host,
   found = desk.examine(shop, key, principal, 'fork')
   about = found.about
   assert found.plain is not None  # only an inspection is redacted
-  with shop.catalog.lease(found.id, token_hex(8)):
-    trust.valid(shop, found.id, about, found.vouched)
-    state = _state(shop, found, source)
-  migration = _choose(about, source, target, cast, registered)
-  state = _converted(state, migration, target)
-  rules = about['governance']
-  terms = mint.Terms(
-      principal.name, rules['org'], rules['class'],
-      tuple((e['who'], tuple(e['may'])) for e in rules['acl']),
-      rules['export'], rules['not_after'], rules['revoke_scope'],
-      rules['workflow'], about['kind'], 'migrated', about['sealed'] != 'none')
+  parent = mint.Parent(found.id, about)
+  with shop.catalog.refusals(principal.name, 'migrate', found.id):
+    mint.may_fork(shop, parent, principal)
+    with shop.catalog.lease(found.id, token_hex(8)):
+      state = _state(shop, found, source)
+    migration = _choose(about, source, target, cast, registered)
+    state = _converted(state, migration, target)
+  terms = mint.Terms.of(about, kind=about['kind'], how='migrated')
   length, transcript = about['state']['length'], None
   if found.tokens is not None:
     transcript = mint.Transcript(
         tuple(found.tokens[:length]), keep=True,
         edits=tuple((at, mark) for at, mark in found.plain['edits']))
-  return mint.mint(shop, state, 0, target, terms, transcript=transcript,
-                   parent=mint.Parent(found.id, about), ref=ref, vouch=vouch,
+  return mint.mint(shop, state, 0, target, terms, principal=principal,
+                   transcript=transcript, parent=parent, ref=ref, vouch=vouch,
                    account=about['account'])
 
 

@@ -6,6 +6,7 @@ a copy. See `objects.Store.keep` for what makes it durable.
 
 import dataclasses
 import errno
+import functools
 import os
 from secrets import token_hex
 
@@ -13,12 +14,13 @@ import numpy as np
 
 from statejax import state as st
 from statejax.artifact import (
+  access,
   canonical,
   digest,
   identity,
-  layout,
   manifest,
   names,
+  revoke,
   sealing,
   standing,
   store,
@@ -61,6 +63,22 @@ class Terms:
   how: str = 'absorbed'
   sealed: bool = False
 
+  @classmethod
+  def of(cls, about: dict, **changes) -> 'Terms':
+    """Returns the terms of a manifest: what stems from it keeps them.
+
+    Args:
+      about: the manifest.
+      **changes: fields that differ.
+    """
+    rules = about['governance']
+    kept = cls(
+        rules['owner'], rules['org'], rules['class'],
+        tuple((e['who'], tuple(e['may'])) for e in rules['acl']),
+        rules['export'], rules['not_after'], rules['revoke_scope'],
+        rules['workflow'], sealed=about['sealed'] != 'none')
+    return dataclasses.replace(kept, **changes)
+
   def group(self, persona: str) -> dict:
     """Returns the group `governance`."""
     return {'org': self.org, 'owner': self.owner, 'class': self.sensitivity,
@@ -95,6 +113,7 @@ class Parent:
 
 
 def mint(shop, state, row: int, host: identity.Host, terms: Terms, *,
+         principal: Principal | None = None,
          transcript: Transcript | None = None, parent: Parent | None = None,
          stands: standing.Standing | None = None,
          account: dict[str, int] | None = None, mint_key: str = '',
@@ -106,7 +125,10 @@ def mint(shop, state, row: int, host: identity.Host, terms: Terms, *,
     state: `ServingState`.
     row: of it.
     host: what this process is; the state must be of its schema.
-    terms: see `Terms`.
+    terms: see `Terms`. Of a parent they are its own, `Terms.of`, unless its
+      owner acts.
+    principal: who acts: named in the log, and accounted for the tokens; the
+      bytes are the owner's. None is the owner.
     transcript: what the row has absorbed; without it there is no chain key.
     parent: from which the state went on; None for none.
     stands: where the host knows the row to stand, e.g. where what was loaded
@@ -122,22 +144,29 @@ def mint(shop, state, row: int, host: identity.Host, terms: Terms, *,
 
   Raises:
     Refused: E_WITNESS, E_DIGEST, E_NONFINITE, E_BOUNDS: the state is not sound;
-      E_NOSPACE, E_IO: it could not be kept. Nothing is left then.
+      E_ACL: other terms than the parent's, and not by its owner; E_NOSPACE,
+      E_IO: it could not be kept. Nothing is left then but a row of the log.
     ValueError: it is not a state of the host's model.
   """
+  principal = principal or Principal(terms.owner, terms.org)
+  decided = functools.partial(shop.catalog.refusals, principal.name, 'mint',
+                              ref or (parent.id if parent else ''))
   schema = host.schema_of(st.rows(state), st.capacity(state) or 0,
                           identity.Carried.of(state))
   st.validate(state, schema)
   live = st.live(state, row)
-  check(live)
-  if transcript is not None:
-    _check_transcript(live, transcript)
-  if stands is not None:
-    stands.require(live)
-  about = _manifest(live, host, terms, transcript, parent, account, vouch) | {
-      'created': shop.catalog.clock()}
-  shop.room(about['state']['logical_bytes'])
-  with said(), shop.stage() as folder:
+  with decided():
+    check(live)
+    if transcript is not None:
+      _check_transcript(live, transcript)
+    if stands is not None:
+      stands.require(live)
+    about = _manifest(live, host, terms, transcript, parent, account, vouch) | {
+        'created': shop.catalog.clock()}
+    if parent is not None and not access.owns(parent.about, principal):
+      _keeps(parent, about, terms)
+    shop.room(about['state']['logical_bytes'])
+  with decided(), said(), shop.stage() as folder:
     if terms.sealed or manifest.must_seal(about):
       key, group = sealing.new_key(shop, about)
       about |= {'sealed': 'aes256gcm1', 'seal': group}
@@ -150,8 +179,22 @@ def mint(shop, state, row: int, host: identity.Host, terms: Terms, *,
         parent.about['state']['length'] if parent else 0)
     return shop.keep(
         folder, about, mint_key=mint_key or token_hex(16),
-        principal=terms.owner, action='mint', ref=ref, expect=expect,
+        principal=principal.name, action='mint', ref=ref, expect=expect,
         vouch=vouch, charges={'tokens_absorbed': max(0, tokens)})
+
+
+def _keeps(parent, about, terms):
+  """Raises unless what stems from an artifact is bound as that is."""
+  old, new = parent.about['governance'], about['governance']
+  for name in old:
+    if name != 'persona' and new[name] != old[name]:  # which the host is
+      raise Refused('E_ACL', f'governance.{name}: expected {old[name]!r}, as '
+                    'of the parent, which only its owner may change, got '
+                    f'{new[name]!r}')
+  if parent.about['sealed'] != 'none' and not (
+      terms.sealed or manifest.must_seal(about)):
+    raise Refused('E_ACL', 'sealed: expected it, as the parent is, which only '
+                  'its owner may change')
 
 
 def _fill(folder, live, about, transcript):
@@ -177,18 +220,47 @@ def fork(shop, parent: Parent, principal: Principal, *, ref: str = '',
          mint_key: str = '', vouch=None) -> Kept:
   """Makes a second child of an artifact, which shares its payload's bytes.
 
-  What may be done with it is what may be done with the parent, but that it
-  belongs to whoever forks. Whether they may is for the caller to ask.
+  It belongs to whom the parent does, and its list of rights is the same: who
+  forks may do with it what they may with the parent, and nothing else. A grant
+  alone does not do: it ends, is counted, and names the parent, whereas a fork
+  stays, and a list names nobody of another organisation.
 
   Args:
     shop: `objects.Store`.
     parent: the artifact, verified.
-    principal: who forks.
+    principal: who forks: its owner, or a member whom its list allows to.
     ref, mint_key, vouch: see `mint`.
+
+  Raises:
+    Refused: of `may_fork`; E_NOSPACE, E_IO.
   """
+  with shop.catalog.refusals(principal.name, 'fork', parent.id):
+    may_fork(shop, parent, principal)
+    return _fork(shop, parent, principal, ref, mint_key, vouch)
+
+
+def may_fork(shop, parent: Parent, principal: Principal):
+  """Raises unless somebody may make a second child of an artifact that stays.
+
+  Raises:
+    Refused: E_ACL, E_GRANT, E_EXPIRED, E_REVOKED.
+  """
+  now = shop.catalog.clock()
+  if principal.granted and not access.decide(
+      parent.about, dataclasses.replace(principal, granted=frozenset()), 'fork',
+      now=now).allowed:
+    raise Refused('E_GRANT', f'expected the owner or a member of '
+                  f'{parent.about["governance"]["org"] or "no organisation"} '
+                  f'whom the list allows to fork, got {principal.name} by a '
+                  'grant, which ends while a fork stays; resume the artifact '
+                  'itself, or ask its owner to fork it and to grant the fork')
+  access.require(parent.about, principal, 'fork', now=now, revoked=bool(
+      revoke.match(shop.catalog.revocations(), parent.about, parent.id)))
+
+
+def _fork(shop, parent, principal, ref, mint_key, vouch):
   about = parent.about | {
       'nonce': token_hex(16), 'created': shop.catalog.clock(),
-      'governance': parent.about['governance'] | {'owner': principal.name},
       'provenance': _provenance(parent, 'absorbed', vouch)}
   source = shop.place(parent.id)
   with said(), shop.catalog.lease(parent.id, token_hex(8)), (
@@ -197,15 +269,11 @@ def fork(shop, parent: Parent, principal: Principal, *, ref: str = '',
       # Its bytes are bound to its name: they are sealed anew.
       key, about['seal'] = sealing.new_key(shop, about)
       with sealing.opened(shop, source, parent.about) as clear:
-        plain = _rechained(clear, parent, about)
-        (clear / manifest.PLAIN).write_bytes(plain)
         sealing.seal_tree(clear, folder, about['nonce'], key)
     else:
       for name, _, _ in parent.about['files']:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        if name != manifest.PLAIN:
-          (folder / name).hardlink_to(source / name)
-      (folder / manifest.PLAIN).write_bytes(_rechained(source, parent, about))
+        (folder / name).hardlink_to(source / name)
     return shop.keep(folder, about, mint_key=mint_key or token_hex(16),
                      principal=principal.name, action='fork', ref=ref,
                      vouch=vouch, charges={'forks': 1})
@@ -305,15 +373,3 @@ def _plain(live, about, transcript):
       'witness': names.lanes(live.witness),
       'token_chain': chain, 'leaves': leaves,
       'edits': [[length, mark] for length, mark in edits]})
-
-
-def _rechained(source, parent, about):
-  """Returns plain.json of a fork: its owner's namespace has another chain."""
-  data = layout.read(source, manifest.PLAIN)
-  plain, chain = manifest.parse_plain(data, parent.about), ''
-  if parent.about['state']['transcript'] == 'keep':
-    tokens = names.unpack(layout.read(source, manifest.TOKENS))
-    chain = names.chain(
-        names.namespace(about, about['governance']['owner']),
-        tokens[:about['state']['length']])
-  return canonical.dumps(plain | {'token_chain': chain})

@@ -29,7 +29,7 @@ from statejax.artifact import (
   names,
   verify,
 )
-from statejax.artifact.outcome import Receipt, Refused
+from statejax.artifact.outcome import Receipt, Refused, absent
 
 FORMAT, VERSION = 'statejax-store', 1
 _ID = re.compile(r'sj1-[0-9a-f]{64}')
@@ -229,7 +229,8 @@ class Store:
     """Returns the id of an artifact by id, beginning of an id, or name.
 
     Raises:
-      Refused: E_ACL: there is none; it reads the same as one not to be seen.
+      Refused: E_ACL: there is none; `desk.examine` and a load say the same of
+        one that is not to be seen.
     """
     there = self.catalog.objects()
     named = self.catalog.ref(key)
@@ -239,8 +240,7 @@ class Store:
         id for id in there if key.startswith('sj1-') and len(key) >= 12
         and id.startswith(key)]
     if len(found) != 1:
-      raise Refused('E_ACL', f'expected an artifact or name of this store, got '
-                    f'{key[:80]!r}')
+      raise absent(key)
     return found[0]
 
   def stage(self):
@@ -332,8 +332,10 @@ class Store:
         self.catalog.add(id, mint_key, nbytes, about['kind'],
                          about['governance']['workflow'],
                          [p['id'] for p in about['provenance']['parents']])
-        self.catalog.charge(principal, id, live_bytes=nbytes,
-                            **(charges or {}))
+        # Who acts has used tokens; bytes are the owner's.
+        self.catalog.charge(about['governance']['owner'], id,
+                            live_bytes=nbytes)
+        self.catalog.charge(principal, id, **(charges or {}))
       moved = bool(ref) and (self.catalog.move(ref, id, expect)
                              or (self.catalog.ref(ref) or ('',))[0] == id)
       if ref and not moved:

@@ -119,6 +119,16 @@ class Decision:
     return f'refused({self.code})'
 
 
+def absent(key: str) -> Refused:
+  """Returns what is told of an artifact that is not there, or not to be seen.
+
+  Args:
+    key: what it was asked by.
+  """
+  return Refused('E_ACL', 'expected an artifact or name of this store, got '
+                 f'{key[:80]!r}')
+
+
 def refusal(error: Refused) -> Decision:
   """Returns the decision that a failed check makes."""
   return Decision('refused', code=error.code, detail=error.detail)

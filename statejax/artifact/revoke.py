@@ -43,7 +43,8 @@ def parse(payload: bytes) -> dict:
   return body
 
 
-def extended(old: dict | None, entries, *, now: int, valid: int = 7 * 86400):
+def extended(old: dict | None, entries, *, now: int, valid: int = 7 * 86400,
+             since: int | None = None):
   """Returns the list that follows `old` and revokes `entries` too.
 
   Args:
@@ -51,17 +52,20 @@ def extended(old: dict | None, entries, *, now: int, valid: int = 7 * 86400):
     entries: (kind, value) of `KINDS`.
     now: unix seconds.
     valid: seconds until another list must follow.
+    since: unix seconds from which on a key is bad; None is now. Of two times
+      the earlier one counts.
 
   Raises:
     ValueError: an entry is of no known kind.
   """
-  kept = list(old['entries']) if old else []
-  known = {(e['kind'], e['value']) for e in kept}
-  kept += [{'kind': kind, 'value': value, 'from': now}
-           for kind, value in dict.fromkeys(entries)
-           if (kind, value) not in known]
+  kept = {(e['kind'], e['value']): e['from']
+          for e in (old['entries'] if old else ())}
+  for entry in entries:
+    kept[entry] = min(kept.get(entry, now), now if since is None else since)
   body = {'number': old['number'] + 1 if old else 1, 'this_update': now,
-          'next_update': now + valid, 'entries': kept}
+          'next_update': now + valid, 'entries': [
+              {'kind': kind, 'value': value, 'from': when}
+              for (kind, value), when in kept.items()]}
   check(body)
   return body
 

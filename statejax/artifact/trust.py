@@ -106,24 +106,77 @@ def parse_body(payload: bytes) -> dict:
   return value
 
 
+FIRST = Trust(0, 0, manifest.CLASSES, {})
+
+
 def extended(old: Trust | None, pem: str, org: str, *, may=ROLES, not_before=0,
              not_after=manifest.U.high) -> bytes:
   """Returns the document that follows `old` and trusts one key more, unsigned.
 
   Args:
     old: the present trust, None for the first.
-    pem: the public key.
+    pem: the public key; if it is there already, this is what it may now.
     org: whose it is.
     may: of `ROLES`.
     not_before, not_after: unix seconds.
   """
-  entry = {'pem': pem, 'status': 'active', 'not_before': not_before,
-           'not_after': not_after, 'may': list(may)}
-  orgs = dict(old.orgs) if old else {}
-  orgs[org] = [e for e in orgs.get(org, ()) if e['pem'] != pem] + [entry]
-  value = {'number': old.number + 1 if old else 1, 'orgs': orgs,
-           'min_epoch': old.min_epoch if old else 0,
-           'classes': list(old.classes if old else manifest.CLASSES)}
+  return _with_key(old or FIRST, org, {
+      'pem': pem, 'status': 'active', 'not_before': not_before,
+      'not_after': not_after, 'may': list(may)})
+
+
+def retired(old: Trust | None, pem: str, org: str) -> bytes:
+  """Returns the document that follows `old` and trusts a key no more, unsigned.
+
+  Nothing that it has signed counts then. Of a key that was stolen at a known
+  time see the kind 'key' of `withdraw.withdraw`.
+
+  Args:
+    old: the present trust.
+    pem: the public key.
+    org: whose it is.
+
+  Raises:
+    ValueError: there is no such key.
+  """
+  old = old or FIRST
+  for entry in old.orgs.get(org, ()):
+    if entry['pem'] == pem:
+      return _with_key(old, org, entry | {'status': 'retired'})
+  raise ValueError(f'key {keys.hint(pem)[:16]}: expected one that is trusted '
+                   f'for {org or "no organisation"}, got none; name its --org.')
+
+
+def ruled(old: Trust | None, *, min_epoch: int | None = None,
+          classes=None) -> bytes:
+  """Returns the document that follows `old` with other rules, unsigned.
+
+  Args:
+    old: the present trust, None for the first.
+    min_epoch: oldest epoch of policies that is trusted; None leaves it.
+    classes: of artifacts that may come from elsewhere; None leaves them.
+
+  Raises:
+    ValueError: an epoch below the present one, or no such class.
+  """
+  old = old or FIRST
+  if min_epoch is not None and min_epoch < old.min_epoch:
+    raise ValueError(f'min_epoch: expected at least {old.min_epoch}, as it is '
+                     f'now, got {min_epoch}; epochs never go back.')
+  return _document(
+      old, old.orgs, old.min_epoch if min_epoch is None else min_epoch,
+      old.classes if classes is None else classes)
+
+
+def _with_key(old, org, entry):
+  others = [e for e in old.orgs.get(org, ()) if e['pem'] != entry['pem']]
+  return _document(old, {**old.orgs, org: [*others, entry]}, old.min_epoch,
+                   old.classes)
+
+
+def _document(old, orgs, min_epoch, classes):
+  value = {'number': old.number + 1, 'orgs': orgs, 'min_epoch': min_epoch,
+           'classes': list(classes)}
   GRAMMAR(value, '')
   return canonical.dumps(value)
 
@@ -146,6 +199,17 @@ def load(shop) -> Trust | None:
   """Returns the trust that is kept in a store; None where there is none."""
   path = shop.path / 'trust' / FILE
   return parse(path.read_bytes(), _root(shop)) if path.exists() else None
+
+
+def _epoch(shop):
+  """Oldest epoch that is trusted, 0 where nothing says.
+
+  By the document that `install` has verified: for what is the store's own no
+  root key need be pinned again.
+  """
+  path = shop.path / 'trust' / FILE
+  return parse_body(envelope.open_document('trust', path.read_bytes())[0])[
+      'min_epoch'] if path.exists() else 0
 
 
 def _root(shop):
@@ -176,6 +240,13 @@ def revocations(shop, known: Trust, org: str) -> dict | None:
   path = _crl_path(shop, org)
   return signed_revocations(known, org, path.read_bytes(), now=shop.catalog
                             .clock()) if path.exists() else None
+
+
+def _kept(shop, org):
+  """The same, as it was when it was installed: its key may have ended since."""
+  path = _crl_path(shop, org)
+  return revoke.parse(envelope.open_document('crl', path.read_bytes())[0]) if (
+      path.exists()) else None
 
 
 def _crl_path(shop, org):
@@ -215,7 +286,7 @@ def vouch(shop, folder, found: layout.Walk, data: bytes, about: dict) -> str:
     about: the same, parsed.
 
   Raises:
-    Refused: E_UNSIGNED: nobody is trusted here; E_SIG; E_TRUST; E_EPOCH.
+    Refused: E_UNSIGNED: nobody is trusted here; E_SIG; E_TRUST.
   """
   if found.voucher == layout.MAC:
     return verify.vouch(folder, found, data, shop.secret)
@@ -233,34 +304,34 @@ def vouch(shop, folder, found: layout.Walk, data: bytes, about: dict) -> str:
   if about['governance']['class'] not in known.classes:
     raise Refused('E_TRUST', f'expected a class of {known.classes}, got '
                   f'{about["governance"]["class"]}')
-  if about['policy']['epoch'] < known.min_epoch:
-    raise Refused('E_EPOCH', f'policy.epoch: expected at least '
-                  f'{known.min_epoch}, got {about["policy"]["epoch"]}')
   return f'key:{hint}'
 
 
 def valid(shop, id: str, about: dict, vouched: str) -> tuple[str, ...]:
-  """V5 and V6: clock and revocations; returns warnings.
+  """V5 and V6: clock, epoch and revocations; returns warnings.
 
-  What another one vouches for needs a fresh list of its organisation.
+  What another one vouches for needs a fresh list of its organisation; for what
+  is the store's own a list counts too, but may be old.
 
   Raises:
-    Refused: E_CLOCK, E_REVOKED, E_CRL_STALE.
+    Refused: E_CLOCK, E_EPOCH, E_REVOKED, E_CRL_STALE.
   """
   now, last = shop.catalog.clock(), shop.catalog.newest()
   if now < last:
     raise Refused('E_CLOCK', f'expected a time after {last}, the newest in the '
                   f'audit log, got {now}')
+  org, own, oldest = about['governance']['org'], vouched == 'mac', _epoch(shop)
+  if about['policy']['epoch'] < oldest:
+    raise Refused('E_EPOCH', f'policy.epoch: expected at least {oldest}, got '
+                  f'{about["policy"]["epoch"]}')
   warnings = revoke.require(shop.catalog.revocations(), about, id,
                             foreign=False, now=now)
-  if vouched == 'mac':
-    return warnings
-  org = about['governance']['org']
-  crl = revocations(shop, require(shop), org)
-  if crl is None:
+  crl = _kept(shop, org) if own else revocations(shop, require(shop), org)
+  if crl is None and not own:
     raise Refused('E_CRL_STALE', f'expected a signed revocation list of '
                   f'{org or "no organisation"}, got none')
-  return warnings + revoke.require(crl, about, id, foreign=True, now=now)
+  return tuple(dict.fromkeys(warnings + revoke.require(
+      crl, about, id, foreign=not own, now=now)))
 
 
 def _replace(path: pathlib.Path, data: bytes):

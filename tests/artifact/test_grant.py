@@ -64,8 +64,10 @@ def test_shown_and_used_up(shop, kept, about, signer, private):  # noqa: F811
   # A copy without the holder's key, or an old answer, is worth nothing.
   for bad in (shown(key='acme'), shown(nonce='6' * 32)):
     assert not bad.granted and bad.grant_fault
+    # They hear of no artifact; the log knows why.
     assert str(load.load(shop, kept, bad, small.host()).decision) == (
-        'refused(E_GRANT)')
+        'refused(E_ACL)')
+    assert shop.catalog.rows()[-1]['code'] == 'E_GRANT'
   assert shown().granted
   assert 'used 2 times' in shown().grant_fault
   # Beyond its time.

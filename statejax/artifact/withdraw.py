@@ -1,0 +1,145 @@
+"""Revoking by more than one artifact's name. Imports no jax.
+
+    by             revokes
+    artifact       it, and what stems from it here if its scope says so
+    descendants    it and all that stems from it here
+    family         its root and all that stems from that, also what will come
+    key, org, params, persona, workflow, epoch
+                   what names it and is the principal's, here and now; with a
+                   signer all that names it, also what will come
+
+An entry of the list for what will come concerns others' artifacts too. So it
+needs a key that the trust document lets revoke for the principal's
+organisation, and none of another organisation may be hit here.
+"""
+
+from statejax.artifact import (
+  access,
+  desk,
+  grammar,
+  keys,
+  layout,
+  manifest,
+  revoke,
+  trust,
+)
+from statejax.artifact.access import Principal
+from statejax.artifact.outcome import Refused
+
+NAMED = ('artifact', 'descendants', 'family')
+# What the other kinds name; `epoch`: all policies older than it.
+VALUES = {
+    'key': grammar.Text(68, 'key:[0-9a-f]{64}', empty=False,
+                        name='key:+64 hex'),
+    'org': manifest.word(128), 'params': manifest.HASH,
+    'persona': grammar.Text(78, manifest.KEYED.pattern, empty=False,
+                            name=manifest.KEYED.name),
+    'workflow': grammar.Text(64, '[a-z0-9._-]+', empty=False),
+    'epoch': revoke.EPOCH}
+BY = (*NAMED, *VALUES)
+
+
+def withdraw(shop, what: str, principal: Principal, by: str = 'artifact', *,
+             signer: keys.Signer | None = None,
+             since: int | None = None) -> list[tuple[str, str]]:
+  """Revokes an artifact, or all of some kind.
+
+  Args:
+    shop: `objects.Store`.
+    what: id, beginning of one, or name, where `by` is of `NAMED`; else the
+      value: 'key:' and a hint, an organisation, a digest of parameters, a
+      persona's keyed digest, a workflow, an epoch.
+    principal: who revokes.
+    by: of `BY`.
+    signer: a key that may revoke for the principal's organisation.
+    since: unix seconds from which on a key is bad; None is now.
+
+  Returns:
+    The entries added to the revocation list: (kind, value).
+
+  Raises:
+    Refused: the principal or the signer may not, or nothing is theirs.
+    ValueError: no such `by`, or a value of another form.
+  """
+  if by not in BY:
+    raise ValueError(f'by: expected one of {BY}, got {by!r}.')
+  if by == 'artifact':
+    return desk.withdraw(shop, what, principal)
+  if by in VALUES:
+    VALUES[by](what, by)
+  with shop.catalog.refusals(principal.name, 'revoke', f'{by} {what}'):
+    if by in NAMED:
+      entries = _named(shop, what, principal, by)
+    elif signer is None:
+      entries = _own(shop, by, what, principal)
+    else:
+      entries = _signed(shop, by, what, principal, signer)
+    return desk.enter(shop, entries, principal, since=since)
+
+
+def hits(shop, kind: str, value: str) -> dict[str, dict]:
+  """Returns {id: manifest} of what an entry of a list would revoke here.
+
+  What cannot be read cannot be resumed either, and is left out.
+  """
+  entry = {'entries': [{'kind': kind, 'value': value, 'from': 0}]}
+  found = {}
+  for id in shop.catalog.objects():
+    try:
+      about = manifest.parse(layout.read(shop.place(id), manifest.NAME))
+    except (Refused, OSError):
+      continue
+    if revoke.match(entry, about, id):
+      found[id] = about
+  return found
+
+
+def _named(shop, key, principal, by):
+  found = desk.examine(shop, key, principal, 'revoke')
+  if by == 'descendants':
+    return [('artifact', found.id), *_below(shop, [found.id])]
+  root = found.about['provenance']['root']
+  root = found.id if root == 'self' else root
+  if root in shop.catalog.objects():
+    desk.examine(shop, root, principal, 'revoke')
+  elif not all(access.owns(about, principal)
+               for about in hits(shop, 'root', root).values()):
+    # Its root, whose owner could decide, is not here any more.
+    raise Refused('E_ACL', 'expected a family all of which is '
+                  f'{principal.name}\'s, got others\' among it')
+  return [('root', root)]
+
+
+def _own(shop, by, value, principal):
+  mine = {id: about for id, about in hits(shop, by, value).items()
+          if access.owns(about, principal)}
+  if not mine:
+    raise Refused('E_ACL', f'{by} {value[:80]}: expected an artifact of '
+                  f'{principal.name} here, got none; what is others\', or will '
+                  'come, needs a key that may revoke')
+  return [('artifact', id) for id in mine] + _closure(shop, mine)
+
+
+def _signed(shop, by, value, principal, signer):
+  trust.require(shop).key(signer.name.removeprefix('key:'), principal.org,
+                          'revoke', shop.catalog.clock())
+  found = hits(shop, by, value)
+  others = {about['governance']['org'] for about in found.values()} | (
+      {value} if by == 'org' else set())
+  if others - {principal.org}:
+    raise Refused('E_TRUST', f'{by} {value[:80]}: expected nothing of another '
+                  f'organisation than {principal.org or "none"} to be hit, got '
+                  f'{sorted(others - {principal.org})[:4]}')
+  return [(by, value)] + _closure(shop, found)
+
+
+def _closure(shop, found):
+  """What stems from those whose scope is wide, and no entry names yet."""
+  wide = [id for id, about in found.items()
+          if about['governance']['revoke_scope'] == 'descendants']
+  return [(kind, id) for kind, id in _below(shop, wide) if id not in found]
+
+
+def _below(shop, ids):
+  return [('artifact', id) for id in dict.fromkeys(
+      child for id in ids for child in shop.catalog.descendants(id))]
