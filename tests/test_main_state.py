@@ -74,6 +74,10 @@ def test_life_of_an_artifact(state, monkeypatch):
   # Others.
   who = ['--org=acme', '--principal=bob']
   assert state('resume', 'chat', *go, '--tokens=2', *who)[0] == 0
+  rows = [json.loads(line) for line in state('audit')[1].splitlines()][-3:-1]
+  assert [(row['principal'], row['action']) for row in rows] == [
+      ('bob', 'resume'), ('bob', 'mint')]
+  assert 'whose: local of acme' in state('show', 'chat', '--org=acme')[1]
   code, _, err = state('fork', 'chat', '--ref=b', *who)
   assert code == 2 and 'E_ACL: bob of acme may not fork' in err
   assert state('fork', 'chat', '--ref=b', '--org=acme')[0] == 0
@@ -246,6 +250,59 @@ def test_only_a_file(state, monkeypatch, tmp_path):
   code, _, err = state('transfer', f'{url}/{one}', *org, '--root=root.pub',
                        '--ref=sent')
   assert code == 0 and json.loads(err)['ref'] == 'sent'
+
+
+def test_revoking_and_deleting(state, monkeypatch, tmp_path):
+  pytest.importorskip('cryptography', reason='the extra [sign] is not there')
+  monkeypatch.chdir(tmp_path)
+  org, sign = ['--org=acme'], ['--org=acme', '--signing_key=acme.pem']
+  go = ['--workdir=x', '--prompt=ab', '--tokens=2', '--temperature=0', *org]
+  root = ['--root=root.pub']
+  for name in ('root', 'acme', 'lost'):
+    assert state('keygen', name)[0] == 0
+  for name, flow in (('a', 'demo'), ('b', 'demo'), ('c', 'other')):
+    assert state('mint', name, *go, f'--workflow={flow}')[0] == 0
+  def revoke(*argv):
+    code, out, err = state('revoke', *argv)
+    return code, [json.loads(line)['revoked'] for line in out.splitlines()], err
+  assert revoke('demo', '--by=workflow', *org)[:2] == (0, 2 * ['artifact'])
+  for name, code in (('a', 2), ('b', 2), ('c', 0)):
+    assert state('resume', name, '--workdir=x', '--tokens=1', *org)[0] == code
+  assert revoke('c', '--by=family', *org)[:2] == (0, ['root'])
+  assert 'E_REVOKED' in state('resume', 'c', '--workdir=x', *org)[2]
+  # By keys.
+  for name in ('acme', 'lost'):
+    assert state('trust', f'{name}.pub', *org, '--signing_key=root.pem')[0] == 0
+  lost = ['lost.pub', '--by=key', '--since=5']
+  assert 'E_ACL' in revoke(*lost, *org)[2]
+  assert 'E_TRUST' in revoke(*lost, *org, *root, '--signing_key=root.pem')[2]
+  assert revoke(*lost, *root, *sign)[:2] == (0, ['key'])
+  assert revoke('a pirate', '--by=persona', *root, *sign)[:2] == (
+      0, ['persona'])
+  assert revoke('4', '--by=epoch', *root, *sign)[:2] == (0, ['epoch'])
+  assert revoke('x', '--by=epoch', *root, *sign)[0] == 2
+  # The trust document.
+  def trust(*argv, code=0):
+    got, out, err = state('trust', *argv, '--signing_key=root.pem')
+    assert got == code, err
+    return json.loads(out) if code == 0 else err
+  assert trust('lost.pub', '--retire', *org)['status'] == 'retired'
+  assert 'expected one that is trusted' in trust('root.pub', '--retire', *org,
+                                                 code=2)
+  found = trust('rules', '--min_epoch=5', '--classes=public,internal')
+  assert (found['trust'], found['min_epoch']) == (4, 5)
+  assert 'never go back' in trust('rules', '--min_epoch=4', code=2)
+  assert 'state trust rules' in trust('acme.pub', '--min_epoch=6', code=2)
+  assert 'state trust rules' in trust('rules', code=2)
+  assert '--retire' in trust('rules', '--min_epoch=6', '--retire', code=2)
+  assert state('mint', 'late', *go)[0] == 0
+  assert 'E_EPOCH' in state('resume', 'late', '--workdir=x', *org)[2]
+  # Whoever may not see it deletes nothing, and hears of nothing.
+  code, _, err = state('delete', 'late', '--org=globex')
+  assert code == 2 and "name of this store, got 'late'" in err
+  code, out, _ = state('delete', 'late', *org)
+  assert code == 0 and json.loads(out)['deleted'].startswith('sj1-')
+  assert state('audit')[0] == 0
 
 
 def test_fsck(state, tmp_path):

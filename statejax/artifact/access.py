@@ -51,7 +51,8 @@ def decide(about: dict, principal: Principal, right: str, *,
   """Returns whether a principal has a right to an artifact.
 
   The owner has all; a member of the same organisation sees a redacted manifest
-  and else has what the list says; a stranger has what a grant says. What is
+  and else has what the list says; a stranger looks at it by any grant, and else
+  has what the grant says. What is
   revoked, its owner may only look at, revoke and delete. Export needs besides
   that the artifact may be exported at all.
 
@@ -74,9 +75,9 @@ def decide(about: dict, principal: Principal, right: str, *,
                   f'{rules["not_after"]}, got {now}')
   if right == 'export' and rules['export'] == 'never':
     return Access(False, code='E_ACL', detail='the artifact is never exported')
-  if owner:
+  if owner or right in GRANTABLE and right in principal.granted:
     return Access(True)
-  if right in GRANTABLE and right in principal.granted:
+  if right == 'inspect' and principal.granted:  # whatever it is that it gives
     return Access(True)
   if member and right == 'inspect':
     return Access(True, redacted=True)

@@ -539,9 +539,13 @@ def test_what_is_not_minted(shop, change, code):
   before = set(shop.catalog.objects())
   with pytest.raises(Refused, match=code):
     mint.mint(shop, change(small.state()), 0, small.host(), small.TERMS,
-              transcript=small.transcript())
+              transcript=small.transcript(), ref='new')
   assert set(shop.catalog.objects()) == before
   assert not list((shop.path / 'tmp').iterdir())
+  row = shop.catalog.rows()[-1]
+  assert [row[name] for name in (
+      'principal', 'action', 'id', 'outcome', 'code')] == [
+          'alice', 'mint', 'new', 'refused', code]
 
 
 def test_wrong_model_and_names(shop):
@@ -564,6 +568,7 @@ def test_full_disk(shop, monkeypatch):
     mint.mint(shop, small.state(), 0, small.host(), small.TERMS)
   monkeypatch.undo()
   assert set(shop.catalog.objects()) == before
+  assert shop.catalog.rows()[-1]['code'] == 'E_NOSPACE'
   assert not list((shop.path / 'tmp').iterdir())
 
 
