@@ -60,8 +60,8 @@ def export(shop, key: str, principal: Principal, signer: keys.Signer,
           'depth': source['depth'] + 1, 'producer': signer.name,
           'how': 'exported'}}
   wrapped, about['seal'] = sealing.new_key(shop, about)
-  with said(), shop.catalog.lease(found.id, token_hex(8)), (
-      shop.stage()) as folder:
+  with shop.catalog.refusals(principal.name, 'export', found.id), said(), (
+      shop.catalog.lease(found.id, token_hex(8))), shop.stage() as folder:
     with sealing.opened(shop, shop.place(found.id), found.about) as clear, (
         sealing.scratch(shop)) as bare:
       for name, _, _ in found.about['files']:
@@ -148,7 +148,8 @@ def push(shop, key: str, principal: Principal, url: str) -> str:
     Refused: not allowed, or not whole; what `bucket.push` raises.
   """
   found = desk.examine(shop, key, principal, 'export')
-  with said(), shop.catalog.lease(found.id, token_hex(8)):
+  with shop.catalog.refusals(principal.name, 'export', found.id), said(), (
+      shop.catalog.lease(found.id, token_hex(8))):
     _log(shop, principal, found.id, found.id, 'pushed')
     bucket.push(shop.place(found.id), url)
   return found.id

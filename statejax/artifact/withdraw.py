@@ -51,7 +51,8 @@ def withdraw(shop, what: str, principal: Principal, by: str = 'artifact', *,
       persona's keyed digest, a workflow, an epoch.
     principal: who revokes.
     by: of `BY`.
-    signer: a key that may revoke for the principal's organisation.
+    signer: a key that may revoke for the principal's organisation; not where
+      `by` is of `NAMED`, which is for the owner alone.
     since: unix seconds from which on a key is bad; None is now.
 
   Returns:
@@ -59,10 +60,17 @@ def withdraw(shop, what: str, principal: Principal, by: str = 'artifact', *,
 
   Raises:
     Refused: the principal or the signer may not, or nothing is theirs.
-    ValueError: no such `by`, or a value of another form.
+    ValueError: no such `by`, a value of another form, or what does not belong
+      to it.
   """
   if by not in BY:
     raise ValueError(f'by: expected one of {BY}, got {by!r}.')
+  if since is not None and by != 'key':
+    raise ValueError(f'since: expected none where by is {by!r}: only keys have '
+                     'a time from which on they are bad.')
+  if signer is not None and by in NAMED:
+    raise ValueError(f'signer: expected none where by is {by!r}: its owner '
+                     'alone decides on it.')
   if by == 'artifact':
     return desk.withdraw(shop, what, principal)
   if by in VALUES:

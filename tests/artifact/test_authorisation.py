@@ -281,7 +281,8 @@ def test_other_terms_only_by_the_owner(shop):
   assert about_of(shop, resumed(shop, parent, BOB))['sealed'] != 'none'
 
 
-def test_a_fork_by_a_grant_alone_is_refused_clearly(shop):
+def test_a_fork_by_a_grant_alone_is_refused_clearly(shop, signer,  # noqa: F811
+                                                    private):  # noqa: F811
   parent = mint.mint(shop, small.state(), 0, small.host(), OPEN).id
   for who in (ACTORS['granted'], ACTORS['granted member']):
     found = desk.examine(shop, parent, who, 'fork')
@@ -290,6 +291,12 @@ def test_a_fork_by_a_grant_alone_is_refused_clearly(shop):
     row = shop.catalog.rows()[-1]
     assert (row['principal'], row['action'], row['code']) == (
         who.name, 'fork', 'E_GRANT')
+  # And a grant of the parent gives nothing of a child.
+  data = grant.issue(shop, parent, ALICE, keys.public(private['other']),
+                     GRANTED, signer, max_uses=9)
+  child = mint.fork(shop, mint.Parent(parent, about_of(shop, parent)), ALICE).id
+  for id, gives in ((parent, set(GRANTED)), (child, set())):
+    assert present(shop, data, id, DAVE, private['other']).granted == gives
 
 
 # Who acted, and whose the bytes are.

@@ -164,13 +164,18 @@ def test_a_key_since_some_time(shop, signer, private):  # noqa: F811
   assert hit() and len(shop.catalog.revocations()['entries']) == 1
 
 
-def test_what_is_not_said_rightly(shop):
+def test_what_is_not_said_rightly(shop, signer):  # noqa: F811
   for by, what in (('planet', 'x'), ('key', 'local'), ('params', 'abc'),
                    ('epoch', '-1'), ('epoch', ''), ('workflow', ''),
                    ('persona', 'a pirate'), ('org', '')):
     with pytest.raises(ValueError, match='expected') as error:
       withdraw.withdraw(shop, what, ALICE, by)
     assert not hasattr(error.value, 'code')
+  with pytest.raises(ValueError, match='since: expected none'):
+    withdraw.withdraw(shop, 'x', ALICE, 'workflow', since=5)
+  for by in withdraw.NAMED:
+    with pytest.raises(ValueError, match='signer: expected none'):
+      withdraw.withdraw(shop, 'x', ALICE, by, signer=signer)
   assert shop.catalog.revocations() is None
 
 
