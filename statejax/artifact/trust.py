@@ -207,9 +207,9 @@ def _epoch(shop):
   By the document that `install` has verified: for what is the store's own no
   root key need be pinned again.
   """
-  path = shop.path / 'trust' / FILE
-  return parse_body(envelope.open_document('trust', path.read_bytes())[0])[
-      'min_epoch'] if path.exists() else 0
+  data = _found(shop.path / 'trust' / FILE)
+  return 0 if data is None else parse_body(
+      envelope.open_document('trust', data)[0])['min_epoch']
 
 
 def _root(shop):
@@ -244,9 +244,9 @@ def revocations(shop, known: Trust, org: str) -> dict | None:
 
 def _kept(shop, org):
   """The same, as it was when it was installed: its key may have ended since."""
-  path = _crl_path(shop, org)
-  return revoke.parse(envelope.open_document('crl', path.read_bytes())[0]) if (
-      path.exists()) else None
+  data = _found(_crl_path(shop, org))
+  return None if data is None else revoke.parse(
+      envelope.open_document('crl', data)[0])
 
 
 def _crl_path(shop, org):
@@ -332,6 +332,16 @@ def valid(shop, id: str, about: dict, vouched: str) -> tuple[str, ...]:
                   f'{org or "no organisation"}, got none')
   return tuple(dict.fromkeys(warnings + revoke.require(
       crl, about, id, foreign=not own, now=now)))
+
+
+def _found(path: pathlib.Path) -> bytes | None:
+  """A file's content, None for no such file; what cannot be read is no such
+  answer.
+  """
+  try:
+    return path.read_bytes()
+  except FileNotFoundError:
+    return None
 
 
 def _replace(path: pathlib.Path, data: bytes):

@@ -113,8 +113,8 @@ def _named(shop, key, principal, by):
   elif not all(access.owns(about, principal)
                for about in hits(shop, 'root', root).values()):
     # Its root, whose owner could decide, is not here any more.
-    raise Refused('E_ACL', 'expected a family all of which is '
-                  f'{principal.name}\'s, got others\' among it')
+    raise Refused('E_ACL', 'expected a family all of which belongs to '
+                  f'{principal.name}, got artifacts of others among it')
   return [('root', root)]
 
 
@@ -123,8 +123,8 @@ def _own(shop, by, value, principal):
           if access.owns(about, principal)}
   if not mine:
     raise Refused('E_ACL', f'{by} {value[:80]}: expected an artifact of '
-                  f'{principal.name} here, got none; what is others\', or will '
-                  'come, needs a key that may revoke')
+                  f'{principal.name} here, got none; for those of others, and '
+                  'those to come, sign with a key that may revoke')
   return [('artifact', id) for id in mine] + _closure(shop, mine)
 
 
