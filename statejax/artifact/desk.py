@@ -139,28 +139,7 @@ def withdraw(shop, key: str, principal: Principal) -> list[tuple[str, str]]:
   entries = [('artifact', found.id)]
   if found.about['governance']['revoke_scope'] == 'descendants':
     entries += [('artifact', id) for id in shop.catalog.descendants(found.id)]
-  return enter(shop, entries, principal)
-
-
-def enter(shop, entries, principal: Principal, *,
-          since: int | None = None) -> list[tuple[str, str]]:
-  """Adds entries, decided on already, to the store's revocation list.
-
-  Args:
-    shop: `objects.Store`.
-    entries: (kind, value).
-    principal: who has decided, for the log: a row for each.
-    since: see `revoke.extended`.
-
-  Returns:
-    The entries.
-  """
-  with shop.catalog.transaction():
-    shop.catalog.keep_revocations(revoke.extended(
-        shop.catalog.revocations(), entries, now=shop.catalog.clock(),
-        since=since))
-    for kind, value in entries:
-      shop.catalog.audit(principal.name, 'revoked', value, kind)
+  trust.withdraw(shop, entries, principal.name)
   return entries
 
 

@@ -235,6 +235,23 @@ def install_revocations(shop, org: str, data: bytes) -> dict:
   return new
 
 
+def withdraw(shop, entries, principal: str, *, since: int | None = None):
+  """Adds to the store's own list, with a row of the log for each entry.
+
+  Args:
+    shop: `objects.Store`.
+    entries: (kind, value), decided on already; see `revoke.extended`.
+    principal: who has decided.
+    since: see `revoke.extended`.
+  """
+  with shop.catalog.transaction():
+    shop.catalog.keep_revocations(revoke.extended(
+        shop.catalog.revocations(), entries, now=shop.catalog.clock(),
+        since=since))
+    for kind, value in entries:
+      shop.catalog.audit(principal, 'revoked', value, kind)
+
+
 def revocations(shop, known: Trust, org: str) -> dict | None:
   """Returns the signed list kept of an organisation, None for none."""
   path = _crl_path(shop, org)

@@ -82,7 +82,8 @@ def withdraw(shop, what: str, principal: Principal, by: str = 'artifact', *,
       entries = _own(shop, by, what, principal)
     else:
       entries = _signed(shop, by, what, principal, signer)
-    return desk.enter(shop, entries, principal, since=since)
+    trust.withdraw(shop, entries, principal.name, since=since)
+  return entries
 
 
 def hits(shop, kind: str, value: str) -> dict[str, dict]:
