@@ -120,7 +120,7 @@ def victim(shop, situation, moments):
     sealed = situation == 'sealed'
     if sealed:  # the key of the organisation is another one's business
       shop.secrets.get(shop.secrets.org_name('acme', 'kek'))
-    shop.secret
+    assert shop.secret  # from here on it is there
     moments.watch(sealed)
     mint(shop, sealed, VICTIM, 'chat', expect, told)
     say('counts', moments.counts)
