@@ -32,21 +32,20 @@ MUTANTS, LOAD, SELF = (
 
 # {source: (file, test, case or '')}
 TESTS = {
-    'sglang#30986': [
-        (MUTANTS, 'test_previous_occupant_after_an_aborted_load', '')],
+    'sglang#30986': [(MUTANTS, 'test_mutants', 'previous_occupant')],
     'sglang#34760, vllm#51113, vllm#54076, vllm#34587': [
         (SELF, 'test_the_key_is_of_what_was_absorbed', ''),
-        (MUTANTS, 'test_snapshot_one_block_off', '')],
+        (MUTANTS, 'test_mutants', 'snapshot_one_block_off')],
     'sglang#29633, sglang#30938, sglang#22935': [
         (SELF, 'test_the_key_is_of_what_was_absorbed', '')],
     'sglang#39830, LMCache#2845': [
-        (MUTANTS, 'test_one_layer_of_an_earlier_artifact', ''),
-        (MUTANTS, 'test_entering', 'stores_without_the_rest')],
+        (MUTANTS, 'test_mutants', 'one_layer_of_an_earlier_artifact'),
+        (MUTANTS, 'test_mutants', 'stores_without_the_rest')],
     'sglang#24758, ds4#805': [
         (LOAD, 'test_another_process', 'E_WEIGHTS'),
         ('artifact/test_serving.py', 'test_other_parameters', '')],
     'vllm#53919, vllm#53505, vllm#53912': [
-        (MUTANTS, 'test_steps', 'accept_count_of_another_row'),
+        (MUTANTS, 'test_mutants', 'accept_count_of_another_row'),
         ('test_state.py', 'test_rewound_row_goes_on_as_if_never_advanced', ''),
         ('artifact/test_every_mixer.py', 'test_schedules', 'commit')],
     'tpu-inference#3358, tpu-inference#3412, tpu-inference#3422': [
