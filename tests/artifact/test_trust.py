@@ -380,7 +380,7 @@ def test_hostile_files(file, other, tmp_path):
     (tmp_path / 'bad').write_bytes(bad)
     assert code_of(transfer.receive, other, tmp_path / 'bad', ALICE)
     tried += 1
-  print(f'hostile archives of sealed artifacts: tried {tried}, accepted wrongly '
+  print(f'hostile archives, sealed: tried {tried}, accepted wrongly '
         f'{len(other.catalog.objects())}')
   assert other.catalog.objects() == {} and tried > 60
   assert not list((other.path / 'tmp').iterdir())
