@@ -6,7 +6,7 @@ import shutil
 import time
 from secrets import token_hex
 
-from statejax.artifact import commit, layout, trust, verify
+from statejax.artifact import commit, layout, sealing, trust, verify
 from statejax.artifact.outcome import Refused, absent
 
 
@@ -51,7 +51,9 @@ def collect(shop, *, grace: int = 3600, generations: int = 1,
     generations: see `roots`.
     principal: for the audit log.
   """
-  leftovers = [str(p.name) for p in commit.sweep(shop.path / 'tmp')]
+  leftovers = [p.name for p in (
+      *commit.sweep(shop.path / 'tmp'),
+      *commit.sweep(shop.scratch, sealing.scratch_name(shop)))]
   leftovers += _finish(shop)
   now, marked = shop.catalog.clock(), roots(shop, generations)
   gone = [id for id, (_, _, _, created) in shop.catalog.objects().items()

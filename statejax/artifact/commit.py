@@ -114,15 +114,16 @@ def check(path):
                        f'the file is damaged, {_ADVICE}.')
 
 
-def sweep(parent):
+def sweep(parent, name='*'):
   """Removes what killed writers left; returns the removed paths.
 
   Args:
     parent: the directory in which things are published. Directories of living
       writers, of this or another process, are left alone.
+    name: under which they would have been published; '*' is any.
   """
   removed = []
-  for folder in sorted(pathlib.Path(parent).glob('.*.tmp-*')):
+  for folder in sorted(pathlib.Path(parent).glob(f'.{name}.tmp-*')):
     if not _TEMPORARY.fullmatch(folder.name):
       continue
     try:

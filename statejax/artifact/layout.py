@@ -16,6 +16,7 @@ from statejax.artifact.outcome import Refused
 
 MAC, SIG = 'manifest.mac', 'manifest.sig'
 MAX_FILES = 4096 + 2
+_SMALL = 1 << 20  # bytes that are read before threads have started
 MAX_SMALL = {manifest.NAME: canonical.MAX_BYTES, MAC: 64, SIG: 4 << 20}
 
 
@@ -111,7 +112,7 @@ def listing(folder) -> list:
   """Returns [path, size, digest] of every file but the manifest's own."""
   found = [(name, about.st_size) for name, about in sorted(
       _entries(pathlib.Path(folder))) if not name.startswith('manifest.')]
-  digests = _digests(folder, [name for name, _ in found])
+  digests = _digests(folder, dict(found))
   return [[name, size, digests[name]] for name, size in found]
 
 
@@ -131,16 +132,18 @@ def check(folder, found: Walk, about: dict):
     if there[name] != listed[name][0]:
       raise Refused('E_FILES', f'{name}: expected {listed[name][0]} bytes, got '
                     f'{there[name]}')
-  for name, got in _digests(folder, sorted(there)).items():
+  for name, got in _digests(folder, dict(sorted(there.items()))).items():
     if got != listed[name][1]:
       raise Refused('E_FILES', f'{name}: expected sha256 {listed[name][1]}, '
                     f'got {got}')
 
 
-def _digests(folder, names):
-  """Returns {name: SHA-256}, of several files at once."""
+def _digests(folder, sizes):
+  """Returns {name: SHA-256} of {name: size}, of several files at once."""
   def one(name):
     with open(pathlib.Path(folder) / name, 'rb', opener=_no_link) as file:
       return hashlib.file_digest(file, 'sha256').hexdigest()
+  if sum(sizes.values()) < _SMALL:
+    return {name: one(name) for name in sizes}
   with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    return dict(zip(names, pool.map(one, names)))
+    return dict(zip(sizes, pool.map(one, sizes)))

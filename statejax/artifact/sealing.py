@@ -14,9 +14,8 @@ import contextlib
 import os
 import pathlib
 import struct
-import tempfile
 
-from statejax.artifact import layout, manifest
+from statejax.artifact import commit, layout, manifest
 from statejax.artifact.outcome import Refused
 
 CHUNK = 1 << 20
@@ -153,8 +152,15 @@ def scratch(shop):
   if not pathlib.Path(shop.scratch).is_dir():
     raise Refused('E_SEALED', f'expected a file system in memory at '
                   f'{shop.scratch}, got none; name one as scratch of the store')
-  with tempfile.TemporaryDirectory(dir=shop.scratch) as folder:
-    yield pathlib.Path(folder)
+  # Locked: what a killed process leaves in clear there, a collection finds.
+  with commit.stage(pathlib.Path(shop.scratch) / scratch_name(shop)) as folder:
+    folder.chmod(0o700)
+    yield folder
+
+
+def scratch_name(shop) -> str:
+  """Returns what `commit.sweep` knows a store's directories in memory by."""
+  return f'statejax-{shop.id}'
 
 
 def _file_key(key, path):

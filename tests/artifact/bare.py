@@ -18,6 +18,7 @@ from statejax.artifact import (
   manifest,
   names,
   objects,
+  sealing,
   tree,
   verify,
 )
@@ -73,9 +74,16 @@ def mint(shop, number, *, ref='', expect=0, mint_key='', parents=(),
     changes['provenance'] = {
         'root': parents[0], 'depth': 1,
         'parents': [{'id': id, 'role': 'state'} for id in parents]}
+  known = about(number, **changes)
   with objects.said(), shop.stage() as folder:
-    fill(folder, number)
-    return shop.keep(folder, about(number, **changes), principal='alice',
+    if known['sealed'] == 'none':
+      fill(folder, number)
+    else:
+      key, known['seal'] = sealing.new_key(shop, known)
+      with sealing.scratch(shop) as clear:
+        fill(clear, number)
+        sealing.seal_tree(clear, folder, known['nonce'], key)
+    return shop.keep(folder, known, principal='alice',
                      mint_key=mint_key or f'mint-{number}', action='mint',
                      ref=ref, expect=expect, vouch=vouch)
 
@@ -85,7 +93,10 @@ def read(shop, id):
   with objects.said(), shop.catalog.lease(id, token_hex(8)):
     found = verify.verify(shop.place(id), name=id, secret=shop.secret)
     number = number_of(found.about)
-    assert layout.read(shop.place(id), 'state/state/d/a') == payload(number)
+    with sealing.opened(shop, shop.place(id), found.about) as clear:
+      if found.plain is None:
+        verify.unsealed(clear, found.about)
+      assert layout.read(clear, 'state/state/d/a') == payload(number)
   return number
 
 

@@ -1,4 +1,4 @@
-"""An engine of three slots, and twelve wrong ones that the library refuses.
+"""An engine of three slots, and wrong ones that the library refuses.
 
 The engine moves rows with `statejax.state` and keeps a `Standing` of each, as
 whoever serves states has to. A mutant does one thing wrong; what refuses it is
@@ -160,12 +160,15 @@ def chunk_backwards(right, state, tokens, count):
   return right(state, tokens[:, ::-1], count)
 
 
-@pytest.mark.parametrize('wrong, row', [
-    (chunk_absorbed_twice, 0), (last_token_dropped, 0), (padding_absorbed, 0),
-    (accept_count_of_another_row, 0), (inactive_slot_advanced, 1),
+STEPS = {
+    chunk_absorbed_twice: 0, last_token_dropped: 0, padding_absorbed: 0,
+    accept_count_of_another_row: 0, inactive_slot_advanced: 1,
     # As long as they should be: only the witness knows.
-    (tokens_of_another_row, 0), (chunk_backwards, 0)])
-def test_steps(shop, wrong, row):
+    tokens_of_another_row: 0, chunk_backwards: 0}
+
+
+def steps(shop, kept, patch, wrong):
+  row = STEPS[wrong]
   engine = begin(shop, step=wrong)
   with pytest.raises(Refused, match=f'E_WITNESS: row {row}: '):
     engine.check()
@@ -188,9 +191,7 @@ def stores_without_the_rest(right, state, row, other):
       right(state, row, other), state)
 
 
-@pytest.mark.parametrize('wrong', [
-    neighbour_slot_written, stores_without_the_rest])
-def test_entering(shop, kept, wrong):
+def entering(shop, kept, patch, wrong):
   engine = begin(shop, put=wrong)
   assert str(engine.enter(2, kept[0])) == 'resumed(6)'
   with pytest.raises(Refused, match='E_WITNESS: row 2: length: expected 6'):
@@ -201,7 +202,7 @@ def load_ends_early(right, shop, id, who, host):
   return right(shop, id, Principal('mallory'), host)
 
 
-def test_previous_occupant_after_an_aborted_load(shop, kept):
+def previous_occupant_after_an_aborted_load(shop, kept, patch):
   engine = begin(shop, load=load_ends_early)
   assert str(engine.enter(1, kept[0])) == 'refused(E_ACL)'
   # The engine takes no notice and goes on with what the slot holds.
@@ -213,8 +214,7 @@ def test_previous_occupant_after_an_aborted_load(shop, kept):
               stands=standing.Standing().after(log))
 
 
-@pytest.mark.parametrize('layer', ['conv', 'full'])
-def test_one_layer_of_an_earlier_artifact(shop, kept, layer, monkeypatch):
+def one_layer_of_an_earlier_artifact(shop, kept, patch, layer):
   """The stores restored without the recurrent rows, or the other way round."""
   right, other = store.fill, shop.place(kept[1]) / 'state'
   def wrong(opened, arrays):
@@ -222,7 +222,7 @@ def test_one_layer_of_an_earlier_artifact(shop, kept, layer, monkeypatch):
             if path.startswith(f'layers/{layer}/')}
     right(opened, {path: x for path, x in arrays.items() if path not in part})
     right(store.open_payload(other), part)
-  monkeypatch.setattr(store, 'fill', wrong)
+  patch.setattr(store, 'fill', wrong)
   engine = begin(shop)
   before = standing.at_rest(engine.state, 2)
   assert str(engine.enter(2, kept[0])) == 'refused(E_DIGEST)'
@@ -232,7 +232,7 @@ def test_one_layer_of_an_earlier_artifact(shop, kept, layer, monkeypatch):
 # Snapshots.
 
 
-def test_snapshot_one_block_off(shop):
+def snapshot_one_block_off(shop, kept, patch):
   engine = Engine(shop)
   engine.absorb(TOKENS[:, :4], [4, 4, 4])
   stale = st.snapshot(engine.state)
@@ -257,7 +257,7 @@ def fork_without_conv_leaf(right, state, row, copies):
       right(state, row, copies))
 
 
-def test_fork_without_conv_leaf(shop):
+def forking_without_conv_leaf(shop, kept, patch):
   sound, engine = begin(shop), begin(shop, fork=fork_without_conv_leaf)
   rest = standing.at_rest(engine.state, 0)
   standing.check(sound.fork(sound.state, 0, 2), {0: rest, 1: rest})
@@ -275,8 +275,7 @@ def shared_tail_written(right, state, tokens, count):
       'full': dataclasses.replace(stores, k=shared)})
 
 
-@pytest.mark.parametrize('wrong', [None, shared_tail_written])
-def test_shared_tail_written(shop, wrong):
+def writing_a_shared_tail(shop, kept, patch, wrong=shared_tail_written):
   engine = begin(shop)
   # Both copies of a row go on; the second writes where the first has written.
   engine.state = st.put(engine.state, 1, st.take(engine.state, 0))
@@ -299,8 +298,53 @@ def stale_logits(right, state, row, other):
   return dataclasses.replace(new, logits=state.logits)
 
 
-def test_stale_logits(shop, kept):
+def entering_with_stale_logits(shop, kept, patch):
   engine = begin(shop, put=stale_logits)
   assert str(engine.enter(2, kept[0])) == 'resumed(6)'
   with pytest.raises(Refused, match='E_DIGEST: row 2: expected'):
     engine.check()
+
+
+# The twelve, some of them in several forms.
+CASES = {
+    **{wrong.__name__: functools.partial(steps, wrong=wrong)
+       for wrong in STEPS},
+    **{wrong.__name__: functools.partial(entering, wrong=wrong)
+       for wrong in (neighbour_slot_written, stores_without_the_rest)},
+    'previous_occupant': previous_occupant_after_an_aborted_load,
+    **{f'{layer} of an earlier artifact': functools.partial(
+        one_layer_of_an_earlier_artifact, layer=layer)
+       for layer in ('conv', 'full')},
+    'snapshot_one_block_off': snapshot_one_block_off,
+    'fork_without_conv_leaf': forking_without_conv_leaf,
+    'shared_tail_written': writing_a_shared_tail,
+    'stale_logits': entering_with_stale_logits}
+
+
+def test_mutants(shop, kept, monkeypatch):
+  """Each is refused by the check that is meant, which its function asserts."""
+  missed = {}
+  for name, case in CASES.items():
+    with monkeypatch.context() as patch:
+      try:
+        case(shop, kept, patch)
+      except pytest.fail.Exception as error:
+        missed[name] = error
+  print(f'engine mutants: tried {len(CASES)}, caught '
+        f'{len(CASES) - len(missed)}')
+  assert not missed and len(CASES) > 12
+
+
+def test_a_tail_that_is_not_shared(shop, kept, monkeypatch):
+  writing_a_shared_tail(shop, kept, monkeypatch, None)
+
+
+def test_a_sound_engine_is_no_mutant(shop, kept, monkeypatch):
+  """What is caught is the mutant and not the engine."""
+  monkeypatch.setitem(STEPS, step_as_it_is, 0)
+  with pytest.raises(pytest.fail.Exception, match='DID NOT RAISE'):
+    steps(shop, kept, monkeypatch, step_as_it_is)
+
+
+def step_as_it_is(right, state, tokens, count):
+  return right(state, tokens, count)

@@ -18,7 +18,7 @@ from statejax.artifact.access import Principal
 from statejax.artifact.outcome import Refused
 
 ALICE = Principal('alice', 'acme')
-QUICK = 9  # of so many calls one fails in the quick run
+QUICK = 5  # of so many calls one fails in the quick run
 
 
 def descriptors():
@@ -261,8 +261,8 @@ def every_call(case, errors, step=1, rng=None):
 
 
 @pytest.mark.parametrize('kind', CASES)
-def test_a_call_fails(tmp_path, kind):
-  assert every_call(kind(tmp_path), ('EIO',), QUICK, random.Random(0))
+def test_a_call_fails(memory, kind):
+  assert every_call(kind(memory), ('EIO',), QUICK, random.Random(0))
 
 
 @pytest.mark.slow

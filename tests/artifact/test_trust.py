@@ -380,6 +380,8 @@ def test_hostile_files(file, other, tmp_path):
     (tmp_path / 'bad').write_bytes(bad)
     assert code_of(transfer.receive, other, tmp_path / 'bad', ALICE)
     tried += 1
+  print(f'hostile archives, sealed: tried {tried}, accepted wrongly '
+        f'{len(other.catalog.objects())}')
   assert other.catalog.objects() == {} and tried > 60
   assert not list((other.path / 'tmp').iterdir())
 
@@ -390,25 +392,3 @@ def test_looking_at_a_file(file):
   text = '\n'.join(desk.describe(found))
   assert 'whose: alice of acme' in text and 'sealed: aes256gcm1' in text
   assert 'vouched for by: nobody asked' in text
-
-
-def test_the_official_verifier(tmp_path, private, signer):
-  """Accepts ours; refuses one changed, one surplus file."""
-  verifying = pytest.importorskip(
-      'model_signing.verifying', reason='the official verifier is not there')
-  _, folder = signed(tmp_path, private, signer)
-  (tmp_path / 'key.pub').write_text(keys.public(private['acme']))
-  def official():
-    verifying.Config().use_elliptic_key_verifier(
-        public_key=tmp_path / 'key.pub').verify(folder, folder / layout.SIG)
-  official()
-  (folder / 'surplus').write_bytes(b'')
-  with pytest.raises(ValueError):
-    official()
-  (folder / 'surplus').unlink()
-  data = (folder / 'plain.json').read_bytes()
-  (folder / 'plain.json').write_bytes(data + b' ')
-  with pytest.raises(ValueError):
-    official()
-  (folder / 'plain.json').write_bytes(data)
-  official()

@@ -159,8 +159,8 @@ def replay(recorder, path, tries, rng, **options):
   return wrong
 
 
-def test_power_cuts(recorded, tmp_path):
-  assert replay(recorded, tmp_path, 60, random.Random(0)) == {}
+def test_power_cuts(recorded, memory):
+  assert replay(recorded, memory, 200, random.Random(0)) == {}
 
 
 @pytest.mark.slow
