@@ -95,14 +95,15 @@ def load(shop, key: str, principal: Principal, host: identity.Host,
   except OSError as error:
     loaded = Loaded(refusal(Refused('E_IO', str(error))), id)
   decision = loaded.decision
+  saved = _avoided(loaded.about, host, decision.n) if (
+      decision.outcome == 'resumed') else {}
   with shop.catalog.transaction():
     receipt = shop.catalog.audit(
         principal.name, ask.right, id or key[:80], str(decision),
         code=decision.code or decision.mark, promise=decision.promise)
     if decision.outcome == 'resumed':
-      shop.catalog.charge(
-          principal.name, id, **_avoided(loaded.about, host, decision.n),
-          resumes=1, tokens_skipped=decision.n)
+      shop.catalog.charge(principal.name, id, **saved, resumes=1,
+                          tokens_skipped=decision.n)
     elif decision.outcome == 'reprefilled':
       shop.catalog.charge(principal.name, id, tokens_reprefilled=decision.n)
   return dataclasses.replace(loaded, decision=dataclasses.replace(
