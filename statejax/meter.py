@@ -28,10 +28,10 @@ class Meter:
   def running(self):
     """Counts what runs inside; whoever enters waits for the results inside."""
     spans = []
-    def note(name, seconds, **_):
-      if name.startswith(_COMPILING):
-        end = time.perf_counter()
-        spans.append((end - seconds, end))
+    def note(event: str, duration_secs: float, **_: str | int):
+      if event.startswith(_COMPILING):
+        now = time.perf_counter()
+        spans.append((now - duration_secs, now))
     monitoring.register_event_duration_secs_listener(note)
     begin = time.perf_counter()
     try:

@@ -277,7 +277,7 @@ def mint(name):
       workflow=WORKFLOW.value, revoke_scope=SCOPE.value)
   model, params, digest = _model()
   shop, transcript, row = _shop(), None, 0
-  spent, meter = {}, Meter()
+  took, meter = (), Meter()
   if saved is not None:
     if TRANSCRIPT.value == 'keep':
       raise ValueError('--transcript=keep: a saved state does not have its '
@@ -293,12 +293,13 @@ def mint(name):
       state = jax.block_until_ready(gen.prefill(
           model, params, state, ids[None], sampling=_sampling()))
       emitted, state = _emit(model, params, state, steps)
+    took = len(ids), len(emitted)
     transcript = minting.Transcript((*ids.tolist(), *emitted),
                                     keep=TRANSCRIPT.value == 'keep')
   version = (shop.catalog.ref(name) or ('', 0))[1]
   host = _host(model, digest, state.capacity or 0)
-  if saved is None:
-    spent = meter.spent(host.work, {}, len(ids), len(emitted))
+  # What a saved state took is not known.
+  spent = meter.spent(host.work, {}, *took) if took else {}
   kept = minting.mint(
       shop, state, row, host, terms, transcript=transcript, ref=name,
       expect=version, **spent)

@@ -53,6 +53,7 @@ def test_another_policy(state, shop):  # noqa: F811
   assert state('fsck')[0] == 0
 
 
+@pytest.mark.slow
 def test_as_a_chat(state, shop):  # noqa: F811
   again(shop, 'told', special={'end': 1})
   code, _, err = state('resume', 'told', *GO, '--tokens=1', '--chat')
@@ -83,6 +84,7 @@ def test_crossed_weights(state, shop, monkeypatch):  # noqa: F811
   assert code == 0 and err.startswith('resumed(9) promise=none W_WEIGHTS')
 
 
+@pytest.mark.slow
 def test_what_it_took_and_saved(state, shop):  # noqa: F811
   def about(key):
     return load.verify.head(shop.place(shop.find(key)))[2]['account']

@@ -55,9 +55,9 @@ class Loaded:
       the decision says so.
     stands: where the state does, to the bit; None where there is no state. See
       `standing.check` of the slot that it was put into.
-    host: what to mint with what comes of it: whoever asked, but where the
-      weights are not those that made it; see `identity.crossed`. None where
-      it is refused.
+    host: `identity.Host` to mint with what comes of it: whoever asked, but
+      where the weights are not those that made it; see `identity.crossed`.
+      None where it is refused.
   """
 
   decision: Decision
@@ -66,7 +66,7 @@ class Loaded:
   state: Any = None
   tokens: tuple[int, ...] | None = None
   stands: standing.Standing | None = None
-  host: identity.Host | None = None
+  host: Any = None
 
 
 def load(shop, key: str, principal: Principal, host: identity.Host,
