@@ -14,8 +14,11 @@ CHAT = flags.DEFINE_bool(
 CROSS = flags.DEFINE_bool(
     'unsafe_cross_weights', False, 'state resume: go on under other parameters '
     'than made it; all that comes of it is marked')
+HORIZON = flags.DEFINE_integer(
+    'horizon', None, 'state mint, resume: most tokens that a state may have to '
+    'go on from; without it there is no limit', lower_bound=1)
 
-USED = {flag.name for flag in (MISMATCH, UPGRADE, CHAT, CROSS)}
+USED = {flag.name for flag in (MISMATCH, UPGRADE, CHAT, CROSS, HORIZON)}
 
 
 def ask():
@@ -23,3 +26,9 @@ def ask():
   from statejax.artifact.compat import Ask
   return Ask(chat=CHAT.value, on_mismatch=MISMATCH.value,
              policy_upgrade=UPGRADE.value, unsafe_cross_weights=CROSS.value)
+
+
+def horizon() -> int:
+  """Returns the most tokens of a state to go on from."""
+  from statejax.artifact import manifest
+  return manifest.MAX_LENGTH if HORIZON.value is None else HORIZON.value

@@ -104,7 +104,7 @@ SHOWN = {'grant', 'holder_key'}
 # What each verb reads beside `OWN`.
 USES = {
     'mint': SAMPLING | {'prompt', 'seed', 'resume', 'row', 'acl', 'sensitivity',
-                        'workflow', 'scope', 'transcript', 'export'},
+                        'workflow', 'scope', 'transcript', 'export', 'horizon'},
     'resume': SAMPLING | asking.USED | {'set'} | SHOWN,
     'show': {'workdir', 'set'}, 'verify': {'workdir', 'set'} | SHOWN,
     'fork': {'ref'} | SHOWN, 'migrate': {'workdir', 'set', 'cast', 'ref'},
@@ -225,6 +225,7 @@ def _host(model, digest, capacity):
       model.config, model.state_schema, digest,
       program=identity.Program(capacity=capacity),
       tokenizer={'bytes': b'%d ids' % text.VOCAB}, special={'end': text.END},
+      active_horizon=asking.horizon(),
       work=lambda tokens: account.mflop(model.config, tokens))
 
 

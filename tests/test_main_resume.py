@@ -48,6 +48,10 @@ def test_another_policy(state, shop):  # noqa: F811
   # It goes on as it would have, and from there on without a policy.
   assert out == state('resume', 'chat', *GO, '--tokens=4')[1]
   assert shop.find('ruled') != one
+  # The horizon of whoever loads it, 11 tokens now.
+  code, _, err = state('resume', 'chat', *GO, '--horizon=10')
+  assert code == 2 and 'refused(E_HORIZON)' in err and 'at most' in err
+  assert state('resume', 'chat', *GO, '--tokens=1', '--horizon=11')[0] == 0
   code, _, err = state('resume', 'ruled', *GO, '--tokens=1')
   assert code == 0 and err.startswith('resumed(11) promise=bit')
   assert state('fsck')[0] == 0
