@@ -1,13 +1,15 @@
-"""What the state of a model costs, layer kind by layer kind."""
+"""What the state of a model costs, layer kind by layer kind, and saves."""
 
 import dataclasses
 import fractions
+import functools
 import math
 
+import jax
 import numpy as np
 
 from statejax import state as st
-from statejax.config import ModelConfig
+from statejax.config import AttentionConfig, MLAConfig, ModelConfig
 from statejax.model import LanguageModel
 
 
@@ -63,6 +65,50 @@ def total(accounts: dict[str, Account]) -> Account:
   """The sum over all layer kinds."""
   first, *rest = accounts.values()
   return sum(rest, start=first)
+
+
+def mflop(config: ModelConfig, tokens: int) -> int:
+  """Returns the millions of operations that absorbing tokens takes.
+
+    (2 N T + sum over attention layers of T^2 (key + value) heads) / 10^6
+
+  rounded down, where a token is multiplied with N parameters. A window counts
+  what it lets see. Layers that choose what they see count with their parameters
+  alone: never more than it takes.
+
+  Args:
+    config: of the model.
+    tokens: T, >= 0, absorbed from the beginning.
+
+  >>> from configs import tiny_kda
+  >>> [mflop(tiny_kda.get_config().model, n) for n in (0, 1000)]
+  [0, 142]
+  """
+  if tokens < 0:
+    raise ValueError(f'mflop: expected tokens >= 0, got {tokens}.')
+  seen = sum(_seen(config.layer(name).mixer, tokens) for name in config.names)
+  return (2 * _active(config) * tokens + seen) // 10 ** 6
+
+
+def _seen(mixer, tokens):
+  """Operations of a layer's queries on what they see."""
+  if isinstance(mixer, MLAConfig):
+    widths, window = mixer.nope + mixer.rope_width + mixer.value, tokens
+  elif isinstance(mixer, AttentionConfig):
+    widths, window = mixer.key + mixer.value, mixer.window or tokens
+  else:
+    return 0
+  window = min(window, tokens)
+  return window * (2 * tokens - window) * widths * mixer.heads
+
+
+@functools.cache
+def _active(config):
+  """Parameters that a token is multiplied with."""
+  params = jax.eval_shape(LanguageModel(config).init, jax.random.key(0))
+  if not config.tied:  # a table that is looked up in
+    params.pop('embed')
+  return sum(math.prod(x.shape) for x in jax.tree.leaves(params))
 
 
 def _account(schema, layers, tokens):

@@ -62,7 +62,7 @@ from typing import Any
 
 from absl import flags
 
-from statejax import exchange
+from statejax import asking, exchange
 
 STORE = flags.DEFINE_string('store', 'states', 'state: directory of artifacts')
 SECRETS = flags.DEFINE_string(
@@ -82,9 +82,6 @@ SCOPE = flags.DEFINE_enum(
 TRANSCRIPT = flags.DEFINE_enum(
     'transcript', 'none', ['none', 'keep'],
     'state mint: whether its tokens are kept, to absorb them again')
-MISMATCH = flags.DEFINE_enum(
-    'on_mismatch', 'refuse', ['refuse', 'reprefill'],
-    'state resume: what to do where another model would load it')
 GRACE = flags.DEFINE_integer(
     'grace', 3600, 'state gc: seconds for which everything stays')
 
@@ -109,8 +106,8 @@ SHOWN = {'grant', 'holder_key'}
 # What each verb reads beside `OWN`.
 USES = {
     'mint': SAMPLING | {'prompt', 'seed', 'resume', 'row', 'acl', 'sensitivity',
-                        'workflow', 'scope', 'transcript', 'export'},
-    'resume': SAMPLING | {'on_mismatch', 'set'} | SHOWN,
+                        'workflow', 'scope', 'transcript', 'export', 'horizon'},
+    'resume': SAMPLING | asking.USED | {'set'} | SHOWN,
     'show': {'workdir', 'set'}, 'verify': {'workdir', 'set'} | SHOWN,
     'fork': {'ref'} | SHOWN, 'migrate': {'workdir', 'set', 'cast', 'ref'},
     'diff': set(), 'lineage': set(),
@@ -229,12 +226,15 @@ def _set(model):
 
 
 def _host(model, digest, capacity):
+  from statejax import account
   from statejax.artifact import identity
   from statejax.tasks import text
   return identity.Host(
       model.config, model.state_schema, digest,
       program=identity.Program(capacity=capacity),
-      tokenizer={'bytes': b'%d ids' % text.VOCAB}, special={'end': text.END})
+      tokenizer={'bytes': b'%d ids' % text.VOCAB}, special={'end': text.END},
+      active_horizon=asking.horizon(),
+      work=lambda tokens: account.mflop(model.config, tokens))
 
 
 def _room(tokens):
@@ -272,6 +272,7 @@ def mint(name):
   from statejax import generate as gen
   from statejax.artifact import mint as minting
   from statejax.artifact import objects, serving
+  from statejax.meter import Meter
   from statejax.tasks import text
   saved, prompt = _flag('resume'), _flag('prompt')
   if (saved is None) == (prompt is None):
@@ -285,6 +286,7 @@ def mint(name):
       workflow=WORKFLOW.value, revoke_scope=SCOPE.value)
   model, params, digest = _model()
   shop, transcript, row = _shop(), None, 0
+  took, meter = (), Meter()
   if saved is not None:
     if TRANSCRIPT.value == 'keep':
       raise ValueError('--transcript=keep: a saved state does not have its '
@@ -296,50 +298,63 @@ def mint(name):
     state = model.init_state(1, _room(len(ids) + steps), key=jax.random.key(
         _flag('seed')))
     sys.stdout.write(prompt)
-    state = gen.prefill(model, params, state, ids[None], sampling=_sampling())
-    emitted, state = _emit(model, params, state, steps)
+    with meter.running():
+      state = jax.block_until_ready(gen.prefill(
+          model, params, state, ids[None], sampling=_sampling()))
+      emitted, state = _emit(model, params, state, steps)
+    took = len(ids), len(emitted)
     transcript = minting.Transcript((*ids.tolist(), *emitted),
                                     keep=TRANSCRIPT.value == 'keep')
   version = (shop.catalog.ref(name) or ('', 0))[1]
+  host = _host(model, digest, state.capacity or 0)
+  # What a saved state took is not known.
+  spent = meter.spent(host.work, {}, *took) if took else {}
   kept = minting.mint(
-      shop, state, row, _host(model, digest, state.capacity or 0), terms,
-      transcript=transcript, ref=name, expect=version)
+      shop, state, row, host, terms, transcript=transcript, ref=name,
+      expect=version, **spent)
   _say(kept)
 
 
 def resume(key):
   """Goes on from an artifact, and mints what came of it under its name."""
+  import jax
+
   from statejax.artifact import load
   from statejax.artifact import mint as minting
-  from statejax.artifact.compat import Ask
   from statejax.artifact.outcome import Refused
+  from statejax.meter import Meter
   shop, steps = _shop(), _flag('tokens')
   model, params, digest = _model()
   model, ref = _set(model), shop.catalog.ref(key)
   host = _host(model, digest, _room(_length(shop, key) + steps))
   who = _asking(shop, key)
-  found = load.load(shop, key, who, host, Ask(on_mismatch=MISMATCH.value))
+  found = load.load(shop, key, who, host, asking.ask())
   decision = found.decision
   print(f'{decision} promise={decision.promise} '
         f'{" ".join(decision.warnings)} {decision.detail}'.rstrip(),
         file=sys.stderr)
   if decision.outcome == 'refused':
     raise Refused(decision.code, decision.detail)
-  state = found.state if decision.outcome == 'resumed' else (
-      _absorb_again(model, params, found))
-  emitted, state = _emit(model, params, state, steps)
+  resumed, meter = decision.outcome == 'resumed', Meter()
+  with meter.running():
+    state = found.state if resumed else jax.block_until_ready(
+        _absorb_again(model, params, found))
+    emitted, state = _emit(model, params, state, steps)
   transcript = None
   if found.tokens is not None:
     length = found.about['state']['length']
     transcript = minting.Transcript((*found.tokens[:length], *emitted),
                                     keep=True)
+  before = found.about['account'] if resumed else {}
+  spent = meter.spent(host.work, before, 0 if resumed else decision.n,
+                      len(emitted))
   kept = minting.mint(
-      shop, state, 0, host, minting.Terms.of(found.about), principal=who,
-      transcript=transcript,
+      shop, state, 0, found.host, minting.Terms.of(found.about),
+      principal=who, transcript=transcript, **spent,
       stands=found.stands and found.stands.after(emitted),
       parent=minting.Parent(found.id, found.about), ref=key if ref else '',
       expect=ref[1] if ref else 0)
-  _say(kept)
+  _say(kept, decision.mark)
 
 
 def _length(shop, key):
@@ -554,10 +569,11 @@ def gc():
                     'leftovers': found.leftovers}))
 
 
-def _say(kept):
+def _say(kept, mark=''):
+  marked = {'mark': mark} if mark else {}
   print(json.dumps({'id': kept.id, 'ref': kept.ref, 'conflict': kept.conflict,
-                    'seq': kept.receipt.seq, 'head': kept.receipt.head}),
-        file=sys.stderr)
+                    'seq': kept.receipt.seq, 'head': kept.receipt.head,
+                    **marked}), file=sys.stderr)
 
 
 VERBS = {

@@ -26,24 +26,31 @@ def pytest_unconfigure():
     shutil.rmtree(PROGRAMS, ignore_errors=True)
 
 
+def compile_as(node):
+  """Leaves out most optimizations, which take longer than most tests run.
+
+  Tests of what they could break, equality to the bit say, are `optimized`. On
+  an accelerator it is what it compiles that is tested.
+  """
+  quick = (node.get_closest_marker('optimized') is None
+           and jax.default_backend() == 'cpu')
+  jax.config.update('jax_disable_most_optimizations', quick)
+
+
 @pytest.fixture(autouse=True, scope='module')
-def forget_programs():
+def forget_programs(request):
   """Lets go of a module's programs: a process may map only so many."""
+  compile_as(request.node)  # what the module's own fixtures run
   yield
   jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)
 def compile_quickly(request):
-  """Leaves out most optimizations, which take longer than most tests run.
-
-  Tests of what they could break, equality to the bit say, are `optimized`. On
-  an accelerator it is what it compiles that is tested.
-  """
-  quick = (request.node.get_closest_marker('optimized') is None
-           and jax.default_backend() == 'cpu')
-  jax.config.update('jax_disable_most_optimizations', quick)
+  """See `compile_as`."""
+  compile_as(request.node)
   yield
+  compile_as(request.node.parent)
 
 
 @pytest.fixture

@@ -3,10 +3,12 @@
 import fractions
 import importlib
 
+import jax
 import pytest
 
 from experiments import published_bytes
 from statejax import account as ac
+from statejax import config as c
 from statejax import state as st
 from statejax.model import LanguageModel
 
@@ -47,3 +49,33 @@ def test_published():
 def test_no_tokens():
   with pytest.raises(ValueError, match='tokens >= 1, got 0'):
     ac.account(published_bytes.qwen35(), 0)
+
+
+MLP = c.SwiGLUConfig(8)
+LAYERS = (
+    c.LayerConfig('full', c.AttentionConfig(
+        heads=2, kv_heads=1, key=8, value=4), MLP),
+    c.LayerConfig('ring', c.AttentionConfig(
+        heads=2, kv_heads=1, key=8, value=4, window=16), MLP),
+    c.LayerConfig('mla', c.MLAConfig(
+        heads=3, nope=8, rope_width=4, value=6, rank=8), MLP),
+    c.LayerConfig('kda', c.KDAConfig(heads=2, key=4, value=4, rank=4), MLP))
+
+
+@pytest.mark.parametrize('tied', [True, False])
+def test_operations(tied):
+  config = c.ModelConfig(
+      vocab=50, width=16, layers=LAYERS, tied=tied,
+      groups=(c.GroupConfig(('kda', 'full', 'full', 'ring', 'mla')),))
+  params = jax.tree.leaves(jax.eval_shape(
+      LanguageModel(config).init, jax.random.key(0)))
+  active = sum(x.size for x in params) - (0 if tied else 50 * 16)
+  for tokens in (0, 1, 16, 1000):
+    # What the queries of a row see, each key and each value of it once.
+    pairs = sum(range(1, tokens + 1)) * 2 - tokens
+    ring = 2 * sum(min(t, 16) for t in range(1, tokens + 1)) - min(tokens, 16)
+    exact = 2 * active * tokens + 2 * pairs * 12 * 2 + ring * 12 * 2 + (
+        pairs * 18 * 3)
+    assert ac.mflop(config, tokens) == exact // 10 ** 6
+  with pytest.raises(ValueError, match='tokens >= 0, got -1'):
+    ac.mflop(config, -1)

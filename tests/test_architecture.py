@@ -51,7 +51,10 @@ ALLOWED = {
     'train': f'{MODEL} artifact tasks parallel optax',
     'train/plot': f'{MODEL} artifact matplotlib',
     'exchange': 'artifact absl',
-    'states': f'{MODEL} artifact tasks generate train exchange absl',
+    'asking': 'artifact absl',
+    'meter': 'jax',
+    'states': f'{MODEL} account artifact asking exchange generate meter tasks '
+              'train absl',
     'main': f'{MODEL} artifact tasks metrics generate memory states train '
             'serve absl pallas_kernels',
     'pallas_kernels': 'jax numpy',

@@ -2,12 +2,18 @@
 
 import dataclasses
 import os
+import re
 import shutil
 import time
 from secrets import token_hex
 
 from statejax.artifact import commit, layout, sealing, trust, verify
 from statejax.artifact.outcome import Refused, absent
+
+# How a load that has saved or spent tokens stands in the audit log, and the
+# unit of the ledger that it is charged in.
+_ENDS = re.compile(r'(resumed|reprefilled)\((\d+)(?:, \w+)?\)')
+_REPLIED = {'resumed': 'tokens_skipped', 'reprefilled': 'tokens_reprefilled'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +122,7 @@ def check(shop) -> list[str]:
   """Returns all that is wrong with a store, in words; empty if nothing is.
 
   The chains of audit and ledger, every artifact's bytes, and that the ledger
-  accounts for exactly the bytes on the disk.
+  accounts for exactly the bytes on the disk and the tokens of all replies.
   """
   wrong = []
   for table in ('audit', 'ledger'):
@@ -142,7 +148,25 @@ def check(shop) -> list[str]:
     if live != total:
       wrong.append(f'ledger: expected {total} live bytes, as on the disk, got '
                    f'{live}')
+    wrong += _unaccounted(shop)
   return wrong
+
+
+def _unaccounted(shop):
+  """Where units of the ledger are not the sums of what the log replied."""
+  replied = dict.fromkeys(_REPLIED.values(), 0) | {'resumes': 0}
+  for row in shop.catalog.rows():
+    found = _ENDS.fullmatch(row['outcome'])
+    if found:
+      replied[_REPLIED[found[1]]] += int(found[2])
+      replied['resumes'] += found[1] == 'resumed'
+  charged = dict.fromkeys(replied, 0)
+  for row in shop.catalog.rows('ledger'):
+    if row['unit'] in charged:
+      charged[row['unit']] += row['delta']
+  return [f'ledger: expected {replied[unit]} {unit}, as the replies in the '
+          f'audit log say, got {charged[unit]}'
+          for unit in replied if replied[unit] != charged[unit]]
 
 
 def _needed(shop, id, generations):
@@ -222,7 +246,8 @@ def account(shop) -> list[dict]:
 
   Bytes times seconds follow from when bytes came and went, and are nowhere
   stored. `tokens_skipped` are those which a resume has saved from being
-  absorbed again.
+  absorbed again, `mflop_avoided` and `device_us_avoided` the operations and the
+  measured time that absorbing them took.
 
   Returns:
     dicts of principal, workflow, byte_seconds and the units of the ledger.

@@ -25,6 +25,8 @@ class Ask:
       where that cures it.
     policy_upgrade: 'refuse', or 'replay': absorb it again under the policy of
       here.
+    unsafe_cross_weights: go on under other parameters than made it; all that
+      comes of it is marked. Of a store's own artifacts only.
     min_epoch: oldest epoch of policies that is trusted.
     max_bytes: of all files.
   """
@@ -33,6 +35,7 @@ class Ask:
   chat: bool = False
   on_mismatch: str = 'refuse'
   policy_upgrade: str = 'refuse'
+  unsafe_cross_weights: bool = False
   min_epoch: int = 0
   max_bytes: int = 1 << 40
 
@@ -43,6 +46,11 @@ class Ask:
       if getattr(self, name) not in known:
         raise ValueError(f'{name}: expected one of {known}, got '
                          f'{getattr(self, name)!r}.')
+    if self.unsafe_cross_weights and (
+        self.on_mismatch, self.policy_upgrade) != ('refuse', 'refuse'):
+      raise ValueError('unsafe_cross_weights: expected it alone: what is '
+                       'absorbed again is of one model; leave out on_mismatch '
+                       'and policy_upgrade.')
 
 
 ASK = Ask()
@@ -79,7 +87,8 @@ class Verdict:
   findings: tuple[Finding, ...]
 
 
-def compare(about: dict, here: dict, ask: Ask = ASK) -> Verdict:
+def compare(about: dict, here: dict, ask: Ask = ASK, *,
+            retokenizes: bool = False) -> Verdict:
   """Returns what is to be done with an artifact.
 
   Args:
@@ -87,8 +96,14 @@ def compare(about: dict, here: dict, ask: Ask = ASK) -> Verdict:
     here: the groups state, model, tokenizer, numerics, horizon, policy, tools
       and env (optional) of this process.
     ask: what is wanted.
+    retokenizes: whether the caller can tell what the tokenizer of here makes of
+      the kept tokens, and refuses E_TOKENIZER unless it is the same ids. Then a
+      replay that is asked for cures that row too.
   """
-  found = tuple(_rows(about, here, ask))
+  cures = REPLAYABLE if ask.on_mismatch == 'reprefill' else ()
+  if cures and retokenizes:
+    cures += ('E_TOKENIZER',)
+  found = tuple(_rows(about, here, ask, cures))
   refused = [f for f in found if f.action == 'refuse']
   replayed = [f for f in found if f.action == 'replay']
   decisive = (refused or replayed or [None])[0]
@@ -101,11 +116,10 @@ def compare(about: dict, here: dict, ask: Ask = ASK) -> Verdict:
                  warnings, found)
 
 
-def _rows(about, here, ask):
+def _rows(about, here, ask, cures):
   """Yields a `Finding` for every row of the table that differs."""
   def refuse(code, what, got, expected):
-    cured = ask.on_mismatch == 'reprefill' and code in REPLAYABLE
-    return Finding(code, 'replay' if cured else 'refuse', 'none',
+    return Finding(code, 'replay' if code in cures else 'refuse', 'none',
                    f'{what}: expected {expected}, as here, got {got}')
 
   def warn(code, detail, promise='bit'):
@@ -114,10 +128,19 @@ def _rows(about, here, ask):
   state, model, mine = about['state'], about['model'], here['model']
   for code, field in (('E_WEIGHTS', 'params'), ('E_ADAPTERS', 'adapters')):
     if model[field] != mine[field]:
-      yield refuse(code, f'model.{field}', model[field], mine[field])
-  if state['schema_digest'] != here['state']['schema_digest'] or (
-      state['schema'] != here['state']['schema']):
-    yield refuse(*_layout(state, here['state']))
+      if ask.unsafe_cross_weights:
+        yield warn('W_WEIGHTS', f'model.{field} differs', 'none')
+      else:
+        yield refuse(code, f'model.{field}', model[field], mine[field])
+  if state['schema'] != here['state']['schema']:
+    yield refuse('E_SCHEMA', 'state.schema', state['schema'],
+                 here['state']['schema'])
+  elif state['schema_digest'] != here['state']['schema_digest']:
+    if _other_sampler(state, here['state']):
+      yield warn('W_SAMPLER', 'the sampler has another key: it is given a new '
+                 'one', 'none')
+    else:
+      yield refuse(*_layout(state, here['state']))
   names, ours = about['tokenizer'], here['tokenizer']
   for field in ('digest', 'vocab'):
     if names[field] != ours[field]:
@@ -152,6 +175,24 @@ def _rows(about, here, ask):
     yield warn('W_MIGRATED', 'the state was migrated from another layout',
                'tolerance')
   yield from _texts(about, here, ask, refuse, warn)
+
+
+def _other_sampler(state, mine):
+  """Whether two layouts differ in the form of the sampler's key.
+
+  Only there, as far as leaves say; a load asks for the names of axes too.
+  """
+  found = []
+  for side in (state, mine):
+    key = [x for x in side['leaves'] if x['role'] == 'sampler']
+    # Of growing leaves the stores' length differs, which a load compares.
+    rest = [[x['path'], x['dtype'], x['kind'], x['role'],
+             x['kind'] == 'growing' or x['shape']]
+            for x in side['leaves'] if x['role'] != 'sampler']
+    found.append((rest, [[x['path'], x['kind'], len(x['shape'])] for x in key],
+                  [[x['dtype'], x['shape']] for x in key]))
+  (rest, key, form), (our_rest, our_key, our_form) = found
+  return (rest, key) == (our_rest, our_key) and form != our_form
 
 
 def _layout(state, mine):

@@ -12,7 +12,7 @@ import os
 import pathlib
 import platform
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -114,6 +114,15 @@ class Host:
     chat_template: text; '' has none.
     special: {name: id} of special tokens.
     texts: see `Texts`.
+    max_pos: most tokens that the model's positions allow.
+    active_horizon: most tokens that this process lets it go on from.
+    retokenize: (digest of a tokenizer, its ids) -> the ids that the tokenizer
+      of here gives for the same text, None where it does not know that one.
+      Without it states of another tokenizer are never absorbed again.
+    work: tokens -> millions of operations that absorbing them takes, for the
+      accounts; None says nothing.
+    mark: code that every artifact of its mints bears in the audit log, ''
+      for none; see `crossed`.
   """
 
   config: Any
@@ -125,6 +134,11 @@ class Host:
   chat_template: str = ''
   special: dict[str, int] = dataclasses.field(default_factory=dict)
   texts: Texts = Texts()
+  max_pos: int = manifest.MAX_LENGTH
+  active_horizon: int = manifest.MAX_LENGTH
+  retokenize: Callable[[str, Sequence[int]], Sequence[int] | None] | None = None
+  work: Callable[[int], int] | None = None
+  mark: str = ''
 
   def schema_of(self, rows: int, capacity: int, carried: Carried):
     """Returns the schema of a state of this model."""
@@ -149,9 +163,8 @@ class Host:
             'chat_template': digest_of(self.chat_template)},
         'numerics': numerics(self.program),
         'horizon': {
-            'max_pos': manifest.MAX_LENGTH,
-            'active_horizon': manifest.MAX_LENGTH, 'window': _window(c),
-            'compactions': 0, 'retention': ''},
+            'max_pos': self.max_pos, 'active_horizon': self.active_horizon,
+            'window': _window(c), 'compactions': 0, 'retention': ''},
         'policy': {
             'system': texts.keyed('policy.system', texts.system),
             'safety': texts.keyed('policy.safety', texts.safety),
@@ -169,8 +182,32 @@ class Host:
     return groups
 
 
-def layout(schema) -> dict:
-  """Returns {schema, schema_digest, leaves} of a schema of one row."""
+def crossed(host: Host, about: dict) -> Host:
+  """Returns the host to mint with what goes on under other weights.
+
+  Its parameters are those of no model, so that only who asks for crossed
+  weights again resumes what it mints, and that is marked as well.
+
+  Args:
+    host: under which the state goes on.
+    about: manifest of what it goes on from.
+  """
+  mine = host.groups(Carried())['model']
+  pair = [[model['params'], *model['adapters']]
+          for model in (about['model'], mine)]
+  return dataclasses.replace(
+      host, mark='W_WEIGHTS',
+      params=names.document({'crossed': pair}).removeprefix('sha256:'))
+
+
+def layout(schema, sampler: dict | None = None) -> dict:
+  """Returns {schema, schema_digest, leaves} of a schema of one row.
+
+  Args:
+    schema: see `Host.schema_of`.
+    sampler: a manifest's leaf, whose form the sampler's key shall have; None
+      leaves it as it is.
+  """
   rows = []
   for path, leaf, axes, kind in st.leaves(schema):
     kept = [(a, 0 if a == 'capacity' else int(n))
@@ -179,6 +216,8 @@ def layout(schema) -> dict:
         'path': path, 'axes': [a for a, _ in kept], 'kind': kind,
         'shape': [n for _, n in kept], 'dtype': np.dtype(leaf.dtype).name,
         'role': role(path, axes)})
+    if sampler is not None and rows[-1]['role'] == 'sampler':
+      rows[-1] |= {'dtype': sampler['dtype'], 'shape': sampler['shape']}
   rows.sort(key=lambda row: row['path'])
   return {'schema': SCHEMA, 'schema_digest': names.schema(SCHEMA, rows),
           'leaves': [{k: v for k, v in row.items() if k != 'axes'}

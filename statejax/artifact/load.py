@@ -56,6 +56,9 @@ class Loaded:
       the decision says so.
     stands: where the state does, to the bit; None where there is no state. See
       `standing.check` of the slot that it was put into.
+    host: `identity.Host` to mint with what comes of it: whoever asked, but
+      where the weights are not those that made it; see `identity.crossed`.
+      None where it is refused.
   """
 
   decision: Decision
@@ -64,6 +67,7 @@ class Loaded:
   state: Any = None
   tokens: tuple[int, ...] | None = None
   stands: standing.Standing | None = None
+  host: Any = None
 
 
 def load(shop, key: str, principal: Principal, host: identity.Host,
@@ -93,12 +97,14 @@ def load(shop, key: str, principal: Principal, host: identity.Host,
   except OSError as error:
     loaded = Loaded(refusal(Refused('E_IO', str(error))), id)
   decision = loaded.decision
+  saved = _avoided(loaded.about, host, decision.n) if (
+      decision.outcome == 'resumed') else {}
   with shop.catalog.transaction():
     receipt = shop.catalog.audit(
         principal.name, ask.right, id or key[:80], str(decision),
-        code=decision.code, promise=decision.promise)
+        code=decision.code or decision.mark, promise=decision.promise)
     if decision.outcome == 'resumed':
-      shop.catalog.charge(principal.name, id, resumes=1,
+      shop.catalog.charge(principal.name, id, **saved, resumes=1,
                           tokens_skipped=decision.n)
     elif decision.outcome == 'reprefilled':
       shop.catalog.charge(principal.name, id, tokens_reprefilled=decision.n)
@@ -107,6 +113,16 @@ def load(shop, key: str, principal: Principal, host: identity.Host,
     decision = loaded.decision
   return dataclasses.replace(loaded, decision=dataclasses.replace(
       decision, receipt=receipt))
+
+
+def _avoided(about, host, tokens):
+  """Units of the ledger: what it took to absorb what is not absorbed again.
+
+  Times are those measured when it was minted. What is not known is left out.
+  """
+  found = {'device_us_avoided': about['account']['device_us'],
+           'mflop_avoided': host.work(tokens) if host.work else 0}
+  return {unit: delta for unit, delta in found.items() if delta}
 
 
 def _load(shop, id, principal, host, ask, capacity):
@@ -119,7 +135,10 @@ def _load(shop, id, principal, host, ask, capacity):
   access.require(about, principal, ask.right, now=shop.catalog.clock())
   # V8.
   here = host.groups(identity.Carried.by(about))
-  verdict = compat.compare(about, here, ask)
+  if vouched != 'mac':  # nobody else's state is fed to the wrong weights
+    ask = dataclasses.replace(ask, unsafe_cross_weights=False)
+  verdict = compat.compare(about, here, ask,
+                           retokenizes=host.retokenize is not None)
   warnings += verdict.warnings
   if verdict.action == 'refuse':
     raise Refused(verdict.code, verdict.detail)
@@ -137,8 +156,11 @@ def _opened(folder, id, about, host, capacity, verdict, warnings):
   tokens = None if tokens is None else tuple(tokens)
   length = about['state']['length']
   if verdict.action == 'replay':
+    if any(f.code == 'E_TOKENIZER' for f in verdict.findings):
+      _same_ids(host, about, tokens)
     return Loaded(Decision('reprefilled', length, verdict.code, 'none',
-                           warnings, verdict.detail), id, about, None, tokens)
+                           warnings, verdict.detail), id, about, None, tokens,
+                  host=host)
   # V12 to V15.
   promise, own = verdict.promise, host.program.capacity
   capacity = own if capacity is None else capacity
@@ -146,9 +168,30 @@ def _opened(folder, id, about, host, capacity, verdict, warnings):
   if st.capacity(state) not in (None, own):
     # Not the program of which the numerics speak.
     promise, warnings = 'tolerance', warnings + ('W_NUMERICS',)
+  stands = standing.Standing(length, plain['witness'],
+                             plain['tree'].removeprefix('sha256:'))
+  if 'W_SAMPLER' in warnings:  # its key is not the stored one
+    stands = standing.at_rest(state, 0)
+  if 'W_WEIGHTS' in warnings:
+    host = identity.crossed(host, about)
   return Loaded(Decision('resumed', length, '', promise, tuple(
-      dict.fromkeys(warnings))), id, about, state, tokens, standing.Standing(
-          length, plain['witness'], plain['tree'].removeprefix('sha256:')))
+      dict.fromkeys(warnings))), id, about, state, tokens, stands, host)
+
+
+def _same_ids(host, about, tokens):
+  """Raises unless the kept ids mean the same text to the host's tokenizer."""
+  digest_of = about['tokenizer']['digest']
+  here = host.retokenize(digest_of, tokens)
+  if here is None:
+    raise Refused('E_TOKENIZER', 'expected a tokenizer that the host knows, '
+                  f'got {digest_of}')
+  here = tuple(map(int, here))
+  if here != tuple(tokens) or max(here, default=0) >= host.config.vocab:
+    at = next((i for i, (a, b) in enumerate(zip(tokens, here)) if a != b),
+              min(len(tokens), len(here)))
+    raise Refused('E_TOKENIZER', 'expected the kept ids of the same text, '
+                  f'below {host.config.vocab}; the first that differs is {at} '
+                  f'of {len(tokens)}')
 
 
 def restore(folder, about: dict, plain: dict, host: identity.Host,
@@ -168,7 +211,8 @@ def restore(folder, about: dict, plain: dict, host: identity.Host,
   """
   length, carried = about['state']['length'], identity.Carried.by(about)
   schema = host.schema_of(1, length, carried)
-  target = _target(about, schema, length)
+  sampler = _other_sampler(about, schema)
+  target = _target(about, schema, length, sampler)
   stored = _open(folder, target)
   if _has_stores(schema) and capacity < length:
     raise Refused('E_LIMIT', f'expected a capacity of at least {length}, the '
@@ -179,7 +223,8 @@ def restore(folder, about: dict, plain: dict, host: identity.Host,
   except Exception as error:  # of any type: the library promises none
     raise _unreadable('payload', error) from error
   with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    digests = pool.map(digest.leaf_digest, live, live.values())
+    digests = pool.map(digest.leaf_digest, live, (
+        _typed(x, target[path][0]) for path, x in live.items()))
   for path, got in zip(live, digests):
     if got != plain['leaves'][path]:
       raise Refused('E_DIGEST', f'leaf {path}: expected '
@@ -187,12 +232,40 @@ def restore(folder, about: dict, plain: dict, host: identity.Host,
   row = st.map_leaves(lambda path, *_: live[path], schema)
   mint.check(row)
   _meets(row, about, plain)
+  if sampler is not None:  # from its content: equal at every load
+    state = st.rekey(state, jax.random.key(int(plain['tree'][-8:], 16)))
   # Nobody else has this memory, so that the state may live in it.
   return jax.device_put(state, may_alias=True)
 
 
-def _target(about, schema, length):
-  """{path: (dtype, shape)} of what our own schema expects of such a row."""
+def _other_sampler(about, schema):
+  """The sampler's key where it has another form than ours, else None.
+
+  The names of all axes must be ours, which only the digest knows.
+  """
+  state = about['state']
+  leaf = next(x for x in state['leaves'] if x['role'] == 'sampler')
+  if (leaf['dtype'], tuple(leaf['shape'])) == (
+      np.dtype(schema.key.dtype).name, tuple(schema.key.shape[1:])):
+    return None
+  expected = identity.layout(schema, leaf)['schema_digest']
+  if expected != state['schema_digest']:
+    raise Refused('E_SCHEMA', f'schema: expected {expected} with its sampler, '
+                  f'got {state["schema_digest"]}')
+  return leaf
+
+
+def _typed(x, dtype):
+  """An array as its digest names it: a key in a file is its words."""
+  return x if not dtype.startswith('key:') else jax.random.wrap_key_data(
+      x, impl=dtype.removeprefix('key:'))
+
+
+def _target(about, schema, length, sampler):
+  """{path: (dtype, shape)} of what our own schema expects of such a row.
+
+  A sampler's key of another form is expected as it is.
+  """
   strides = dict(schema.strides)
   target = {}
   for path, leaf, axes, kind in st.leaves(schema):
@@ -201,6 +274,8 @@ def _target(about, schema, length):
       kept = [a for a in axes if a != 'batch']
       shape[kept.index('capacity')] = length // strides.get(path, 1)
     target[path] = leaf.dtype.name, tuple(map(int, shape))
+  if sampler is not None:
+    target[sampler['path']] = sampler['dtype'], tuple(sampler['shape'])
   stored = {leaf['path']: (leaf['dtype'], tuple(leaf['shape']))
             for leaf in about['state']['leaves']}
   _same('manifest', target, stored)
@@ -214,9 +289,14 @@ def _open(folder, target):
     stored = store.describe_payload(opened)
   except Exception as error:  # of any type: the library promises none
     raise _unreadable('metadata', error) from error
-  _same('payload', {store.stored_name(path): (dtype, shape) for path, (
+  _same('payload', {store.stored_name(path): (_words(dtype), shape) for path, (
       dtype, shape) in target.items() if 0 not in shape}, stored)
   return opened
+
+
+def _words(dtype):
+  """The dtype of a leaf as a file has it: of a key, that of its words."""
+  return 'uint32' if dtype.startswith('key:') else dtype
 
 
 def _unreadable(what, error):
@@ -254,9 +334,12 @@ def _room(schema, target):
   """An empty state of a schema, and {path: its part that a row fills}."""
   live = {}
   def one(path, axes, kind, leaf):
-    x = _aligned(leaf)
-    part = (*map(slice, target[path][1]), ...)
-    live[path] = np.squeeze(x, axes.index('batch'))[part]
+    x, (dtype, shape) = _aligned(leaf), target[path]
+    row = np.squeeze(x, axes.index('batch'))
+    if kind == 'fixed' and (dtype, shape) != (row.dtype.name, row.shape):
+      live[path] = np.zeros(shape, _words(dtype))  # is not to stay
+    else:
+      live[path] = row[(*map(slice, shape), ...)]
     return x
   return st.map_leaves(one, schema), live
 

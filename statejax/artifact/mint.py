@@ -116,7 +116,8 @@ def mint(shop, state, row: int, host: identity.Host, terms: Terms, *,
          principal: Principal | None = None,
          transcript: Transcript | None = None, parent: Parent | None = None,
          stands: standing.Standing | None = None,
-         account: dict[str, int] | None = None, mint_key: str = '',
+         account: dict[str, int] | None = None,
+         spent: dict[str, int] | None = None, mint_key: str = '',
          ref: str = '', expect: int = 0, vouch=None) -> Kept:
   """Makes an artifact of one row; the state stays usable.
 
@@ -134,7 +135,10 @@ def mint(shop, state, row: int, host: identity.Host, terms: Terms, *,
     stands: where the host knows the row to stand, e.g. where what was loaded
       stood and then `after` more tokens. Without it and a transcript the
       witness is taken as it is.
-    account: tokens and times for the manifest's group `account`.
+    account: tokens and times for the manifest's group `account`, of all that
+      it took to come here.
+    spent: further units for the ledger, e.g. {'device_us': 5}: what it took
+      since the parent.
     mint_key: of this request, so that a retry makes no second one.
     ref, expect: see `objects.Store.keep`.
     vouch: `keys.Signer`; None vouches by the store's own code.
@@ -180,7 +184,8 @@ def mint(shop, state, row: int, host: identity.Host, terms: Terms, *,
     return shop.keep(
         folder, about, mint_key=mint_key or token_hex(16),
         principal=principal.name, action='mint', ref=ref, expect=expect,
-        vouch=vouch, charges={'tokens_absorbed': max(0, tokens)})
+        vouch=vouch, code=host.mark,
+        charges={'tokens_absorbed': max(0, tokens)} | (spent or {}))
 
 
 def _keeps(parent, about, terms):

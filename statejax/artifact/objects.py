@@ -264,7 +264,7 @@ class Store:
 
   def keep(self, folder, about: dict, *, mint_key: str, principal: str,
            action: str, ref: str = '', expect: int = 0, vouch=None,
-           charges=None) -> Kept:
+           charges=None, code: str = '') -> Kept:
     """M7 to M13: gives a filled directory its manifest and its place, durably.
 
     Args:
@@ -279,6 +279,7 @@ class Store:
       vouch: `keys.Signer`, which writes `manifest.sig`; None writes the
         store's own code.
       charges: further units for the ledger.
+      code: for the audit log, of what is known to be wrong with it.
 
     Raises:
       Refused: E_MANIFEST, E_NOSPACE, E_IO; nothing is kept then.
@@ -289,7 +290,7 @@ class Store:
       id = self._settle(folder, about, vouch)
       nbytes = self._install(folder, id)
     return self._enter(id, nbytes, about, mint_key, principal, action, ref,
-                       expect, charges)
+                       expect, charges, code)
 
   def take_in(self, folder, id: str, about: dict, principal: str,
               ref: str = '') -> Kept:
@@ -315,7 +316,7 @@ class Store:
                        ref, 0, None)
 
   def _enter(self, id, nbytes, about, mint_key, principal, action, ref, expect,
-             charges):
+             charges, code=''):
     with self.catalog.transaction():
       earlier, there = self.catalog.minted(mint_key), self.catalog.objects()
       if earlier in there and earlier != id:
@@ -327,7 +328,8 @@ class Store:
       if not self.place(id).exists():
         raise Refused('E_IO', f'{id}: expected it where it was put, got '
                       'nothing: a collection took it for abandoned')
-      receipt = self.catalog.audit(principal, action, id, 'allowed')
+      receipt = self.catalog.audit(principal, action, id, 'allowed',
+                                   code=code)
       if id not in there:  # as what is imported may be
         self.catalog.add(id, mint_key, nbytes, about['kind'],
                          about['governance']['workflow'],

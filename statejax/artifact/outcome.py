@@ -54,6 +54,8 @@ CODES = {
     'W_CHAT': 'another chat template: raw continuation only',
     'W_ENV': 'facts about the environment are stale: verify them again',
     'W_SAMPLER': 'another sampler: reseeded',
+    'W_WEIGHTS': 'made by other parameters or adapters: nothing that follows '
+                 'is of one model, and all of it is marked',
     'W_CODE': 'made by another version of statejax',
     'W_CRL': 'the revocation list is old',
     'W_MIGRATED': 'its layout was changed after it was computed: equal within '
@@ -110,6 +112,11 @@ class Decision:
   warnings: tuple[str, ...] = ()
   detail: str = ''
   receipt: Receipt | None = None
+
+  @property
+  def mark(self) -> str:
+    """Code which all that comes of it must bear, '' for none."""
+    return 'W_WEIGHTS' if 'W_WEIGHTS' in self.warnings else ''
 
   def __str__(self):
     if self.outcome == 'resumed':

@@ -4,8 +4,10 @@
 model to have run; `begun` has run.
 """
 
+import collections
 import dataclasses
 import functools
+import hashlib
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,8 @@ from statejax import config as c
 from statejax import generate as gen
 from statejax import model as lm
 from statejax import state as st
-from statejax.artifact import digest, identity, mint, names, objects
+from statejax.artifact import digest, identity, load, mint, names, objects
+from statejax.artifact.compat import Ask
 
 MLP = c.SwiGLUConfig(16)
 LAYERS = (
@@ -101,3 +104,49 @@ def store(path, **options):
 
 def transcript(keep=True, **changes):
   return mint.Transcript(TOKENS, keep=keep, **changes)
+
+
+# The slots of a server, all of them taken.
+
+
+@functools.cache
+def pool():
+  return st.fork(state(), 0, 3)
+
+
+def bits(slots):
+  """Digest of all of a state's memory, also of what no row uses."""
+  mark = hashlib.sha256()
+  for path, x, _, _ in st.leaves(slots):
+    x = np.asarray(x)
+    mark.update(f'{path} {x.dtype} {x.shape} '.encode() + x.tobytes())
+  return mark.hexdigest()
+
+
+def facts(shop):
+  """What a store holds, but for its logs."""
+  catalog = shop.catalog
+  return (catalog.objects(), catalog.refs(), catalog.leased(), sorted(
+      path.name for path in (shop.path / 'tmp').iterdir()))
+
+
+# How often loads were refused with a code; how often something else changed.
+refusals: collections.Counter = collections.Counter()
+
+
+def end(shop, key, who, host=None, ask=None, **options):
+  """Loads as a server does: what it gets goes into a slot.
+
+  After a refusal every slot and the store must be what they were.
+  """
+  before, held = bits(pool()), facts(shop)
+  found = load.load(shop, key, who, host or globals()['host'](), ask or Ask(),
+                    **options)
+  if found.decision.outcome == 'refused':
+    slots = pool() if found.state is None else st.put(pool(), 1, found.state)
+    changed = bits(slots) != before or found.stands or found.host
+    refusals[found.decision.code] += 1
+    refusals['pool changed'] += bool(changed)
+    refusals['store changed'] += facts(shop) != held
+    assert not changed and facts(shop) == held, found.decision
+  return found

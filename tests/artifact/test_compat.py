@@ -1,109 +1,14 @@
-"""The table of compatibility and the matrix of rights, without any array."""
-
-import copy
+"""The matrix of rights and what lists revoke, without any array."""
 
 import example
 import pytest
 
-from statejax.artifact import access, compat, names, revoke
+from statejax.artifact import access, names, revoke
 from statejax.artifact.access import Principal
-from statejax.artifact.compat import Ask
 from statejax.artifact.outcome import Refused
 
 H1 = 'sha256:' + '1' * 64
-OTHER_KEY = names.keyed(bytes(32), 'policy.system', 'be kind')
 OTHER_TEXT = names.keyed(example.SECRET, 'policy.system', 'be cruel')
-TOOL = [names.keyed(example.SECRET, 'tools.items', name) for name in 'abc']
-REPLAY = Ask(on_mismatch='reprefill')
-
-
-def leaves(**changes):
-  found = copy.deepcopy(example.LEAVES)
-  found[2] |= changes
-  return {'schema_digest': H1, 'leaves': found}
-
-
-def tools(*items, schema=example.K):
-  return {'tools': {'schema': schema, 'items': sorted(items)}}
-
-
-# What differs here, what is asked; code, action, promise.
-CASES = [
-    ({}, {}, Ask(), '', 'go', 'bit'),
-    ({}, dict(model={'params': H1}), Ask(), 'E_WEIGHTS', 'refuse', 'none'),
-    ({}, dict(model={'adapters': [H1]}), Ask(), 'E_ADAPTERS', 'refuse', 'none'),
-    ({}, dict(state=leaves(shape=[1, 2, 5, 4])), Ask(), 'E_SCHEMA', 'refuse',
-     'none'),
-    ({}, dict(state=leaves(path='layers/z')), Ask(), 'E_SCHEMA', 'refuse',
-     'none'),
-    ({}, dict(state=leaves()), Ask(), 'E_SCHEMA', 'refuse', 'none'),
-    ({}, dict(state=leaves(dtype='bfloat16')), Ask(), 'E_DTYPE', 'refuse',
-     'none'),
-    ({}, dict(tokenizer={'digest': H1}), Ask(), 'E_TOKENIZER', 'refuse',
-     'none'),
-    ({}, dict(tokenizer={'digest': H1}), REPLAY, 'E_TOKENIZER', 'refuse',
-     'none'),
-    ({}, dict(tokenizer={'chat_template': H1}), Ask(), 'W_CHAT', 'go', 'bit'),
-    ({}, dict(tokenizer={'special': H1}), Ask(chat=True), 'E_CHAT', 'refuse',
-     'none'),
-    ({}, dict(model={'position': H1}), Ask(), 'E_POSITION', 'refuse', 'none'),
-    ({}, dict(horizon={'max_pos': 2}), Ask(), 'E_HORIZON', 'refuse', 'none'),
-    ({}, dict(horizon={'active_horizon': 2}), REPLAY, 'E_HORIZON', 'refuse',
-     'none'),
-    ({}, dict(model={'chunk': 64}), Ask(), 'W_CHUNK', 'go', 'tolerance'),
-    ({}, dict(numerics={'id': H1}), Ask(), 'W_NUMERICS', 'go', 'tolerance'),
-    ({}, dict(numerics={'code': '9'}), Ask(), 'W_CODE', 'go', 'bit'),
-    ({}, dict(policy={'system': OTHER_TEXT}), Ask(), 'E_POLICY', 'refuse',
-     'none'),
-    ({}, dict(policy={'safety': OTHER_TEXT}), Ask(), 'E_POLICY', 'refuse',
-     'none'),
-    ({}, dict(policy={'safety': OTHER_TEXT}), Ask(policy_upgrade='replay'),
-     'E_POLICY', 'replay', 'none'),
-    ({}, dict(policy={'system': OTHER_TEXT}), REPLAY, 'E_POLICY', 'refuse',
-     'none'),
-    ({}, dict(policy={'system': OTHER_KEY}), Ask(policy_upgrade='replay'),
-     'E_KEYED', 'refuse', 'none'),
-    ({}, {}, Ask(min_epoch=2), 'E_EPOCH', 'refuse', 'none'),
-    (tools(TOOL[0]), tools(*TOOL), Ask(), 'W_TOOLS', 'go', 'bit'),
-    (tools(*TOOL), tools(TOOL[0]), Ask(), 'E_TOOLS', 'refuse', 'none'),
-    (tools(TOOL[0]), tools(TOOL[1]), REPLAY, 'E_TOOLS', 'replay', 'none'),
-    (tools(TOOL[0]), tools(OTHER_KEY, schema=OTHER_KEY), Ask(), 'E_KEYED',
-     'refuse', 'none'),
-    ({}, dict(env={'assumptions': []}), Ask(), 'W_ENV', 'go', 'bit'),
-    *[({}, here, REPLAY, code, 'replay', 'none') for here, code in (
-        (dict(model={'params': H1}), 'E_WEIGHTS'),
-        (dict(model={'adapters': [H1]}), 'E_ADAPTERS'),
-        (dict(state=leaves(role='conv')), 'E_SCHEMA'),
-        (dict(state=leaves(dtype='float16')), 'E_DTYPE'),
-        (dict(model={'position': H1}), 'E_POSITION'))],
-    ({}, dict(tokenizer={'special': H1}), Ask(
-        chat=True, on_mismatch='reprefill'), 'E_CHAT', 'replay', 'none'),
-    # The strongest wins, whatever stands first in the table.
-    ({}, dict(model={'params': H1}, policy={'safety': OTHER_TEXT}), REPLAY,
-     'E_POLICY', 'refuse', 'none'),
-    ({}, dict(model={'params': H1, 'chunk': 1}), Ask(), 'E_WEIGHTS', 'refuse',
-     'none'),
-    ({}, dict(numerics={'id': H1, 'code': '9'}), Ask(), 'W_NUMERICS', 'go',
-     'tolerance'),
-]
-
-
-@pytest.mark.parametrize('theirs, ours, ask, code, action, promise', CASES)
-def test_table(theirs, ours, ask, code, action, promise):
-  verdict = compat.compare(example.make(**theirs), example.make(**ours), ask)
-  assert (verdict.action, verdict.promise) == (action, promise)
-  if action == 'go':
-    assert code in (*verdict.warnings, '') and not verdict.code
-    assert bool(verdict.warnings) == bool(code)
-  else:
-    assert verdict.code == code and verdict.detail
-
-
-def test_the_ask_is_checked():
-  with pytest.raises(ValueError, match='right: expected'):
-    Ask(right='delete')
-  with pytest.raises(ValueError, match='on_mismatch: expected'):
-    Ask(on_mismatch='guess')
 
 
 # Rights: 8 principals, 6 rights, as the table has them; see test_authorisation.

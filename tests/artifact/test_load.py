@@ -55,8 +55,7 @@ def kept(shop):
 
 
 def end(shop, key, who=ALICE, host=None, ask=None, **options):
-  return load.load(shop, key, who, host or small.host(), ask or Ask(),
-                   **options)
+  return small.end(shop, key, who, host, ask, **options)
 
 
 # resumed(n).
