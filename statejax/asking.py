@@ -1,4 +1,7 @@
-"""Flags of `state resume`: what may be done where a state does not fit."""
+"""Flags of `state mint` and `resume`: what to do where something is in the way.
+
+A state that does not fit, or a name that is taken.
+"""
 
 from absl import flags
 
@@ -17,6 +20,9 @@ CROSS = flags.DEFINE_bool(
 HORIZON = flags.DEFINE_integer(
     'horizon', None, 'state mint, resume: most tokens that a state may have to '
     'go on from; without it there is no limit', lower_bound=1)
+REPLACE = flags.DEFINE_bool(
+    'replace', False, 'state mint: the name may be one of your own artifacts, '
+    'which then goes without')
 
 USED = {flag.name for flag in (MISMATCH, UPGRADE, CHAT, CROSS, HORIZON)}
 
@@ -26,6 +32,26 @@ def ask():
   from statejax.artifact.compat import Ask
   return Ask(chat=CHAT.value, on_mismatch=MISMATCH.value,
              policy_upgrade=UPGRADE.value, unsafe_cross_weights=CROSS.value)
+
+
+def taken(shop, name, who) -> int:
+  """Returns the version of a name that a mint moves; 0 of a free one.
+
+  Raises:
+    ValueError: somebody else's, or one's own without --replace: what loses its
+      name is collected.
+  """
+  from statejax.artifact import access, verify
+  found = shop.catalog.ref(name)
+  if found is None:
+    return 0
+  about = verify.head(shop.place(found[0]))[2]
+  if REPLACE.value and access.owns(about, who):
+    return found[1]
+  raise ValueError(f'{name}: expected a free name, got one that is taken; '
+                   'choose another one' + (
+                       f', or say --replace to take it from {found[0]}.'
+                       if access.owns(about, who) else '.'))
 
 
 def horizon() -> int:

@@ -106,7 +106,8 @@ SHOWN = {'grant', 'holder_key'}
 # What each verb reads beside `OWN`.
 USES = {
     'mint': SAMPLING | {'prompt', 'seed', 'resume', 'row', 'acl', 'sensitivity',
-                        'workflow', 'scope', 'transcript', 'export', 'horizon'},
+                        'workflow', 'scope', 'transcript', 'export', 'horizon',
+                        'replace'},
     'resume': SAMPLING | asking.USED | {'set'} | SHOWN,
     'show': {'workdir', 'set'}, 'verify': {'workdir', 'set'} | SHOWN,
     'fork': {'ref'} | SHOWN, 'migrate': {'workdir', 'set', 'cast', 'ref'},
@@ -284,8 +285,9 @@ def mint(name):
   terms = minting.Terms(
       PRINCIPAL.value, ORG.value, SENSITIVITY.value, acl, EXPORT.value,
       workflow=WORKFLOW.value, revoke_scope=SCOPE.value)
-  model, params, digest = _model()
   shop, transcript, row = _shop(), None, 0
+  version = asking.taken(shop, name, _principal())
+  model, params, digest = _model()
   took, meter = (), Meter()
   if saved is not None:
     if TRANSCRIPT.value == 'keep':
@@ -305,7 +307,6 @@ def mint(name):
     took = len(ids), len(emitted)
     transcript = minting.Transcript((*ids.tolist(), *emitted),
                                     keep=TRANSCRIPT.value == 'keep')
-  version = (shop.catalog.ref(name) or ('', 0))[1]
   host = _host(model, digest, state.capacity or 0)
   # What a saved state took is not known.
   spent = meter.spent(host.work, {}, *took) if took else {}
@@ -319,7 +320,7 @@ def resume(key):
   """Goes on from an artifact, and mints what came of it under its name."""
   import jax
 
-  from statejax.artifact import load
+  from statejax.artifact import access, load
   from statejax.artifact import mint as minting
   from statejax.artifact.outcome import Refused
   from statejax.meter import Meter
@@ -353,7 +354,8 @@ def resume(key):
       principal=who, transcript=transcript, **spent,
       stands=found.stands and found.stands.after(emitted),
       parent=minting.Parent(found.id, found.about), ref=key if ref else '',
-      expect=ref[1] if ref else 0)
+      # A name that is not theirs stays: what they made is named after it.
+      expect=ref[1] if ref and access.owns(found.about, who) else 0)
   _say(kept, decision.mark)
 
 

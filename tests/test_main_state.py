@@ -73,11 +73,15 @@ def test_life_of_an_artifact(state, monkeypatch):
   assert code == 0 and json.loads(out)['load'] == 'resumed(14)'
   # Others.
   who = ['--org=acme', '--principal=bob']
-  assert state('resume', 'chat', *go, '--tokens=2', *who)[0] == 0
+  code, _, err = state('resume', 'chat', *go, '--tokens=2', *who)
+  kept = json.loads(err.splitlines()[-1])
+  # The name is not theirs to move.
+  assert code == 0 and kept['ref'].startswith('chat~') and kept['conflict']
   rows = [json.loads(line) for line in state('audit')[1].splitlines()][-3:-1]
   assert [(row['principal'], row['action']) for row in rows] == [
       ('bob', 'resume'), ('bob', 'mint')]
-  assert 'whose: local of acme' in state('show', 'chat', '--org=acme')[1]
+  out = state('show', 'chat', '--org=acme')[1]
+  assert 'whose: local of acme' in out and two['id'] in out
   code, _, err = state('fork', 'chat', '--ref=b', *who)
   assert code == 2 and 'E_ACL: bob of acme may not fork' in err
   assert state('fork', 'chat', '--ref=b', '--org=acme')[0] == 0
@@ -85,9 +89,9 @@ def test_life_of_an_artifact(state, monkeypatch):
   code, out, _ = state('diff', one['id'], 'b', '--org=acme')
   lines = out.splitlines()
   assert code == 0 and lines[0].startswith(f'{one["id"]} | sj1-')
-  assert 'state.length: 7 | 16' in lines and 'governance.owner' not in out
+  assert 'state.length: 7 | 14' in lines and 'governance.owner' not in out
   assert '  layers/full/k' in lines and '  key' not in lines
-  assert 'tokens: the first 8 are the same, then 0 | 9' in lines
+  assert 'tokens: the first 8 are the same, then 0 | 7' in lines
   code, out, _ = state('lineage', two['id'], '--org=acme')
   lines = out.splitlines()
   assert code == 0 and [line.split(', ')[0][-1] for line in lines] == [
@@ -180,6 +184,18 @@ def test_from_store_to_store(state, monkeypatch, tmp_path):
   code, out, _ = state('verify', 'chat', *there, '--workdir=x')
   assert code == 0 and json.loads(out)['load'] == 'resumed(5)'
   assert state('audit', *there)[0] == 0
+
+
+def test_a_name_is_not_taken_by_mistake(state):
+  mint = ['--workdir=x', '--prompt=ab', '--tokens=3', '--temperature=0']
+  assert state('mint', 'chat', *mint)[0] == 0
+  for more, text in (([], 'or say --replace to take it from sj1-'),
+                     (['--replace', '--principal=eve'], 'choose another one.'),
+                     (['--replace', '--org=other'], 'choose another one.')):
+    code, out, err = state('mint', 'chat', *mint, *more)
+    assert code == 2 and not out and text in err
+  code, _, err = state('mint', 'chat', *mint, '--replace')
+  assert code == 0 and json.loads(err)['ref'] == 'chat'
 
 
 def test_only_a_file(state, monkeypatch, tmp_path):

@@ -148,8 +148,9 @@ def mint(shop, state, row: int, host: identity.Host, terms: Terms, *,
 
   Raises:
     Refused: E_WITNESS, E_DIGEST, E_NONFINITE, E_BOUNDS: the state is not sound;
-      E_ACL: other terms than the parent's, and not by its owner; E_NOSPACE,
-      E_IO: it could not be kept. Nothing is left then but a row of the log.
+      E_REVOKED: the parent is; E_ACL: other terms than the parent's, and not
+      by its owner; E_NOSPACE, E_IO: it could not be kept. Nothing is left then
+      but a row of the log.
     ValueError: it is not a state of the host's model.
   """
   principal = principal or Principal(terms.owner, terms.org)
@@ -167,8 +168,12 @@ def mint(shop, state, row: int, host: identity.Host, terms: Terms, *,
       stands.require(live)
     about = _manifest(live, host, terms, transcript, parent, account, vouch) | {
         'created': shop.catalog.clock()}
-    if parent is not None and not access.owns(parent.about, principal):
-      _keeps(parent, about, terms)
+    if parent is not None:
+      # What is revoked while a state lives does not live on in a child.
+      revoke.require(shop.catalog.revocations(), parent.about, parent.id,
+                     foreign=False, now=shop.catalog.clock())
+      if not access.owns(parent.about, principal):
+        _keeps(parent, about, terms)
     shop.room(about['state']['logical_bytes'])
   with decided(), said(), shop.stage() as folder:
     if terms.sealed or manifest.must_seal(about):

@@ -82,9 +82,12 @@ def match(crl: dict | None, about: dict, id: str) -> str:
     return ''
   source, rules = about['provenance'], about['governance']
   root = id if source['root'] == 'self' else source['root']
+  above = {role: {p['id'] for p in source['parents'] if p['role'] == role}
+           for role in {p['role'] for p in source['parents']}}
   facts = {
-      'artifact': {id}, 'root': {root, id,
-                                 *(p['id'] for p in source['parents'])},
+      # What was exported is the same, under another name.
+      'artifact': {id, *above.get('exported', ())},
+      'root': {root, id}.union(*above.values()),
       'org': {rules['org']}, 'params': {about['model']['params']},
       'persona': {rules['persona']}, 'workflow': {rules['workflow']},
       'key': {source['producer']}}

@@ -227,7 +227,7 @@ def install_revocations(shop, org: str, data: bytes) -> dict:
   """
   known = require(shop)
   new = signed_revocations(known, org, data, now=shop.catalog.clock())
-  old = revocations(shop, known, org)
+  old = _kept(shop, org)
   if old is not None and new['number'] < old['number']:
     raise Refused('E_TRUST', f'crl: expected a number of at least '
                   f'{old["number"]}, got {new["number"]}')

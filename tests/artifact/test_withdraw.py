@@ -9,7 +9,15 @@ import example
 import test_trust
 from test_trust import ALICE, code_of, private, signer  # noqa: F401
 
-from statejax.artifact import canonical, desk, keys, revoke, trust, withdraw
+from statejax.artifact import (
+  canonical,
+  desk,
+  keys,
+  revoke,
+  transfer,
+  trust,
+  withdraw,
+)
 from statejax.artifact.access import Principal
 
 BOB, ERIN = Principal('bob', 'acme'), Principal('erin', 'globex')
@@ -81,6 +89,22 @@ def test_named(shop, by, what, gone):
   about = desk.examine(shop, more, ALICE, 'inspect').about
   assert bool(revoke.match(shop.catalog.revocations(), about, more)) == (
       by == 'family')
+
+
+@pytest.mark.parametrize('scope', ['self', 'descendants'])
+def test_what_was_exported_before(shop, scope):
+  """Elsewhere it has a name of its own, and the list names the one of here."""
+  family = Family(shop, scope)
+  away = bare.mint(shop, 99, provenance={
+      'root': family.a, 'depth': 1, 'how': 'exported',
+      'parents': [{'id': family.a, 'role': 'exported'}]}, parents=()).id
+  child = family.make(family.a)
+  withdraw.withdraw(shop, family.a, ALICE)
+  for id, gone in ((away, True), (child, scope == 'descendants'),
+                   (family.d, False)):
+    about = desk.examine(shop, id, ALICE, 'inspect').about
+    found = revoke.match(shop.catalog.revocations(), about, id)
+    assert bool(found) == gone, id
 
 
 def test_a_family_of_several_owners(shop):
@@ -201,6 +225,13 @@ def test_a_retired_key(tmp_path, private, signer):  # noqa: F811
   assert code_of(desk.examine, shop, id, ALICE, 'inspect') == 'E_TRUST'
   assert code_of(withdraw.withdraw, shop, 'new', ALICE, 'workflow',
                  signer=signer) == 'E_TRUST'
+  # The key that follows it goes on with the lists.
+  other = keys.public(private['other'])
+  trust.install(shop, root.document('trust', trust.extended(
+      trust.load(shop), other, 'acme')))
+  trust.install_revocations(shop, 'acme', transfer.issue_revocations(
+      shop, keys.Signer(private['other'])))
+  known = trust.load(shop)
   # Trusted again, it counts again; the rest of the document is as it was.
   trust.install(shop, root.document('trust', trust.extended(
       known, pem, 'acme', may=['mint'])))
