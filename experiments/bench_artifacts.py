@@ -343,7 +343,8 @@ def main(_):
                   lambda key: f'{rounds} rounds, {starts} starts')
   def get(key, function, *args):
     facts = record.get(key, functools.partial(function, *args))
-    return {name: value for name, value in facts.items() if name != 'of'}
+    return {name: value for name, value in facts.items()
+            if name not in ('of', 'on')}
   restores = {mib: get(f'restore/{mib}', restored, mib, rounds)
               for mib in (SIZES[:1] if smoke else SIZES)}
   loops = {mib: get(f'loop/{mib}', looped, mib, starts)

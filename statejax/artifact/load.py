@@ -222,15 +222,20 @@ def restore(folder, about: dict, plain: dict, host: identity.Host,
     store.fill(stored, {path: x for path, x in live.items() if x.size})
   except Exception as error:  # of any type: the library promises none
     raise _unreadable('payload', error) from error
+  row = st.map_leaves(lambda path, *_: live[path], schema)
   with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    digests = pool.map(digest.leaf_digest, live, (
-        _typed(x, target[path][0]) for path, x in live.items()))
-  for path, got in zip(live, digests):
+    # Beside each other; what they found is asked for in the order of checks.
+    largest_first = sorted(live, key=lambda path: -live[path].nbytes)
+    digests = {path: pool.submit(
+        digest.leaf_digest, path, _typed(live[path], target[path][0]))
+               for path in largest_first}
+    sound = pool.submit(mint.check, row)
+  for path in live:
+    got = digests[path].result()
     if got != plain['leaves'][path]:
       raise Refused('E_DIGEST', f'leaf {path}: expected '
                     f'{plain["leaves"][path]}, got {got}')
-  row = st.map_leaves(lambda path, *_: live[path], schema)
-  mint.check(row)
+  sound.result()
   _meets(row, about, plain)
   if sampler is not None:  # from its content: equal at every load
     state = st.rekey(state, jax.random.key(int(plain['tree'][-8:], 16)))

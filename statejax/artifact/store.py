@@ -27,6 +27,10 @@ TABLE = 'leaves.json'
 PAYLOAD = 'state'
 # Below it: the directory of the arrays, and what an array is told by.
 _ITEM, _ABOUT = 'state', '/zarr.json'
+# Bytes of a piece of an array, and of a file, about: so that a load reads and
+# hashes on all cores, and memory for pieces is used again, not asked for anew.
+# An artifact has a limited number of files; the largest states get larger ones.
+_CHUNK, _FILE, _FILES = 8 << 20, 16 << 20, 1024
 
 # Orbax numbers its operations by one counter of the process: a save beside
 # another save or load, even of another path, waits for the wrong number.
@@ -110,7 +114,8 @@ def save_payload(path, named):
   """
   from orbax.checkpoint import v1 as ocp
 
-  with _orbax, _quiet(), _context(ocp):
+  total = sum(leaf.nbytes for leaf in named.values())
+  with _orbax, _quiet(), _context(ocp, max(_FILE, total // _FILES)):
     ocp.save(str(path), _nest(named), checkpointable_name=_ITEM)
 
 
@@ -264,10 +269,12 @@ def _nest(named) -> Any:
   return nested
 
 
-def _context(ocp):
+def _context(ocp, file_bytes=None):
   context = ocp.Context()
   # States hardly compress, and a small file must not unpack to a huge one.
   context.array.saving.use_compression = False
+  context.array.saving.storage_options.chunk_byte_size = _CHUNK
+  context.array.saving.ocdbt_target_data_file_size = file_bytes
   # As it is by default; `open_payload` relies on it.
   context.array.saving.use_ocdbt = context.array.saving.use_zarr3 = True
   return context
