@@ -138,7 +138,7 @@ CAUSES = {
     'E_TRUST': signed('E_TRUST'), 'E_CLOCK': later(-10),
     'E_CRL_STALE': signed('E_CRL_STALE'), 'E_REVOKED': revoked,
     'E_EXPIRED': later(100), 'E_ACL': by(), 'E_GRANT': by(
-        grant_fault='it has expired'),
+        name='bob', org='acme', grant_fault='it has expired'),
     'E_WEIGHTS': model('E_WEIGHTS'), 'E_ADAPTERS': model('E_ADAPTERS'),
     'E_SCHEMA': model('E_SCHEMA'), 'E_DTYPE': model('E_DTYPE'),
     'E_TOKENIZER': model('E_TOKENIZER'), 'E_POSITION': model('E_POSITION'),

@@ -163,8 +163,8 @@ def test_gradients_of_rows():
   gradients(rows(count=9), 1)
 
 
-@pytest.mark.parametrize('bad', [
-    np.nan, pytest.param(np.inf, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('bad', [np.nan, np.inf])
 def test_what_is_no_number_is_passed_on(bad):
   """Not taken for nothing, which a merge would leave out."""
   for args, block in ((make(), 8), (rows(), 1)):

@@ -67,7 +67,8 @@ def assert_close(left, right, atol=1e-5):
                right)
 
 
-@pytest.mark.parametrize('accumulate', [2, 8])
+@pytest.mark.parametrize('accumulate', [
+    2, pytest.param(8, marks=pytest.mark.slow)])
 def test_accumulation_changes_nothing(accumulate):
   config = small.get_config(accumulate=accumulate)
   batch = batch_of(config)
