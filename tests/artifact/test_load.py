@@ -32,7 +32,6 @@ from statejax.artifact import (
   revoke,
   store,
   verify,
-  withdraw,
 )
 from statejax.artifact.access import Principal
 from statejax.artifact.compat import Ask
@@ -159,15 +158,6 @@ def test_retries_make_no_second_artifact(shop, kept):
                      mint_key='once').id for _ in range(2)]
   assert again[0] == again[1] != kept
   assert list((shop.path / 'tmp').iterdir()) == []
-
-
-def test_what_is_revoked_has_no_child(shop):
-  id = mint.mint(shop, small.state(), 0, small.host(), small.TERMS).id
-  parent = mint.Parent(id, end(shop, id).about)
-  withdraw.withdraw(shop, id, ALICE)
-  with pytest.raises(Refused, match='E_REVOKED'):
-    mint.mint(shop, small.state(), 0, small.host(), small.TERMS, parent=parent)
-  assert not shop.catalog.descendants(id)
 
 
 def test_lost_race_for_a_name_is_a_fork(shop, kept):

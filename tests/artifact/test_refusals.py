@@ -10,7 +10,15 @@ import pytest
 import small_store as small
 import test_load as cases
 
-from statejax.artifact import identity, mint, objects, outcome, revoke, store
+from statejax.artifact import (
+  identity,
+  mint,
+  objects,
+  outcome,
+  revoke,
+  store,
+  withdraw,
+)
 from statejax.artifact.access import Principal
 from statejax.artifact.compat import Ask
 
@@ -181,3 +189,13 @@ def test_refusals_leave_the_slots_as_they_were(source, tmp_path, monkeypatch):
   print(f'refusals: tried {counts.total()} with {len(counts)} codes, pool '
         f'changed {changed[0]}, store changed {changed[1]}')
   assert counts.keys() == tried
+
+
+def test_what_is_revoked_has_no_child(tmp_path):
+  shop, state = small.store(tmp_path), (
+      small.state(), 0, small.host(), small.TERMS)
+  id = mint.mint(shop, *state).id
+  parent = mint.Parent(id, small.end(shop, id, cases.ALICE).about)
+  withdraw.withdraw(shop, id, cases.ALICE)
+  with pytest.raises(outcome.Refused, match='E_REVOKED'):
+    mint.mint(shop, *state, parent=parent)
