@@ -44,6 +44,19 @@ UNITS = ('live_bytes', 'tokens_absorbed', 'tokens_skipped',
          'mflop_avoided', 'resumes', 'forks', 'exports')
 
 
+def _write_ahead(base, patience=60.):
+  """Sets WAL mode; here SQLite gives up at once where others open it too."""
+  until = time.monotonic() + patience
+  while True:
+    try:
+      return base.execute('pragma journal_mode=wal')
+    except sqlite3.OperationalError as error:
+      busy = getattr(error, 'sqlite_errorname', '').startswith('SQLITE_BUSY')
+      if not busy or time.monotonic() > until:
+        raise
+    time.sleep(.01)
+
+
 class Catalog:
   """An open catalog; of one thread.
 
@@ -63,7 +76,7 @@ class Catalog:
       # Whichever thread collects it may close it.
       self._base = sqlite3.connect(path, timeout=60, isolation_level=None,
                                    check_same_thread=False)
-      self._base.execute('pragma journal_mode=wal')
+      _write_ahead(self._base)
       self._base.execute('pragma synchronous=full')
       self._base.executescript(_TABLES)
     except sqlite3.Error as error:

@@ -86,6 +86,27 @@ def test_names_move_by_compare_and_set(book):
   assert book.ref('chat') is None
 
 
+def test_many_may_make_it_at_once(tmp_path):
+  tried, failed = 60, []
+  for i in range(tried):
+    start = threading.Barrier(8)
+
+    def work(path, start):
+      start.wait()
+      try:
+        catalog.Catalog(path).close()
+      except Refused as error:
+        failed.append(error)
+
+    threads = [threading.Thread(target=work, args=(tmp_path / str(i), start))
+               for _ in range(8)]
+    for thread in threads:
+      thread.start()
+    for thread in threads:
+      thread.join()
+  assert not failed
+
+
 def test_many_writers_lose_nothing(tmp_path):
   done, lost = [], []
 
