@@ -335,12 +335,12 @@ def vouch(shop, folder, found: layout.Walk, data: bytes, about: dict) -> str:
   """
   if found.voucher == layout.MAC:
     return verify.vouch(folder, found, data, shop.secret)
-  known = require(shop)
-  payload, signature, hint = envelope.open_bundle(layout.read(folder,
-                                                              layout.SIG))
-  if payload != envelope.statement(data, about):
-    raise Refused('E_SIG', f'{layout.SIG}: expected a statement over exactly '
-                  'the files of the manifest, got another one')
+  return signed(require(shop), folder, data, about)
+
+
+def signed(known: Trust, folder, data: bytes, about: dict) -> str:
+  """As `vouch`, of a signed artifact, by a trust document at hand."""
+  payload, signature, hint = verify.bundle(folder, data, about)
   pem = known.key(hint, about['governance']['org'], 'mint', about['created'])
   keys.check(pem, envelope.STATEMENT, payload, signature)
   if about['provenance']['producer'] != f'key:{hint}':

@@ -1,6 +1,7 @@
-"""Destroyed keys: what was revoked or deleted opens no more, by nothing left."""
+"""Destroyed keys: nothing that is left opens what was revoked or deleted."""
 
 import base64
+import contextlib
 import dataclasses
 import os
 import re
@@ -82,14 +83,13 @@ class Copy:
     seal, nonce = self.about['seal'], self.about['nonce']
     first = self.about['files'][0][0]
     for key in found:
-      for call in (lambda: sealing.unwrap(key, seal['wrapped'], nonce),
-                   lambda: sealing.unseal(key, nonce, first, layout.read(
-                       self.path, first))):
-        try:
-          call()
+      for call, args in (
+          (sealing.unwrap, (key, seal['wrapped'], nonce)),
+          (sealing.unseal, (key, nonce, first,
+                            layout.read(self.path, first)))):
+        with contextlib.suppress(Refused):
+          call(*args)
           opened += 1
-        except Refused:
-          pass
     return len(self.forms) * len(whole) + 2 * len(found), opened
 
 
