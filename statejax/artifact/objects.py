@@ -200,7 +200,11 @@ class Store:
                     f'{version}')
     self.catalog = catalog.Catalog(
         self.path / 'index.db', **({'clock': clock} if clock else {}))
-    self.shred()  # what a kill has cut short
+    try:
+      self.shred()  # what a kill has cut short
+    except BaseException:
+      self.catalog.close()
+      raise
 
   def shred(self):
     """Destroys the secrets that the catalog has condemned; see `shred`."""

@@ -204,6 +204,9 @@ def _by_trust(given, found) -> dict:
   known = trust.parse(pathlib.Path(given.trust).read_bytes(), root)
   about = found.about
   words = said(trust.signed(known, given.directory, data, about))
+  if about['policy']['epoch'] < known.min_epoch:
+    raise Refused('E_EPOCH', f'policy.epoch: expected at least '
+                  f'{known.min_epoch}, got {about["policy"]["epoch"]}')
   if given.crl:
     revoke.require(trust.signed_revocations(
         known, about['governance']['org'], pathlib.Path(given.crl).read_bytes(),

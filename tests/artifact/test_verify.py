@@ -79,7 +79,8 @@ def test_says_what_it_has_not_checked(shop, ask, signer):  # noqa: F811
   assert ask(signed, root='secret', trust='trust')[0] in (1, 2)
 
 
-def test_revoked_and_expired(shop, ask, signer, tmp_path):  # noqa: F811
+def test_revoked_and_expired(
+    shop, ask, signer, private, tmp_path):  # noqa: F811
   folder = add(shop, vouch=signer)
   id = 'sj1-' + folder.name
   (tmp_path / 'crl').write_bytes(transfer.issue_revocations(shop, signer))
@@ -91,6 +92,10 @@ def test_revoked_and_expired(shop, ask, signer, tmp_path):  # noqa: F811
   assert ask(folder, **TRUSTED, crl='crl')[1]['code'] == 'E_REVOKED'
   ended = add(shop, dataclasses.replace(
       small.TERMS, not_after=shop.catalog.clock()), vouch=signer)
+  newer = trust.ruled(trust.load(shop), min_epoch=1)
+  (tmp_path / 'newer').write_bytes(keys.Signer(private['root']).document(
+      'trust', newer))
+  assert ask(folder, root='root', trust='newer')[1]['code'] == 'E_EPOCH'
   assert ask(ended)[0] == 0
   assert ask(ended, **TRUSTED)[1]['code'] == 'E_EXPIRED'
 
