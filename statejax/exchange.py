@@ -178,9 +178,13 @@ def crl(shop, path, signer):
 
 
 def fsck(shop, who):
-  """Prints what is wrong with a store; with --adopt takes in what is whole."""
-  from statejax.artifact import collect
+  """Prints what is wrong with a store; with --adopt takes in what is whole.
+
+  And ends what a kill has left of a revocation.
+  """
+  from statejax.artifact import collect, trust
   from statejax.artifact.outcome import Refused
+  trust.destroy_revoked(shop)
   for id in collect.orphans(shop) if ADOPT.value else ():
     try:
       print(json.dumps({'adopted': collect.adopt(shop, id, who.name)}))

@@ -149,7 +149,10 @@ def _flag(name) -> Any:
 
 
 def _shop():
-  from statejax.artifact import objects
+  from statejax.artifact import bucket, objects
+  if bucket.is_url(STORE.value):
+    raise ValueError(f'--store={STORE.value}: expected a directory, got a URL; '
+                     'a store is a directory, and push and pull use buckets.')
   root = pathlib.Path(ROOT.value).read_text() if ROOT.value else ''
   return objects.Store(STORE.value, objects.Secrets(
       pathlib.Path(SECRETS.value).expanduser()), root=root)
@@ -456,14 +459,14 @@ def verify(key):
   if pathlib.Path(key).exists():
     with desk.opened(key) as folder:
       found = verify.verify(folder)
-      result = {'vouched': 'not asked', 'resume': _may_resume(folder)}
+      result = {**verify.said(''), 'resume': _may_resume(folder)}
       if _flag('workdir') is not None:
         result |= _arrays(folder, found.about)
   else:
     shop = _shop()
     who = _asking(shop, key)
     found = desk.examine(shop, key, who, 'inspect')
-    result = {'vouched': found.vouched}
+    result = verify.said(found.vouched)
     if _flag('workdir') is not None:
       from statejax.artifact import load
       model, _, digest = _model()

@@ -216,6 +216,8 @@ def test_only_a_file(state, monkeypatch, tmp_path):
   code, out, _ = state('show', 'chat.tar', *nowhere)
   assert code == 0 and 'whose: local of acme' in out and 'not asked, ' in out
   assert not (tmp_path / 'nowhere').exists()
+  code, _, err = state('show', 'chat', '--store=gs://bucket/states')
+  assert code == 2 and 'a store is a directory' in err
   # Whose signature counts, who may, which model.
   def show(*argv):
     return state('show', 'chat.tar', '--workdir=x', *argv)[1].splitlines()[-2:]

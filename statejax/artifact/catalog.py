@@ -34,6 +34,7 @@ create table if not exists lease (
 create table if not exists grant_seen (
   id text primary key, uses integer not null);
 create table if not exists crl (number integer primary key, body text not null);
+create table if not exists condemned (name text primary key);
 create table if not exists audit (
   seq integer primary key, body text not null, hash text not null);
 create table if not exists ledger (
@@ -335,6 +336,22 @@ class Catalog:
                          f'{body["number"]}; lists never go back.')
       self._all('insert into crl values (?, ?)', (
           body['number'], canonical.dumps(body).decode()))
+
+  def condemn(self, names):
+    """Writes down secrets to be destroyed, before any of them is."""
+    with self.transaction():
+      for name in names:
+        self._all('insert or ignore into condemned values (?)', (name,))
+
+  def condemned(self) -> list[str]:
+    """Returns the secrets that are still to be destroyed."""
+    return [row[0] for row in self._all(
+        'select name from condemned order by name')]
+
+  def settle(self, name: str):
+    """A condemned secret is destroyed."""
+    with self.transaction():
+      self._all('delete from condemned where name = ?', (name,))
 
   def use_grant(self, id: str, most: int) -> bool:
     """Counts a use of a grant; False where it had `most` already."""

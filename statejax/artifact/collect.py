@@ -7,7 +7,7 @@ import shutil
 import time
 from secrets import token_hex
 
-from statejax.artifact import commit, layout, sealing, trust, verify
+from statejax.artifact import commit, layout, sealing, shred, trust, verify
 from statejax.artifact.outcome import Refused, absent
 
 # How a load that has saved or spent tokens stands in the audit log, and the
@@ -71,11 +71,15 @@ def collect(shop, *, grace: int = 3600, generations: int = 1,
   lost = [id for id in orphans(shop) if _take_orphan(shop, id, principal,
                                                      grace)]
   _finish(shop)
+  shred.sweep(shop)
+  trust.destroy_revoked(shop)
   return Collected(tuple(gone), tuple(lost), tuple(leftovers))
 
 
 def delete(shop, id: str, principal: str, *, action: str = 'delete'):
   """Deletes an artifact; whether it may be is for the caller to ask.
+
+  And the key that it is sealed under; see `shred`.
 
   Renamed first, so that a kill leaves nothing half: the catalog follows, here
   or in the next collection.
@@ -234,6 +238,8 @@ def _finish(shop):
     with shop.catalog.transaction():
       if id in shop.catalog.objects() and not shop.place(id).exists():
         _note(shop, id, 'gc', 'gc')
+      shred.condemn_one(shop, trash)
+    shop.shred()
     # What cannot be removed now, the next collection removes.
     shutil.rmtree(trash, ignore_errors=True)
     if not trash.exists():

@@ -15,7 +15,6 @@ from statejax.artifact import (
   layout,
   manifest,
   portable,
-  revoke,
   sealing,
   trust,
   verify,
@@ -48,13 +47,15 @@ def examine(shop, key: str, principal: Principal,
     with said(), shop.catalog.lease(id, token_hex(8)):
       found, data, about, _ = verify.head(place, name=id)
       vouched = trust.vouch(shop, place, found, data, about)
-      hit = revoke.match(shop.catalog.revocations(), about, id)
+      hit = trust.revoked(shop, id, about)
       allowed = access.require(about, principal, right, revoked=bool(hit),
                                now=shop.catalog.clock())
       if right in access.USES:  # what somebody else has revoked counts too
         trust.valid(shop, id, about, vouched)
       if right in access.GRANTABLE:  # to end one it need not be whole
         layout.check(place, found, about)
+      # The key of what is sealed and revoked is destroyed.
+      if right in access.GRANTABLE and not (hit and about['sealed'] != 'none'):
         with sealing.opened(shop, place, about) as clear:
           plain, tokens = verify.unsealed(clear, about)
   except Refused as error:
@@ -127,7 +128,8 @@ def obstacle(shop, folder, principal: Principal,
 def withdraw(shop, key: str, principal: Principal) -> list[tuple[str, str]]:
   """Revokes an artifact, and its descendants where its scope says so.
 
-  By what else there is see `withdraw.withdraw`.
+  By what else there is see `withdraw.withdraw`. The keys of what is sealed are
+  destroyed; see `shred`.
 
   Returns:
     The entries added to the revocation list: (kind, value).

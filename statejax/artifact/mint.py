@@ -177,7 +177,8 @@ def mint(shop, state, row: int, host: identity.Host, terms: Terms, *,
     shop.room(about['state']['logical_bytes'])
   with decided(), said(), shop.stage() as folder:
     if terms.sealed or manifest.must_seal(about):
-      key, group = sealing.new_key(shop, about)
+      key, group = sealing.new_key(
+          shop, about, sealing.own_name(shop, about['nonce']))
       about |= {'sealed': 'aes256gcm1', 'seal': group}
       with sealing.scratch(shop) as clear:
         _fill(clear, live, about, transcript)
@@ -277,7 +278,8 @@ def _fork(shop, parent, principal, ref, mint_key, vouch):
       shop.stage()) as folder:
     if about['sealed'] != 'none':
       # Its bytes are bound to its name: they are sealed anew.
-      key, about['seal'] = sealing.new_key(shop, about)
+      key, about['seal'] = sealing.new_key(
+          shop, about, sealing.own_name(shop, about['nonce']))
       with sealing.opened(shop, source, parent.about) as clear:
         sealing.seal_tree(clear, folder, about['nonce'], key)
     else:

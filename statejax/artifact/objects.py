@@ -131,12 +131,20 @@ class Secrets:
       new.replace(self.path / f'{name}.secret')
     commit.sync(self.path)
 
+  def names(self, beginning: str) -> set[str]:
+    """Returns the names of what is kept, or half made, that begin like this."""
+    return {file.name.removeprefix('.').partition('.')[0] for mark in ('', '.')
+            for file in self.path.glob(f'{mark}{beginning}*.*')}
+
   def destroy(self, name: str):
     """Overwrites and removes a secret; what it alone opens is gone."""
     # Also where a kill has left it half made.
     for file in (self.path / f'{name}.secret', *self.path.glob(f'.{name}.*')):
-      if file.exists():
-        file.write_text('0' * 64)
+      # Another process may be at it, and faster.
+      with contextlib.suppress(FileNotFoundError):
+        # In place: new blocks would leave the old ones as they are.
+        with open(file, 'r+') as out:
+          out.write('0' * 64)
         commit.sync(file)
         file.unlink()
         commit.sync(self.path)
@@ -192,6 +200,17 @@ class Store:
                     f'{version}')
     self.catalog = catalog.Catalog(
         self.path / 'index.db', **({'clock': clock} if clock else {}))
+    try:
+      self.shred()  # what a kill has cut short
+    except BaseException:
+      self.catalog.close()
+      raise
+
+  def shred(self):
+    """Destroys the secrets that the catalog has condemned; see `shred`."""
+    for name in self.catalog.condemned():
+      self.secrets.destroy(name)
+      self.catalog.settle(name)
 
   def again(self):
     """Returns the same store opened once more: what another thread needs."""

@@ -6,7 +6,17 @@
                manifest nonce + u32 length + path + u64 i + u8 last)
 
 A chunk moved, cut off or taken from another file or artifact does not open.
-Destroying the key that wraps the data key destroys the content.
+
+The manifest names the secret that wraps the data key, KEK. What a store keeps
+has one of its own, so that destroying it destroys this content and no other:
+
+    art-<store>-<nonce>    of one artifact of one store; made with it
+    data-<id>              a data key that a grant has brought
+    pushed-<id>            a data key of what was pushed to a bucket
+    org-<org>-kek          the organisation's: of what was exported, which its
+                           other stores must open, and of older artifacts
+
+`shred` destroys the first three when an artifact is revoked or deleted.
 """
 
 import base64
@@ -19,6 +29,7 @@ from statejax.artifact import commit, layout, manifest
 from statejax.artifact.outcome import Refused
 
 CHUNK = 1 << 20
+OWN = 'art-'
 _TAG = 16
 
 
@@ -82,17 +93,23 @@ def unseal(key: bytes, nonce: str, path: str, data: bytes) -> bytes:
                   'and name, got another one') from None
 
 
-def new_key(shop, about: dict) -> tuple[bytes, dict]:
+def own_name(shop, nonce: str) -> str:
+  """Returns the name of the secret that wraps one artifact's key alone."""
+  return f'{OWN}{shop.id[:16]}-{nonce}'
+
+
+def new_key(shop, about: dict, kek: str) -> tuple[bytes, dict]:
   """Returns a fresh data key, and the group `seal` that wraps it.
 
   Args:
-    shop: `objects.Store`, whose secrets hold the organisation's wrapping key.
+    shop: `objects.Store`.
     about: the manifest, with its nonce.
+    kek: name of the secret that wraps it, made where it is new: of `own_name`
+      for what stays in the store, the organisation's for what leaves it.
   """
-  name = shop.secrets.org_name(about['governance']['org'], 'kek')
   key = os.urandom(32)
-  return key, {'kek': name, 'chunk': CHUNK, 'wrapped': wrap(
-      shop.secrets.get(name), key, about['nonce'])}
+  return key, {'kek': kek, 'chunk': CHUNK, 'wrapped': wrap(
+      shop.secrets.get(kek), key, about['nonce'])}
 
 
 def seal_tree(source, target, nonce: str, key: bytes):
@@ -105,23 +122,42 @@ def seal_tree(source, target, nonce: str, key: bytes):
 
 
 def data_name(id: str) -> str:
-  """Returns the name of the secret that opens one artifact alone."""
+  """Returns the name of the secret that a grant has brought."""
   return f'data-{id[4:36]}'
 
 
+def pushed_name(id: str) -> str:
+  """Returns the name of the secret of what was pushed to a bucket."""
+  return f'pushed-{id[4:36]}'
+
+
 def data_key(shop, id: str, about: dict) -> bytes:
-  """Returns the key of a sealed artifact, by a grant's or the organisation's.
+  """Returns the key of a sealed artifact, kept bare or wrapped.
 
   Raises:
     Refused: E_SEALED: neither is here, or it is another one.
   """
-  own = shop.secrets.find(data_name(id))
-  if own is not None:
-    return own
+  for name in (data_name(id), pushed_name(id)):
+    bare = shop.secrets.find(name)
+    if bare is not None:
+      return bare
   kek = shop.secrets.find(about['seal']['kek'])
   if kek is None:
     raise Refused('E_SEALED', f'expected key {about["seal"]["kek"]}, got none')
   return unwrap(kek, about['seal']['wrapped'], about['nonce'])
+
+
+def check_foreign(about: dict):
+  """Raises where an artifact from elsewhere names a store's own secret.
+
+  Else its deletion would destroy the key of whom it imitates.
+
+  Raises:
+    Refused: E_SEALED.
+  """
+  if about['sealed'] != 'none' and about['seal']['kek'].startswith(OWN):
+    raise Refused('E_SEALED', "expected a key of an organisation, got a store's"
+                  ' own; have it exported from there')
 
 
 @contextlib.contextmanager

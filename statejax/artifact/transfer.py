@@ -59,7 +59,8 @@ def export(shop, key: str, principal: Principal, signer: keys.Signer,
           'parents': [{'id': found.id, 'role': 'exported'}],
           'depth': source['depth'] + 1, 'producer': signer.name,
           'how': 'exported'}}
-  wrapped, about['seal'] = sealing.new_key(shop, about)
+  wrapped, about['seal'] = sealing.new_key(
+      shop, about, shop.secrets.org_name(about['governance']['org'], 'kek'))
   with shop.catalog.refusals(principal.name, 'export', found.id), said(), (
       shop.catalog.lease(found.id, token_hex(8))), shop.stage() as folder:
     with sealing.opened(shop, shop.place(found.id), found.about) as clear, (
@@ -117,6 +118,7 @@ def receive(shop, path, principal: Principal, *, host=None, ref: str = '',
                       f'{found.voucher}, which only its own store can check')
       vouched = trust.vouch(shop, folder, found, data, about)
       trust.valid(shop, id, about, vouched)
+      sealing.check_foreign(about)
       if granted is not None:
         principal = _shown(shop, about, id, principal, *granted)
       access.require(about, principal, 'inspect', now=shop.catalog.clock())
@@ -151,6 +153,9 @@ def push(shop, key: str, principal: Principal, url: str) -> str:
   with shop.catalog.refusals(principal.name, 'export', found.id), said(), (
       shop.catalog.lease(found.id, token_hex(8))):
     _log(shop, principal, found.id, found.id, 'pushed')
+    # To `pull` it after it was deleted here, which destroys its other key.
+    shop.secrets.put(sealing.pushed_name(found.id), sealing.data_key(
+        shop, found.id, found.about))
     bucket.push(shop.place(found.id), url)
   return found.id
 

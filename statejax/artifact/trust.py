@@ -17,6 +17,7 @@ from statejax.artifact import (
   manifest,
   names,
   revoke,
+  shred,
   verify,
 )
 from statejax.artifact.grammar import Int, Items, OneOf, Record, Table, Text
@@ -222,6 +223,8 @@ def _root(shop):
 def install_revocations(shop, org: str, data: bytes) -> dict:
   """Keeps an organisation's signed revocation list; returns it.
 
+  Destroys the keys of what it names; see `shred`.
+
   Raises:
     Refused: E_SIG, E_TRUST; also where its number is below the present one.
   """
@@ -231,12 +234,21 @@ def install_revocations(shop, org: str, data: bytes) -> dict:
   if old is not None and new['number'] < old['number']:
     raise Refused('E_TRUST', f'crl: expected a number of at least '
                   f'{old["number"]}, got {new["number"]}')
+  # Written down first: a kill that leaves the old list loses no key that this
+  # one, which is signed, would let live.
+  shred.condemn(shop, lambda id, about: about['governance']['org'] == org and (
+      revoke.match(new, about, id)))
   _replace(_crl_path(shop, org), data)
+  shop.shred()
   return new
 
 
 def withdraw(shop, entries, principal: str, *, since: int | None = None):
   """Adds to the store's own list, with a row of the log for each entry.
+
+  And destroys the keys of what the list names. Which ones is written down with
+  it, so that a kill before the last one leaves nothing undone: the next open
+  ends it; see `shred`.
 
   Args:
     shop: `objects.Store`.
@@ -245,11 +257,27 @@ def withdraw(shop, entries, principal: str, *, since: int | None = None):
     since: see `revoke.extended`.
   """
   with shop.catalog.transaction():
-    shop.catalog.keep_revocations(revoke.extended(
+    new = revoke.extended(
         shop.catalog.revocations(), entries, now=shop.catalog.clock(),
-        since=since))
+        since=since)
+    shop.catalog.keep_revocations(new)
     for kind, value in entries:
       shop.catalog.audit(principal, 'revoked', value, kind)
+    shred.condemn(shop, lambda id, about: revoke.match(new, about, id))
+  shop.shred()
+
+
+def destroy_revoked(shop):
+  """Destroys what keys are left of all that is revoked here, by any list."""
+  shred.condemn(shop, lambda id, about: revoked(shop, id, about))
+  shop.shred()
+
+
+def revoked(shop, id: str, about: dict) -> str:
+  """Returns what revokes an artifact here by any list, '' where nothing does.
+  """
+  return revoke.match(shop.catalog.revocations(), about, id) or revoke.match(
+      _kept(shop, about['governance']['org']), about, id)
 
 
 def revocations(shop, known: Trust, org: str) -> dict | None:
@@ -307,12 +335,12 @@ def vouch(shop, folder, found: layout.Walk, data: bytes, about: dict) -> str:
   """
   if found.voucher == layout.MAC:
     return verify.vouch(folder, found, data, shop.secret)
-  known = require(shop)
-  payload, signature, hint = envelope.open_bundle(layout.read(folder,
-                                                              layout.SIG))
-  if payload != envelope.statement(data, about):
-    raise Refused('E_SIG', f'{layout.SIG}: expected a statement over exactly '
-                  'the files of the manifest, got another one')
+  return signed(require(shop), folder, data, about)
+
+
+def signed(known: Trust, folder, data: bytes, about: dict) -> str:
+  """As `vouch`, of a signed artifact, by a trust document at hand."""
+  payload, signature, hint = verify.bundle(folder, data, about)
   pem = known.key(hint, about['governance']['org'], 'mint', about['created'])
   keys.check(pem, envelope.STATEMENT, payload, signature)
   if about['provenance']['producer'] != f'key:{hint}':

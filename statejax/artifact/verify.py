@@ -1,10 +1,16 @@
 """Verifies an artifact without JAX, before anything of its payload is read.
 
     python -m statejax.artifact.verify DIRECTORY [--secret=FILE]
+        [--root=PEM --trust=FILE [--crl=FILE]] [--leaves]
 
-Steps V1 to V3, V4 with the secret of its store, V9 and V11 of a load: names
-and sizes, manifest, name, voucher, every file's digest, plain.json, and where
-the transcript is kept its witness. Needs the standard library only.
+Steps V1 to V3, V9 and V11 of a load: names and sizes, manifest, name, every
+file's digest, plain.json, and where the transcript is kept its witness. Of V4
+that a signature is over just these files; that it is valid and by whom needs
+the pinned root key and a trust document (V4, V5, with a revocation list V6, and
+of V7 the expiry), or the secret of its store. `--leaves` reads the arrays, too
+(V14). The output says of each what was not checked. Whoever has a right to it
+is not asked. Needs the standard library; signatures the extra [sign], leaves
+numpy and tensorstore.
 """
 
 import argparse
@@ -13,8 +19,9 @@ import hmac
 import json
 import pathlib
 import sys
+import time
 
-from statejax.artifact import layout, manifest, names
+from statejax.artifact import envelope, layout, manifest, names
 from statejax.artifact.outcome import Refused
 
 
@@ -86,6 +93,19 @@ def vouch(folder, found, data: bytes, secret: bytes | None) -> str:
   return 'mac'
 
 
+def bundle(folder, data: bytes, about: dict) -> tuple[bytes, bytes, str]:
+  """The part of V4 that needs no key: returns (payload, signature, hint).
+
+  Raises:
+    Refused: E_SIG: no bundle, or one over other files.
+  """
+  found = envelope.open_bundle(layout.read(folder, layout.SIG))
+  if found[0] != envelope.statement(data, about):
+    raise Refused('E_SIG', f'{layout.SIG}: expected a statement over exactly '
+                  'the files of the manifest, got another one')
+  return found
+
+
 def content(folder, found, about):
   """V9 and V11: returns (plain, tokens), None where sealed or not kept.
 
@@ -155,27 +175,95 @@ def verify(folder, *, name: str | None = None, secret: bytes | None = None,
   """
   found, data, about, got = head(folder, name=name, max_bytes=max_bytes,
                                  foreign=foreign)
+  if found.voucher == layout.SIG:
+    bundle(folder, data, about)
   vouched = '' if secret is None else vouch(folder, found, data, secret)
   plain, tokens = content(folder, found, about)
   return Verified(got, about, plain, tokens, vouched)
 
 
+def said(vouched: str) -> dict:
+  """Returns in words who vouches for an artifact, for a line of output.
+
+  Args:
+    vouched: 'mac', 'key:' and the hint of who has signed, or '' where nobody
+      was asked.
+  """
+  return {'signature': 'none, its store vouches' if vouched == 'mac' else
+          vouched or 'not checked'}
+
+
+def _by_trust(given, found) -> dict:
+  """V4 to V7 without a store: returns in words what was checked."""
+  from statejax.artifact import revoke, trust
+  data = layout.read(given.directory, manifest.NAME)
+  if layout.walk(given.directory).voucher != layout.SIG:
+    raise Refused('E_UNSIGNED', f'expected {layout.SIG}, got {layout.MAC}, '
+                  'which needs the --secret of its store')
+  root, now = pathlib.Path(given.root).read_text(), int(time.time())
+  known = trust.parse(pathlib.Path(given.trust).read_bytes(), root)
+  about = found.about
+  words = said(trust.signed(known, given.directory, data, about))
+  if about['policy']['epoch'] < known.min_epoch:
+    raise Refused('E_EPOCH', f'policy.epoch: expected at least '
+                  f'{known.min_epoch}, got {about["policy"]["epoch"]}')
+  if given.crl:
+    revoke.require(trust.signed_revocations(
+        known, about['governance']['org'], pathlib.Path(given.crl).read_bytes(),
+        now=now), about, found.id, foreign=True, now=now)
+    words['revoked'] = 'no'
+  end = about['governance']['not_after']
+  if 0 < end <= now:
+    raise Refused('E_EXPIRED', f'expected a time until {end}, got {now}')
+  return words | {'expired': 'no'}
+
+
 def main(argv=None) -> int:
-  """Command: prints one JSON line; returns 0, or 1 where refused."""
+  """Command: prints one JSON line of what was checked and what was not.
+
+  Returns:
+    0 where all that was asked for holds, 1 where it is refused, 2 where it
+    cannot be asked: flags that do not go together, a missing package.
+  """
   parser = argparse.ArgumentParser(prog='python -m statejax.artifact.verify')
   parser.add_argument('directory')
   parser.add_argument('--secret', help='file with the secret of its store')
+  parser.add_argument('--root', help='file of the pinned public key')
+  parser.add_argument('--trust', help='trust document, signed by --root')
+  parser.add_argument('--crl', help="its organisation's revocation list")
+  parser.add_argument('--leaves', action='store_true', help='read the arrays')
   given = parser.parse_args(argv)
+  if bool(given.root) != bool(given.trust) or given.crl and not given.root:
+    parser.error('--root, --trust: expected both; --crl needs them')
+  if given.secret and given.root:
+    parser.error('--secret, --root: expected one of them: an artifact has the '
+                 'code of its store or a signature')
+  words = {'revoked': 'not checked', 'expired': 'not checked',
+           'rights': 'not checked', 'arrays': 'not checked'}
   try:
     secret = (bytes.fromhex(pathlib.Path(given.secret).read_text())
               if given.secret else None)
     found = verify(given.directory, secret=secret)
+    words = said(found.vouched) | words
+    if given.root:
+      words |= _by_trust(given, found)
+    if given.leaves:
+      from statejax.artifact import leaves
+      if found.plain is None:
+        raise Refused('E_SEALED', '--leaves: expected arrays in clear, got a '
+                      'sealed artifact; load it in a store that has its key')
+      leaves.check(given.directory, found.about, found.plain)
+      words['arrays'] = 'match their digests'
   except (Refused, OSError) as error:
     code = error.code if isinstance(error, Refused) else 'E_IO'
     print(json.dumps({'verified': False, 'code': code, 'why': str(error)}))
     return 1
+  except ImportError as error:
+    parser.error(f'--leaves: expected numpy and tensorstore, got: {error}')
+  except ValueError as error:  # no key, or nothing to check it with
+    parser.error(str(error))
   print(json.dumps({
-      'verified': True, 'id': found.id, 'vouched': found.vouched or 'not asked',
+      'verified': True, 'id': found.id, 'files': 'match their digests', **words,
       'length': found.about['state']['length'],
       'owner': found.about['governance']['owner'],
       'sealed': found.about['sealed']}))

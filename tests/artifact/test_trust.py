@@ -145,11 +145,12 @@ def test_what_must_be_sealed():
 def test_a_destroyed_key_destroys_the_content(tmp_path, private):
   shop = make(tmp_path, private)
   one = mint.mint(shop, small.state(), 0, small.host(), OPEN).id
-  shop.secrets.destroy(shop.secrets.org_name('acme', 'kek'))
+  name = load.load(shop, one, ALICE, small.host()).about['seal']['kek']
+  shop.secrets.destroy(name)
   assert str(load.load(shop, one, ALICE, small.host()).decision) == (
       'refused(E_SEALED)')
   # A new key of that name does not open it either.
-  shop.secrets.get(shop.secrets.org_name('acme', 'kek'))
+  shop.secrets.get(name)
   assert str(load.load(shop, one, ALICE, small.host()).decision) == (
       'refused(E_SEALED)')
   shop.scratch = '/nowhere'
