@@ -79,7 +79,8 @@ def mint(shop, number, *, ref='', expect=0, mint_key='', parents=(),
     if known['sealed'] == 'none':
       fill(folder, number)
     else:
-      key, known['seal'] = sealing.new_key(shop, known)
+      key, known['seal'] = sealing.new_key(
+          shop, known, sealing.own_name(shop, known['nonce']))
       with sealing.scratch(shop) as clear:
         fill(clear, number)
         sealing.seal_tree(clear, folder, known['nonce'], key)

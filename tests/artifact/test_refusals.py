@@ -16,6 +16,7 @@ from statejax.artifact import (
   objects,
   outcome,
   revoke,
+  sealing,
   store,
   withdraw,
 )
@@ -134,7 +135,8 @@ def signed(code):
     key = mint.mint(other, small.state(), 0, HOST, terms, vouch=(
         None if code == 'E_SEALED' else keys.Signer(acme))).id
     if code == 'E_SEALED':
-      other.secrets.destroy(other.secrets.org_name('acme', 'kek'))
+      for name in other.secrets.names(sealing.own_name(other, '')):
+        other.secrets.destroy(name)
     return dict(shop=other, key=key)
   return cause
 
