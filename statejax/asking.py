@@ -1,9 +1,29 @@
-"""Flags of `state mint` and `resume`: what to do where something is in the way.
+"""Who asks, of which store, with which model: what flags of `state` say.
 
-A state that does not fit, or a name that is taken.
+And what to do where something is in the way: a state that does not fit, or a
+name that is taken.
 """
 
+import json
+import os
+import pathlib
+import sys
+from typing import Any
+
 from absl import flags
+
+STORE = flags.DEFINE_string('store', 'states', 'state: directory of artifacts')
+SECRETS = flags.DEFINE_string(
+    'secrets', '~/.config/statejax', 'state: directory of secrets')
+PRINCIPAL = flags.DEFINE_string('principal', 'local', 'state: who acts')
+ORG = flags.DEFINE_string('org', '', "state: the principal's organisation")
+SIGNING_KEY = flags.DEFINE_string(
+    'signing_key', None, 'state: file of a private key')
+ROOT = flags.DEFINE_string(
+    'root', None, 'state: file of the public key that decides on trust')
+GRANT = flags.DEFINE_string('grant', None, 'state: file of a grant to show')
+HOLDER_KEY = flags.DEFINE_string(
+    'holder_key', None, 'state: file of the private key that --grant is for')
 
 MISMATCH = flags.DEFINE_enum(
     'on_mismatch', 'refuse', ['refuse', 'reprefill'],
@@ -58,3 +78,184 @@ def horizon() -> int:
   """Returns the most tokens of a state to go on from."""
   from statejax.artifact import manifest
   return manifest.MAX_LENGTH if HORIZON.value is None else HORIZON.value
+
+
+def flag(name) -> Any:
+  """Returns the value of a flag that another module defines."""
+  return flags.FLAGS[name].value
+
+
+def read(name: str, path) -> bytes:
+  """Returns what is in a file that a flag or target names.
+
+  Raises:
+    ValueError: there is none.
+  """
+  path = pathlib.Path(path)
+  if not path.is_file():
+    raise ValueError(f'{name}: expected a file, got '
+                     f'{"a directory" if path.is_dir() else "nothing"} at '
+                     f'{path}; look at the spelling.')
+  return path.read_bytes()
+
+
+def write(path, data: bytes, mode: int = 0o644):
+  """Makes a file.
+
+  Raises:
+    ValueError: there is one, or no directory for it.
+  """
+  path = pathlib.Path(path)
+  if path.exists():
+    raise ValueError(f'{path}: exists already, and nothing is overwritten; '
+                     'choose another name, or move it away.')
+  if not path.absolute().parent.is_dir():
+    raise ValueError(f'{path}: expected {path.parent} to be a directory; make '
+                     'it first.')
+  with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode),
+            'wb') as out:
+    out.write(data)
+
+
+def is_store() -> bool:
+  """Whether there is a store where the flags say."""
+  return (pathlib.Path(STORE.value) / 'STORE.json').is_file()
+
+
+def shop(*, make: bool = False):
+  """Returns the `objects.Store` of the flags.
+
+  Args:
+    make: whether to make one where there is none: what adds to it does, what
+      only looks does not.
+  """
+  from statejax.artifact import bucket, objects
+  if bucket.is_url(STORE.value):
+    raise ValueError(f'--store={STORE.value}: expected a directory, got a URL; '
+                     'a store is a directory, and push and pull use buckets.')
+  if not make and not is_store():
+    raise ValueError(f'--store={STORE.value}: expected a store, got none; look '
+                     'at the spelling, or make one with state mint.')
+  root = read('--root', ROOT.value).decode() if ROOT.value else ''
+  return objects.Store(STORE.value, objects.Secrets(
+      pathlib.Path(SECRETS.value).expanduser()), root=root)
+
+
+def elsewhere(key: str) -> bool:
+  """Whether a target is a file or directory, and no name of the store.
+
+  What has a name there is what is meant; `./chat` is the file beside it.
+  """
+  if not pathlib.Path(key).exists():
+    return False
+  return not is_store() or shop().catalog.ref(key) is None
+
+
+def signer():
+  """Returns the `keys.Signer` of --signing_key."""
+  from statejax.artifact import keys
+  if SIGNING_KEY.value is None:
+    raise ValueError('--signing_key: name the file of a private key; make one '
+                     'with state keygen.')
+  return keys.Signer(read('--signing_key', SIGNING_KEY.value))
+
+
+def principal():
+  """Returns who acts, by the flags."""
+  from statejax.artifact.access import Principal
+  return Principal(PRINCIPAL.value, ORG.value)
+
+
+def granted():
+  """(grant, private key) that --grant and --holder_key name, None for none."""
+  data, private = GRANT.value, HOLDER_KEY.value
+  if data is not None and private is not None:
+    return read('--grant', data), read('--holder_key', private)
+  if data is private:
+    return None
+  raise ValueError('--grant, --holder_key: expected both: a grant, and the '
+                   'private key of whom it is for.')
+
+
+def who(shop, key):
+  """Who asks for an artifact, with what a grant that they show gives."""
+  asks, shown = principal(), granted()
+  if shown is None:
+    return asks
+  from secrets import token_hex
+
+  from statejax.artifact import grant, verify
+  from statejax.artifact.outcome import Refused
+  (data, private), nonce = shown, token_hex(16)
+  try:
+    id = shop.find(key)
+    about = verify.head(shop.place(id), name=id)[2]
+  except Refused:
+    return asks  # what is wrong is told, and written down, by what is asked
+  return grant.present(shop, data, about, id, asks, nonce,
+                       grant.prove(private, nonce, data))
+
+
+def model():
+  """Returns (model, params as a step takes them, digest of the parameters)."""
+  from statejax.artifact import digest
+  from statejax.tasks import text
+  from statejax.train import restore
+  workdir = flag('workdir')
+  if workdir is None:
+    raise ValueError('--workdir: name the directory of the run.')
+  model, params = restore.from_workdir(workdir)
+  if model.config.vocab != text.VOCAB:
+    raise ValueError(f'{workdir}: expected a text model of {text.VOCAB} tokens,'
+                     f' got {model.config.vocab}; train one, e.g. of '
+                     'configs/text_kda.py.')
+  return model, model.unstack(params), digest.tree_digest(params)
+
+
+def changed(model):
+  """The model with what --set says of it; its parameters must stay the same."""
+  from statejax import config as cfg
+  from statejax.model import LanguageModel
+  config = model.config
+  for assignment in flag('set'):
+    if not assignment.startswith('model.'):
+      raise ValueError(f'--set={assignment}: expected a setting of the model, '
+                       'e.g. model.store_dtype=float32.')
+    config = cfg.override(config, assignment.removeprefix('model.'))
+  return model if config is model.config else LanguageModel(config)
+
+
+def host(model, digest, capacity):
+  """Returns this process as the loader of an artifact sees it."""
+  from statejax import account
+  from statejax.artifact import identity
+  from statejax.tasks import text
+  return identity.Host(
+      model.config, model.state_schema, digest,
+      program=identity.Program(capacity=capacity),
+      tokenizer={'bytes': b'%d ids' % text.VOCAB}, special={'end': text.END},
+      active_horizon=horizon(),
+      work=lambda tokens: account.mflop(model.config, tokens))
+
+
+def room(tokens):
+  """Capacity for so many tokens, in steps: equal ones are equal programs."""
+  return flag('capacity') or -(-tokens // 256) * 256
+
+
+def length(shop, key):
+  """Tokens an artifact says it has; 0 where the load will refuse it."""
+  from statejax.artifact import verify
+  from statejax.artifact.outcome import Refused
+  try:
+    return verify.head(shop.place(shop.find(key)))[2]['state']['length']
+  except Refused:
+    return 0
+
+
+def say(kept, mark=''):
+  """Prints what was kept."""
+  marked = {'mark': mark} if mark else {}
+  print(json.dumps({'id': kept.id, 'ref': kept.ref, 'conflict': kept.conflict,
+                    'seq': kept.receipt.seq, 'head': kept.receipt.head,
+                    **marked}), file=sys.stderr)

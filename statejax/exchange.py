@@ -1,7 +1,7 @@
 """Verbs of `state` about other stores, keys, trust, grants and revocations.
 
-See `statejax.states`, which opens the store and knows who asks. A key that was
-lost is retired, a policy that was bad ends with its epoch; what a key has
+Store and who asks are those of `statejax.asking`. A key that was lost is
+retired, a policy that was bad ends with its epoch; what a key has
 signed since some time, or all of a family, a model, a workflow and so on is
 revoked, and with a key that may revoke also what will come:
 
@@ -15,10 +15,11 @@ revoked, and with a key that may revoke also what will come:
 """
 
 import json
-import os
 import pathlib
 
 from absl import flags
+
+from statejax import asking
 
 URL = flags.DEFINE_string('url', None, 'state push: bucket, and path in it')
 HOLDER = flags.DEFINE_string(
@@ -48,45 +49,39 @@ ADOPT = flags.DEFINE_bool(
 _PEM = b'-----BEGIN PUBLIC KEY'
 
 
-def push(shop, who, key):
+def push(key):
   """Copies an artifact to a bucket as it is."""
   from statejax.artifact import transfer
   if URL.value is None:
     raise ValueError('--url: name the bucket and a path in it, e.g. '
                      'gs://bucket/states.')
-  id = transfer.push(shop, key, who, URL.value)
+  id = transfer.push(asking.shop(), key, asking.principal(), URL.value)
   print(json.dumps({'id': id, 'url': f'{URL.value.rstrip("/")}/{id}'}))
 
 
-def pull(shop, who, target):
-  """Brings an artifact back from a bucket; returns what was kept."""
+def pull(target):
+  """Brings an artifact back from a bucket."""
   from statejax.artifact import bucket, transfer
   url, id = bucket.split(target)
-  return transfer.pull(shop, url, id, who, ref=flags.FLAGS['ref'].value or '')
+  asking.say(transfer.pull(asking.shop(), url, id, asking.principal(),
+                           ref=asking.flag('ref') or ''))
 
 
-def grant(shop, who, target, signer):
-  """Writes a grant of an artifact, or prints what one says.
-
-  Args:
-    shop: `objects.Store`.
-    who: `Principal`.
-    target: name or id, or the file of a grant.
-    signer: () -> `keys.Signer`.
-  """
+def grant(target):
+  """Writes a grant of an artifact, or prints what the file of one says."""
   from statejax.artifact import grant
-  if pathlib.Path(target).is_file():
-    print('\n'.join(grant.describe(shop, pathlib.Path(target).read_bytes())))
+  shop = asking.shop()
+  if asking.elsewhere(target):
+    print('\n'.join(grant.describe(shop, asking.read('target', target))))
     return
-  file = flags.FLAGS['file'].value
+  file = asking.flag('file')
   if HOLDER.value is None or file is None:
     raise ValueError(f'{target}: expected a grant to print, or with --holder '
                      'and --file a name or id to write one of.')
-  data = grant.issue(
-      shop, target, who, pathlib.Path(HOLDER.value).read_text(),
-      RIGHTS.value, signer(), seconds=SECONDS.value, max_uses=MAX_USES.value)
-  with open(file, 'xb') as out:
-    out.write(data)
+  asking.write(file, grant.issue(
+      shop, target, asking.principal(),
+      asking.read('--holder', HOLDER.value).decode(), RIGHTS.value,
+      asking.signer(), seconds=SECONDS.value, max_uses=MAX_USES.value))
   print(file)
 
 
@@ -96,37 +91,37 @@ def keygen(name):
   private = keys.generate()
   for suffix, mode, data in (('pem', 0o600, private),
                              ('pub', 0o644, keys.public(private).encode())):
-    path = f'{name}.{suffix}'
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode),
-              'wb') as out:
-      out.write(data)
-    print(path)
+    asking.write(f'{name}.{suffix}', data, mode)
+    print(f'{name}.{suffix}')
 
 
-def trust(shop, path, signer):
-  """Trusts a public key or retires it, takes a revocation list, or sets rules.
+def trust(path):
+  """Trusts a public key or retires it, takes a signed list, or sets rules.
 
   Args:
-    shop: `objects.Store`.
-    path: of the public key, or of an organisation's list; 'rules' for what
-      --min_epoch and --classes say.
-    signer: () -> `keys.Signer` of the root, but for a list.
+    path: of the public key; of an organisation's revocation list, or of a
+      trust document that the root has signed; 'rules' for what --min_epoch and
+      --classes say.
   """
-  from statejax.artifact import keys, trust
+  from statejax.artifact import envelope, keys, trust
   rules = path == 'rules'
   if rules != any(x.value is not None for x in (MIN_EPOCH, CLASSES)):
     raise ValueError('--min_epoch, --classes: they are for state trust rules, '
                      'which needs one of them.')
-  data = b'' if rules else pathlib.Path(path).read_bytes()
-  org, key = flags.FLAGS['org'].value or '', data.startswith(_PEM)
+  data = b'' if rules else asking.read('target', path)
+  org, key = asking.ORG.value, data.startswith(_PEM)
   if RETIRE.value and not key:
     raise ValueError('--retire: name the file of the public key.')
+  shop = asking.shop(make=True)
   if not rules and not key:
+    if envelope.kind_of(data) == 'trust':
+      print(json.dumps({'trust': trust.install(shop, data).number}))
+      return
     found = trust.install_revocations(shop, org, data)
     print(json.dumps({'crl': found['number'], 'until': found['next_update'],
                       'entries': len(found['entries'])}))
     return
-  root = signer()
+  root = asking.signer()
   shop.root = shop.root or keys.public(root.private)
   old = trust.load(shop)
   if rules:
@@ -141,17 +136,16 @@ def trust(shop, path, signer):
             'status': 'retired' if RETIRE.value else 'active'})}))
 
 
-def revoke(shop, who, what, signer):
+def revoke(what):
   """Revokes an artifact, or all of some kind; prints what the list names now.
 
   Args:
-    shop: `objects.Store`.
-    who: `Principal`.
     what: name or id, or a value; for --by=key also the file of a public key,
       for --by=persona also its text.
-    signer: `keys.Signer` of a key that may revoke, or None.
   """
   from statejax.artifact import keys, withdraw
+  shop, who = asking.shop(), asking.principal()
+  signer = asking.signer() if asking.SIGNING_KEY.value else None
   by, file = BY.value, pathlib.Path(what)
   if by == 'key' and file.is_file():
     what = f'key:{keys.hint(file.read_text())}'
@@ -162,28 +156,29 @@ def revoke(shop, who, what, signer):
     print(json.dumps({'revoked': kind, 'value': value}))
 
 
-def delete(shop, who, key):
+def delete(key):
   """Deletes an artifact, whatever points to it."""
   from statejax.artifact import desk
-  print(json.dumps({'deleted': desk.delete(shop, key, who)}))
+  print(json.dumps({'deleted': desk.delete(asking.shop(), key,
+                                           asking.principal())}))
 
 
-def crl(shop, path, signer):
+def crl(path):
   """Writes the store's revocation list, signed, for other stores."""
   from statejax.artifact import transfer
-  data = transfer.issue_revocations(shop, signer())
-  with open(path, 'xb') as out:
-    out.write(data)
+  asking.write(path, transfer.issue_revocations(asking.shop(),
+                                                asking.signer()))
   print(path)
 
 
-def fsck(shop, who):
+def fsck():
   """Prints what is wrong with a store; with --adopt takes in what is whole.
 
   And ends what a kill has left of a revocation.
   """
   from statejax.artifact import collect, trust
   from statejax.artifact.outcome import Refused
+  shop, who = asking.shop(), asking.principal()
   trust.destroy_revoked(shop)
   for id in collect.orphans(shop) if ADOPT.value else ():
     try:

@@ -50,11 +50,12 @@ ALLOWED = {
     'serve': f'{MODEL} artifact generate starlette uvicorn',
     'train': f'{MODEL} artifact tasks parallel optax',
     'train/plot': f'{MODEL} artifact matplotlib',
-    'exchange': 'artifact absl',
-    'asking': 'artifact absl',
+    'asking': f'{MODEL} account artifact tasks train absl',
+    'exchange': 'artifact asking absl',
+    'looking': 'artifact asking absl',
     'meter': 'jax',
-    'states': f'{MODEL} account artifact asking exchange generate meter tasks '
-              'train absl',
+    'states': f'{MODEL} artifact asking exchange generate looking meter tasks '
+              'absl',
     'main': f'{MODEL} artifact tasks metrics generate memory states train '
             'serve absl pallas_kernels',
     'pallas_kernels': 'jax numpy',

@@ -7,7 +7,7 @@ import pytest
 from test_main import run  # noqa: F401
 from test_main_state import MODEL, model, state  # noqa: F401
 
-from statejax import account, states
+from statejax import account, asking
 from statejax.artifact import identity, load, mint, objects
 from statejax.artifact.access import Principal
 from statejax.meter import Meter
@@ -27,7 +27,7 @@ def shop(state, tmp_path):  # noqa: F811
 
 def again(shop, ref, **changes):
   """Mints the same state as a host with other texts or tokens."""
-  host = states._host(MODEL, model()[2], 256)
+  host = asking.host(MODEL, model()[2], 256)
   found = load.load(shop, 'chat', ME, host)
   mint.mint(shop, found.state, 0, dataclasses.replace(host, **changes),
             mint.Terms('local'), ref=ref, transcript=mint.Transcript(
@@ -72,7 +72,7 @@ def test_crossed_weights(state, shop, monkeypatch):  # noqa: F811
   code, _, err = state('resume', 'chat', *GO, cross, '--chat',
                        '--on_mismatch=reprefill')
   assert code == 2 and 'unsafe_cross_weights: expected it alone' in err
-  monkeypatch.setattr(states, '_model', lambda: model(1))
+  monkeypatch.setattr(asking, 'model', lambda: model(1))
   assert state('resume', 'chat', *GO, '--tokens=2')[0] == 2
   code, _, err = state('resume', 'chat', *GO, '--tokens=2', cross)
   assert code == 0 and err.startswith('resumed(7) promise=none W_WEIGHTS')
@@ -81,7 +81,7 @@ def test_crossed_weights(state, shop, monkeypatch):  # noqa: F811
   assert rows[-2:] == [('resume', 'W_WEIGHTS'), ('mint', 'W_WEIGHTS')]
   # It is of neither model now, and each of its outputs says so.
   for seed in (0, 1):
-    monkeypatch.setattr(states, '_model', lambda seed=seed: model(seed))
+    monkeypatch.setattr(asking, 'model', lambda seed=seed: model(seed))
     code, _, err = state('resume', 'chat', *GO, '--tokens=2')
     assert code == 2 and 'refused(E_WEIGHTS)' in err
   code, _, err = state('resume', 'chat', *GO, '--tokens=2', cross)
@@ -103,7 +103,7 @@ def test_what_it_took_and_saved(state, shop):  # noqa: F811
   assert row['device_us'] == two['device_us']
   assert row['device_us_avoided'] == one['device_us']
   assert row['tokens_skipped'] == 7 and row['tokens_absorbed'] == 10
-  assert states._host(MODEL, '0' * 64, 256).work(10 ** 6) == account.mflop(
+  assert asking.host(MODEL, '0' * 64, 256).work(10 ** 6) == account.mflop(
       MODEL.config, 10 ** 6) > 0
   # What is absorbed anew has its own account; all of it is charged.
   again(shop, 'ruled', texts=identity.Texts(bytes(32), system='be kind'))

@@ -12,7 +12,7 @@ from test_main import TRAIN, call, run  # noqa: F401
 
 from statejax import config as c
 from statejax import model as lm
-from statejax import states
+from statejax import asking, states
 from statejax.artifact import digest, objects
 
 FULL = c.LayerConfig('full', c.AttentionConfig(
@@ -30,7 +30,7 @@ def model(seed=0):
 @pytest.fixture
 def state(run, monkeypatch, tmp_path):  # noqa: F811
   """Runs `state ...` with an untrained model; status, lines, errors."""
-  monkeypatch.setattr(states, '_model', model)
+  monkeypatch.setattr(asking, 'model', model)
   def state(*argv):
     # Of two values of a flag the last one counts.
     return run('state', f'--store={tmp_path}/store',
@@ -58,17 +58,17 @@ def test_life_of_an_artifact(state, monkeypatch):
   assert code == 0 and 'whose: local of acme' in out and two['id'] in out
   assert 'after 14 tokens' in out and 'bob may resume' in out
   assert f'from {one["id"]}' in out
-  assert 'would it load here: yes, promise bit' in out
-  monkeypatch.setattr(states, '_model', lambda: model(1))
+  assert 'does it fit here: yes, promise bit' in out
+  monkeypatch.setattr(asking, 'model', lambda: model(1))
   out = state('show', 'chat', '--org=acme', '--workdir=x')[1]
-  assert 'would it load here: no, E_WEIGHTS: model.params' in out
+  assert 'does it fit here: no, E_WEIGHTS: model.params' in out
   # Another model refuses it, or absorbs the kept tokens again.
   code, _, err = state('resume', 'chat', *go, '--tokens=2', '--org=acme')
   assert code == 2 and 'refused(E_WEIGHTS)' in err
   code, _, err = state('resume', one['id'], *go, '--tokens=2', '--org=acme',
                        '--on_mismatch=reprefill')
   assert code == 0 and err.startswith('reprefilled(7, E_WEIGHTS) promise=none')
-  monkeypatch.setattr(states, '_model', model)
+  monkeypatch.setattr(asking, 'model', model)
   code, out, _ = state('verify', 'chat', '--org=acme', '--workdir=x')
   assert code == 0 and json.loads(out)['load'] == 'resumed(14)'
   # Others.
@@ -125,7 +125,11 @@ def test_life_of_an_artifact(state, monkeypatch):
 @pytest.mark.parametrize('argv, message', [
     ([], 'usage: '), (['fly'], 'state takes one of mint, resume, show'),
     (['mint'], 'and, but for audit, account, fsck, gc, a target'),
-    (['trust', 'nothing'], 'No such file'),
+    (['trust', 'nothing'], 'target: expected a file, got nothing'),
+    (['trust', 'x', '--retire'], 'target: expected a file'),
+    (['audit', '--store=typo'], '--store=typo: expected a store, got none'),
+    (['audit', '--root=nix'], '--root: expected a file, got nothing at nix'),
+    (['show', 'nothing.tar', '--store=typo'], 'expected a store, got none'),
     (['crl', 'x'], '--signing_key: name the file'),
     (['audit', 'x'], 'usage'), (['diff', 'x'], 'diff takes two'),
     (['show', 'x', '--ref=y'], '--ref: state show does not use it'),
@@ -137,8 +141,11 @@ def test_life_of_an_artifact(state, monkeypatch):
     (['resume', 'nothing', '--workdir=w'], 'refused(E_ACL)'),
     (['mint', 'a b', '--prompt=a', '--tokens=1', '--workdir=w'],
      'ref: expected'),
+    (['mint', 'x', '--prompt=a', '--acl=b:fly'], 'governance.acl'),
+    (['mint', 'x', '--prompt=a', '--not_after=5'], 'E_EXPIRED'),
     (['mint', 'x', '--resume=b', '--transcript=keep'], 'does not have its')])
-def test_mistakes(state, argv, message):
+def test_mistakes(state, tmp_path, argv, message):
+  objects.Store(tmp_path / 'store', objects.Secrets(tmp_path / 'secrets'))
   code, _, err = state(*argv)
   assert code == 2 and message in err
 
@@ -226,9 +233,9 @@ def test_only_a_file(state, monkeypatch, tmp_path):
   assert 'no, E_TRUST: expected a pinned root key' in show(*org)[0]
   assert 'no, E_ACL: bob of globex may not' in show(
       '--root=root.pub', '--org=globex', '--principal=bob')[0]
-  monkeypatch.setattr(states, '_model', lambda: model(1))
+  monkeypatch.setattr(asking, 'model', lambda: model(1))
   assert 'no, E_WEIGHTS: model.params' in show('--root=root.pub', *org)[1]
-  monkeypatch.setattr(states, '_model', model)
+  monkeypatch.setattr(asking, 'model', model)
   code, out, _ = state('verify', 'chat.tar', '--workdir=x', '--root=root.pub',
                        *org)
   found = json.loads(out)
@@ -269,6 +276,28 @@ def test_only_a_file(state, monkeypatch, tmp_path):
   code, _, err = state('transfer', f'{url}/{one}', *org, '--root=root.pub',
                        '--ref=sent')
   assert code == 0 and json.loads(err)['ref'] == 'sent'
+
+
+def test_only_what_somebody_vouches_for_is_verified(
+    state, monkeypatch, tmp_path):
+  monkeypatch.chdir(tmp_path)
+  go = ['--workdir=x', '--prompt=ab', '--tokens=3', '--temperature=0']
+  state('mint', 'chat', *go)
+  id = json.loads(state('mint', 'forged', *go, '--store=other')[2])['id']
+  forged = str(next((tmp_path / 'other' / 'objects').glob(f'*/{id[4:]}')))
+  code, out, err = state('verify', forged)
+  assert code == 2 and 'expected one for which somebody vouches' in err
+  found = json.loads(out)
+  assert not found['verified'] and found['resume'].startswith('no, E_SIG')
+  code, out, _ = state('verify', forged, '--store=nowhere')
+  found = json.loads(out)
+  assert code == 0 and not found['verified']
+  assert found['signature'] == 'not checked'
+  # A name is what has it in the store, not a file beside it.
+  (tmp_path / 'chat').mkdir()
+  assert json.loads(state('verify', 'chat')[1])['verified']
+  code, _, err = state('verify', './chat')
+  assert code == 2 and 'E_LAYOUT' in err
 
 
 def test_revoking_and_deleting(state, monkeypatch, tmp_path):

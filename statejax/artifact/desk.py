@@ -4,6 +4,7 @@ Each answer is a decision, and stands in the audit log of the store.
 """
 
 import contextlib
+import dataclasses
 import pathlib
 import tempfile
 import time
@@ -99,6 +100,30 @@ def opened(path):
   with tempfile.TemporaryDirectory() as folder:
     portable.unpack(path, folder)
     yield pathlib.Path(folder)
+
+
+def known(shop, folder) -> verify.Verified:
+  """Verifies an artifact from elsewhere, all but its arrays.
+
+  Nobody vouches for it where only another store can know it, or where it is
+  signed by nobody who is trusted here; `obstacle` says why.
+
+  Args:
+    shop: `objects.Store`.
+    folder: the artifact.
+
+  Raises:
+    Refused: the first check that fails; E_SIG also of a signature that is none.
+  """
+  found = verify.verify(folder)
+  walk, data, about, _ = verify.head(folder)
+  try:
+    vouched = trust.vouch(shop, folder, walk, data, about)
+  except Refused as error:
+    if walk.voucher == layout.SIG and error.code == 'E_SIG':
+      raise
+    return found
+  return dataclasses.replace(found, vouched=vouched)
 
 
 def obstacle(shop, folder, principal: Principal,

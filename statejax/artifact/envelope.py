@@ -9,6 +9,7 @@ nothing here needs more than the standard library, and nothing loads jax.
 
 import base64
 import binascii
+import contextlib
 import hashlib
 
 from statejax.artifact import canonical, layout
@@ -100,6 +101,20 @@ def open_bundle(data: bytes) -> tuple[bytes, bytes, str]:
 def seal(kind: str, payload: bytes, signature: bytes, hint: str) -> bytes:
   """Returns a signed document of `KINDS`; see `media` for what is signed."""
   return canonical.dumps(_fields(media(kind), payload, signature, hint))
+
+
+def kind_of(data: bytes) -> str:
+  """Returns which of `KINDS` a signed document says it is.
+
+  Raises:
+    Refused: E_SIG: none of them.
+  """
+  for kind in KINDS:
+    with contextlib.suppress(Refused):
+      open_document(kind, data)
+      return kind
+  raise Refused('E_SIG', f'expected a signed document, {", ".join(KINDS)}, got '
+                'something else')
 
 
 def open_document(kind: str, data: bytes) -> tuple[bytes, bytes, str]:

@@ -74,7 +74,8 @@ def _entries(folder, prefix='', depth=1):
   where = folder / prefix
   try:
     if not stat.S_ISDIR(os.lstat(where).st_mode):
-      raise Refused('E_LAYOUT', f'{prefix or folder}: expected a directory')
+      raise Refused('E_LAYOUT', f'{prefix or folder}: expected a directory, '
+                    'got a file; one that was exported, state show takes')
     names = sorted(os.listdir(where))
   except FileNotFoundError:
     raise Refused('E_LAYOUT', f'{where}: expected a directory, got nothing'

@@ -79,6 +79,23 @@ class Terms:
         rules['workflow'], sealed=about['sealed'] != 'none')
     return dataclasses.replace(kept, **changes)
 
+  def check(self, now: int):
+    """Raises unless an artifact can have these terms from now on.
+
+    Args:
+      now: unix seconds.
+
+    Raises:
+      Refused: E_MANIFEST, naming the field; E_EXPIRED: they have ended already.
+    """
+    try:
+      manifest.GRAMMAR.fields['governance'](self.group(''), 'governance')
+    except ValueError as error:
+      raise Refused('E_MANIFEST', str(error)) from None
+    if 0 < self.not_after <= now:
+      raise Refused('E_EXPIRED', f'governance.not_after: expected 0 or more '
+                    f'than {now}, which is now, got {self.not_after}')
+
   def group(self, persona: str) -> dict:
     """Returns the group `governance`."""
     return {'org': self.org, 'owner': self.owner, 'class': self.sensitivity,
@@ -162,6 +179,7 @@ def mint(shop, state, row: int, host: identity.Host, terms: Terms, *,
   live = st.live(state, row)
   with decided():
     check(live)
+    terms.check(shop.catalog.clock())
     if transcript is not None:
       _check_transcript(live, transcript)
     if stands is not None:

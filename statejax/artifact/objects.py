@@ -360,7 +360,7 @@ class Store:
       moved = bool(ref) and (self.catalog.move(ref, id, expect)
                              or (self.catalog.ref(ref) or ('',))[0] == id)
       if ref and not moved:
-        ref = f'{ref}~{token_hex(4)}'
+        ref = f'{ref[:119]}~{token_hex(4)}'  # a name has 128 at most
         self.catalog.move(ref, id, 0)
     return Kept(id, receipt, ref, bool(ref) and not moved)
 

@@ -18,6 +18,7 @@ import dataclasses
 import hmac
 import json
 import pathlib
+import re
 import sys
 import time
 
@@ -218,8 +219,18 @@ def _by_trust(given, found) -> dict:
   return words | {'expired': 'no'}
 
 
+def _secret(path) -> bytes:
+  text = pathlib.Path(path).read_text()
+  if not re.fullmatch(r'[0-9a-f]{64}\s*', text):
+    raise ValueError(f'--secret={path}: expected 64 hex digits, the secret of '
+                     'its store, got something else')
+  return bytes.fromhex(text)
+
+
 def main(argv=None) -> int:
   """Command: prints one JSON line of what was checked and what was not.
+
+  It is verified where all files match and who vouches for them was checked.
 
   Returns:
     0 where all that was asked for holds, 1 where it is refused, 2 where it
@@ -241,8 +252,7 @@ def main(argv=None) -> int:
   words = {'revoked': 'not checked', 'expired': 'not checked',
            'rights': 'not checked', 'arrays': 'not checked'}
   try:
-    secret = (bytes.fromhex(pathlib.Path(given.secret).read_text())
-              if given.secret else None)
+    secret = _secret(given.secret) if given.secret else None
     found = verify(given.directory, secret=secret)
     words = said(found.vouched) | words
     if given.root:
@@ -263,7 +273,8 @@ def main(argv=None) -> int:
   except ValueError as error:  # no key, or nothing to check it with
     parser.error(str(error))
   print(json.dumps({
-      'verified': True, 'id': found.id, 'files': 'match their digests', **words,
+      'verified': words['signature'] != 'not checked', 'id': found.id,
+      'files': 'match their digests', **words,
       'length': found.about['state']['length'],
       'owner': found.about['governance']['owner'],
       'sealed': found.about['sealed']}))

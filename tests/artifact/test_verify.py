@@ -80,7 +80,7 @@ def test_says_what_it_has_not_checked(shop, ask, signer):  # noqa: F811
 
 
 def test_revoked_and_expired(
-    shop, ask, signer, private, tmp_path):  # noqa: F811
+    shop, ask, signer, private, tmp_path, monkeypatch):  # noqa: F811
   folder = add(shop, vouch=signer)
   id = 'sj1-' + folder.name
   (tmp_path / 'crl').write_bytes(transfer.issue_revocations(shop, signer))
@@ -91,10 +91,11 @@ def test_revoked_and_expired(
                       now=shop.catalog.clock()))))
   assert ask(folder, **TRUSTED, crl='crl')[1]['code'] == 'E_REVOKED'
   ended = add(shop, dataclasses.replace(
-      small.TERMS, not_after=shop.catalog.clock()), vouch=signer)
+      small.TERMS, not_after=shop.catalog.clock() + 1), vouch=signer)
   newer = trust.ruled(trust.load(shop), min_epoch=1)
   (tmp_path / 'newer').write_bytes(keys.Signer(private['root']).document(
       'trust', newer))
+  monkeypatch.setattr(verify.time, 'time', lambda: shop.catalog.clock() + 1)
   assert ask(folder, root='root', trust='newer')[1]['code'] == 'E_EPOCH'
   assert ask(ended)[0] == 0
   assert ask(ended, **TRUSTED)[1]['code'] == 'E_EXPIRED'

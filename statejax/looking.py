@@ -1,0 +1,162 @@
+"""Verbs of `state` that look: at an artifact, at two, at the whole store."""
+
+import contextlib
+import json
+
+from statejax import asking
+
+
+def show(key):
+  """Prints what an artifact is, whose, and whether it would load here."""
+  from statejax.artifact import desk
+  with _examined(key) as (found, folder):
+    may = _may_resume(folder)
+    print('\n'.join([
+        *desk.describe(found),
+        f'  may {asking.PRINCIPAL.value} of '
+        f'{asking.ORG.value or "no organisation"} resume it here: {may}',
+        f'  does it fit here: {_fits(found.about)}']))
+
+
+def diff(left, right):
+  """Prints what two artifacts do not have in common, without their arrays."""
+  from statejax.artifact import desk
+  with _examined(left) as (one, _), _examined(right) as (two, _):
+    print('\n'.join([f'{one.id} | {two.id}', *desk.difference(one, two)]))
+
+
+def lineage(key):
+  """Prints what an artifact comes from and what came of it."""
+  from statejax.artifact import desk
+  print('\n'.join(desk.lineage(asking.shop(), key, asking.principal())))
+
+
+def verify(key):
+  """Verifies every byte; with a run also that the arrays load there.
+
+  Who vouches for it only a store knows. Where none is asked, as of a file and
+  without a store, all files may match and the whole may yet be forged: it says
+  that it is not verified.
+  """
+  from statejax.artifact import verify
+  own = not asking.elsewhere(key)
+  who = asking.who(asking.shop(), key) if own else None
+  with _examined(key, who) as (found, folder):
+    result = verify.said(found.vouched)
+    if asking.flag('workdir') is not None:
+      result |= (_load(key, found.about, who) if own
+                 else _arrays(folder, found.about))
+    if not own:
+      result['resume'] = _may_resume(folder)
+    print(json.dumps({
+        'verified': bool(found.vouched), 'id': found.id,
+        'files': 'match their digests', **result}))
+  if not found.vouched and asking.is_store():
+    raise ValueError(f'{key}: expected one for which somebody vouches whom '
+                     f'{asking.STORE.value} knows, got files that match and '
+                     'nobody; see "resume"')
+
+
+@contextlib.contextmanager
+def _examined(key, who=None):
+  """Yields (what a target is, verified but for its arrays; its directory).
+
+  Args:
+    key: name or id, or a directory or file that holds an artifact.
+    who: `Principal` who asks; None is whom the flags say.
+  """
+  from statejax.artifact import desk, verify
+  if not asking.elsewhere(key):
+    shop = asking.shop()
+    found = desk.examine(shop, key, who or asking.principal(), 'inspect')
+    yield found, shop.place(found.id)
+    return
+  with desk.opened(key) as folder:
+    if asking.is_store():
+      yield desk.known(asking.shop(), folder), folder
+    else:
+      yield verify.verify(folder), folder
+
+
+def _may_resume(folder):
+  """Whether the store would let the principal, in words."""
+  from statejax.artifact import desk
+  if not asking.is_store():
+    return (f'not asked, there is no store at {asking.STORE.value}; name one '
+            'with --store')
+  fault = desk.obstacle(asking.shop(), folder, asking.principal())
+  return 'yes' if fault is None else f'no, {fault}'
+
+
+def _fits(about):
+  """Whether a state goes with the run and its settings, in words."""
+  if asking.flag('workdir') is None:
+    return 'name the run with --workdir to know'
+  from statejax.artifact import compat, identity
+  from statejax.artifact.outcome import CODES
+  try:
+    model, _, digest = asking.model()
+  except ValueError as error:
+    return f'no, {error}'
+  here = asking.host(asking.changed(model), digest, asking.room(
+      about['state']['length'])).groups(identity.Carried.by(about))
+  verdict = compat.compare(about, here)
+  if verdict.action == 'go':
+    return ' '.join(('yes, promise', verdict.promise, *verdict.warnings))
+  return f'no, {verdict.code}: {verdict.detail}; {CODES[verdict.code]}'
+
+
+def _load(key, about, who):
+  """Whether an artifact of the store loads in the run."""
+  from statejax.artifact import load
+  shop = asking.shop()
+  model, _, digest = asking.model()
+  host = asking.host(asking.changed(model), digest, asking.room(
+      about['state']['length']))
+  decision = load.load(shop, key, who, host).decision
+  return {'load': str(decision), 'promise': decision.promise,
+          'why': decision.detail}
+
+
+def _arrays(folder, about):
+  """Whether the arrays of an artifact that is in no store load in the run."""
+  from statejax.artifact import compat, identity, load, sealing, verify
+  from statejax.artifact.outcome import Refused
+  model, _, digest = asking.model()
+  room = asking.room(about['state']['length'])
+  host = asking.host(asking.changed(model), digest, room)
+  verdict = compat.compare(about, host.groups(identity.Carried.by(about)))
+  try:
+    if verdict.action != 'go':
+      raise Refused(verdict.code, verdict.detail)
+    keys = contextlib.nullcontext(folder) if about['sealed'] == 'none' else (
+        sealing.opened(asking.shop(), folder, about))
+    with keys as clear:
+      load.restore(clear, about, verify.unsealed(clear, about)[0], host, room)
+  except Refused as error:
+    return {'load': f'refused({error.code})', 'promise': 'none',
+            'why': error.detail}
+  return {'load': f'resumed({about["state"]["length"]})',
+          'promise': verdict.promise, 'why': ''}
+
+
+def audit():
+  """Prints the audit log; fails if it, or what is stored, is not whole."""
+  from statejax.artifact import collect
+  shop = asking.shop()
+  wrong = collect.check(shop)
+  if not any('audit' in text for text in wrong):
+    for row in shop.catalog.rows():
+      print(json.dumps(row))
+  head = shop.catalog.head()
+  print(json.dumps({'rows': head.seq, 'head': head.head, 'wrong': wrong}))
+  if wrong:
+    raise ValueError(f'{asking.STORE.value}: {len(wrong)} faults, e.g. '
+                     f'{wrong[0]}')
+
+
+def account():
+  """Prints bytes times seconds, tokens and resumes of each principal."""
+  from statejax.artifact import collect
+  for row in collect.account(asking.shop()):
+    print(json.dumps(row))
