@@ -182,7 +182,7 @@ def fsck():
   trust.destroy_revoked(shop)
   for id in collect.orphans(shop) if ADOPT.value else ():
     try:
-      print(json.dumps({'adopted': collect.adopt(shop, id, who.name)}))
+      print(json.dumps({'adopted': collect.adopt(shop, id, str(who))}))
     except Refused as error:
       print(json.dumps({'not adopted': id, 'why': str(error)}))
   wrong = collect.check(shop)

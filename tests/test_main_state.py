@@ -10,9 +10,9 @@ import jax
 import pytest
 from test_main import TRAIN, call, run  # noqa: F401
 
+from statejax import asking, states
 from statejax import config as c
 from statejax import model as lm
-from statejax import asking, states
 from statejax.artifact import digest, objects
 
 FULL = c.LayerConfig('full', c.AttentionConfig(
@@ -79,7 +79,7 @@ def test_life_of_an_artifact(state, monkeypatch):
   assert code == 0 and kept['ref'].startswith('chat~') and kept['conflict']
   rows = [json.loads(line) for line in state('audit')[1].splitlines()][-3:-1]
   assert [(row['principal'], row['action']) for row in rows] == [
-      ('bob', 'resume'), ('bob', 'mint')]
+      ('bob of acme', 'resume'), ('bob of acme', 'mint')]
   out = state('show', 'chat', '--org=acme')[1]
   assert 'whose: local of acme' in out and two['id'] in out
   code, _, err = state('fork', 'chat', '--ref=b', *who)
@@ -115,7 +115,7 @@ def test_life_of_an_artifact(state, monkeypatch):
       '', 'E_WEIGHTS', 'E_ACL', 'E_REVOKED'}
   accounts = [json.loads(x) for x in state('account')[1].splitlines()]
   demo = next(row for row in accounts if row['workflow'] == 'demo' and
-              row['principal'] == 'local')
+              row['principal'] == 'local of acme')
   assert demo['tokens_skipped'] == 7 + 14 and demo['tokens_reprefilled'] == 7
   assert json.loads(state('gc')[1])['objects'] == []
   assert len(json.loads(state('gc', '--grace=0')[1])['objects']) >= 1
@@ -265,7 +265,7 @@ def test_only_a_file(state, monkeypatch, tmp_path):
   code, _, err = state('resume', 'chat', *bob, *shown, '--workdir=x')
   assert code == 2 and "E_ACL: expected an artifact or name of this" in err
   row = json.loads(state('audit')[1].splitlines()[-2])
-  assert (row['principal'], row['code']) == ('bob', 'E_GRANT')
+  assert (row['principal'], row['code']) == ('bob of globex', 'E_GRANT')
   # A bucket.
   url = f'file://{tmp_path}/bucket'
   code, out, _ = state('push', 'chat', *org, f'--url={url}')

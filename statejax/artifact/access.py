@@ -28,6 +28,10 @@ class Principal:
   granted: frozenset[str] = frozenset()
   grant_fault: str = ''
 
+  def __str__(self):
+    """The name in the log and the accounts, with the organisation."""
+    return f'{self.name} of {self.org}' if self.org else self.name
+
 
 @dataclasses.dataclass(frozen=True)
 class Access:
@@ -96,6 +100,12 @@ def require(about: dict, principal: Principal, right: str, *,
   if not access.allowed:
     raise Refused(access.code, access.detail)
   return access
+
+
+def owner(about: dict) -> str:
+  """Returns the name of an artifact's owner, as `Principal` says it."""
+  rules = about['governance']
+  return str(Principal(rules['owner'], rules['org']))
 
 
 def owns(about: dict, principal: Principal) -> bool:

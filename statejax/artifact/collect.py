@@ -7,7 +7,15 @@ import shutil
 import time
 from secrets import token_hex
 
-from statejax.artifact import commit, layout, sealing, shred, trust, verify
+from statejax.artifact import (
+  access,
+  commit,
+  layout,
+  sealing,
+  shred,
+  trust,
+  verify,
+)
 from statejax.artifact.outcome import Refused, absent
 
 # How a load that has saved or spent tokens stands in the audit log, and the
@@ -117,7 +125,7 @@ def adopt(shop, id: str, principal: str) -> str:
     shop.catalog.add(id, f'adopted-{id}', nbytes, found.about['kind'],
                      found.about['governance']['workflow'],
                      [p['id'] for p in found.about['provenance']['parents']])
-    shop.catalog.charge(found.about['governance']['owner'], id,
+    shop.catalog.charge(access.owner(found.about), id,
                         live_bytes=nbytes)
   return id
 

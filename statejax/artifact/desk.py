@@ -60,12 +60,12 @@ def examine(shop, key: str, principal: Principal,
         with sealing.opened(shop, place, about) as clear:
           plain, tokens = verify.unsealed(clear, about)
   except Refused as error:
-    shop.catalog.audit(principal.name, right, id or key[:80], 'refused',
+    shop.catalog.audit(str(principal), right, id or key[:80], 'refused',
                        code=error.code)
     if unseen(shop, id, principal):
       raise absent(key) from None
     raise
-  shop.catalog.audit(principal.name, right, id, 'allowed')
+  shop.catalog.audit(str(principal), right, id, 'allowed')
   if allowed.redacted:
     about, plain, tokens = access.redact(about), None, None
   return verify.Verified(id, about, plain, tokens, vouched)
@@ -166,7 +166,7 @@ def withdraw(shop, key: str, principal: Principal) -> list[tuple[str, str]]:
   entries = [('artifact', found.id)]
   if found.about['governance']['revoke_scope'] == 'descendants':
     entries += [('artifact', id) for id in shop.catalog.descendants(found.id)]
-  trust.withdraw(shop, entries, principal.name)
+  trust.withdraw(shop, entries, str(principal))
   return entries
 
 
@@ -177,7 +177,7 @@ def delete(shop, key: str, principal: Principal) -> str:
     Refused: the principal may not.
   """
   found = examine(shop, key, principal, 'delete')
-  collect.delete(shop, found.id, principal.name, action='deleted')
+  collect.delete(shop, found.id, str(principal), action='deleted')
   return found.id
 
 

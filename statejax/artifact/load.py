@@ -101,13 +101,13 @@ def load(shop, key: str, principal: Principal, host: identity.Host,
       decision.outcome == 'resumed') else {}
   with shop.catalog.transaction():
     receipt = shop.catalog.audit(
-        principal.name, ask.right, id or key[:80], str(decision),
+        str(principal), ask.right, id or key[:80], str(decision),
         code=decision.code or decision.mark, promise=decision.promise)
     if decision.outcome == 'resumed':
-      shop.catalog.charge(principal.name, id, **saved, resumes=1,
+      shop.catalog.charge(str(principal), id, **saved, resumes=1,
                           tokens_skipped=decision.n)
     elif decision.outcome == 'reprefilled':
-      shop.catalog.charge(principal.name, id, tokens_reprefilled=decision.n)
+      shop.catalog.charge(str(principal), id, tokens_reprefilled=decision.n)
   if decision.outcome == 'refused' and desk.unseen(shop, id, principal):
     loaded = Loaded(refusal(absent(key)))
     decision = loaded.decision

@@ -91,7 +91,7 @@ def migrate(shop, key: str, principal: Principal, source: identity.Host,
   about = found.about
   assert found.plain is not None  # only an inspection is redacted
   parent = mint.Parent(found.id, about)
-  with shop.catalog.refusals(principal.name, 'migrate', found.id):
+  with shop.catalog.refusals(str(principal), 'migrate', found.id):
     mint.may_fork(shop, parent, principal)
     with shop.catalog.lease(found.id, token_hex(8)):
       state = _state(shop, found, source)

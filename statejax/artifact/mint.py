@@ -171,7 +171,7 @@ def mint(shop, state, row: int, host: identity.Host, terms: Terms, *,
     ValueError: it is not a state of the host's model.
   """
   principal = principal or Principal(terms.owner, terms.org)
-  decided = functools.partial(shop.catalog.refusals, principal.name, 'mint',
+  decided = functools.partial(shop.catalog.refusals, str(principal), 'mint',
                               ref or (parent.id if parent else ''))
   schema = host.schema_of(st.rows(state), st.capacity(state) or 0,
                           identity.Carried.of(state))
@@ -207,7 +207,7 @@ def mint(shop, state, row: int, host: identity.Host, terms: Terms, *,
         parent.about['state']['length'] if parent else 0)
     return shop.keep(
         folder, about, mint_key=mint_key or token_hex(16),
-        principal=principal.name, action='mint', ref=ref, expect=expect,
+        principal=str(principal), action='mint', ref=ref, expect=expect,
         vouch=vouch, code=host.mark,
         charges={'tokens_absorbed': max(0, tokens)} | (spent or {}))
 
@@ -263,7 +263,7 @@ def fork(shop, parent: Parent, principal: Principal, *, ref: str = '',
   Raises:
     Refused: of `may_fork`; E_NOSPACE, E_IO.
   """
-  with shop.catalog.refusals(principal.name, 'fork', parent.id):
+  with shop.catalog.refusals(str(principal), 'fork', parent.id):
     may_fork(shop, parent, principal)
     return _fork(shop, parent, principal, ref, mint_key, vouch)
 
@@ -305,7 +305,7 @@ def _fork(shop, parent, principal, ref, mint_key, vouch):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).hardlink_to(source / name)
     return shop.keep(folder, about, mint_key=mint_key or token_hex(16),
-                     principal=principal.name, action='fork', ref=ref,
+                     principal=str(principal), action='fork', ref=ref,
                      vouch=vouch, charges={'forks': 1})
 
 

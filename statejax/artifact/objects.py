@@ -21,6 +21,7 @@ import shutil
 from secrets import token_hex
 
 from statejax.artifact import (
+  access,
   canonical,
   catalog,
   commit,
@@ -354,7 +355,7 @@ class Store:
                          about['governance']['workflow'],
                          [p['id'] for p in about['provenance']['parents']])
         # Who acts has used tokens; bytes are the owner's.
-        self.catalog.charge(about['governance']['owner'], id,
+        self.catalog.charge(access.owner(about), id,
                             live_bytes=nbytes)
         self.catalog.charge(principal, id, **(charges or {}))
       moved = bool(ref) and (self.catalog.move(ref, id, expect)

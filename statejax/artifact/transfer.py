@@ -61,7 +61,7 @@ def export(shop, key: str, principal: Principal, signer: keys.Signer,
           'how': 'exported'}}
   wrapped, about['seal'] = sealing.new_key(
       shop, about, shop.secrets.org_name(about['governance']['org'], 'kek'))
-  with shop.catalog.refusals(principal.name, 'export', found.id), said(), (
+  with shop.catalog.refusals(str(principal), 'export', found.id), said(), (
       shop.catalog.lease(found.id, token_hex(8))), shop.stage() as folder:
     with sealing.opened(shop, shop.place(found.id), found.about) as clear, (
         sealing.scratch(shop)) as bare:
@@ -128,9 +128,9 @@ def receive(shop, path, principal: Principal, *, host=None, ref: str = '',
         plain, _ = verify.unsealed(clear, about)
         if host is not None:
           load.restore(clear, about, plain, host, about['state']['length'])
-      return shop.take_in(folder, id, about, principal.name, ref)
+      return shop.take_in(folder, id, about, str(principal), ref)
   except Refused as error:
-    shop.catalog.audit(principal.name, 'import', id or 'unknown', 'refused',
+    shop.catalog.audit(str(principal), 'import', id or 'unknown', 'refused',
                        code=error.code)
     raise
 
@@ -150,7 +150,7 @@ def push(shop, key: str, principal: Principal, url: str) -> str:
     Refused: not allowed, or not whole; what `bucket.push` raises.
   """
   found = desk.examine(shop, key, principal, 'export')
-  with shop.catalog.refusals(principal.name, 'export', found.id), said(), (
+  with shop.catalog.refusals(str(principal), 'export', found.id), said(), (
       shop.catalog.lease(found.id, token_hex(8))):
     _log(shop, principal, found.id, found.id, 'pushed')
     # To `pull` it after it was deleted here, which destroys its other key.
@@ -185,17 +185,17 @@ def pull(shop, url: str, id: str, principal: Principal, *,
       access.require(about, principal, 'inspect', now=shop.catalog.clock())
       shop.room(sum(found.files.values()))
       layout.check(folder, found, about)
-      return shop.take_in(folder, id, about, principal.name, ref)
+      return shop.take_in(folder, id, about, str(principal), ref)
   except Refused as error:
-    shop.catalog.audit(principal.name, 'import', id, 'refused',
+    shop.catalog.audit(str(principal), 'import', id, 'refused',
                        code=error.code)
     raise
 
 
 def _log(shop, principal, source, id, outcome):
   with shop.catalog.transaction():
-    shop.catalog.audit(principal.name, 'export', id, outcome)
-    shop.catalog.charge(principal.name, source, exports=1)
+    shop.catalog.audit(str(principal), 'export', id, outcome)
+    shop.catalog.charge(str(principal), source, exports=1)
 
 
 def _shown(shop, about, id, principal, data, private):

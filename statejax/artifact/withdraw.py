@@ -75,14 +75,14 @@ def withdraw(shop, what: str, principal: Principal, by: str = 'artifact', *,
     return desk.withdraw(shop, what, principal)
   if by in VALUES:
     VALUES[by](what, by)
-  with shop.catalog.refusals(principal.name, 'revoke', f'{by} {what}'):
+  with shop.catalog.refusals(str(principal), 'revoke', f'{by} {what}'):
     if by in NAMED:
       entries = _named(shop, what, principal, by)
     elif signer is None:
       entries = _own(shop, by, what, principal)
     else:
       entries = _signed(shop, by, what, principal, signer)
-    trust.withdraw(shop, entries, principal.name, since=since)
+    trust.withdraw(shop, entries, str(principal), since=since)
   return entries
 
 

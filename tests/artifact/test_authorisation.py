@@ -157,7 +157,7 @@ def test_the_table_through_stores(shop, signer, private, tmp_path):  # noqa: F81
                       rights.expected(rules, who.name, who.org, gives, right,
                                       revoked=name == 'revoked'))
         last = shop.catalog.rows()[start:]
-        assert last and {row['principal'] for row in last} == {who.name}
+        assert last and {row['principal'] for row in last} == {str(who)}
         rows += 1
         if got == 'n':
           assert facts(shop) == before and len(last) == 1
@@ -266,7 +266,7 @@ def test_other_terms_only_by_the_owner(shop):
   parent = mint.mint(shop, small.state(), 0, small.host(), terms).id
   changes = dict(
       owner='bob', org='globex', sensitivity='public', export='any',
-      acl=(('bob', ('export',)),), not_after=5, revoke_scope='descendants',
+      acl=(('bob', ('export',)),), not_after=1 << 40, revoke_scope='descendants',
       workflow='mine', sealed=False)
   for name, value in changes.items():
     before = shop.catalog.objects()
@@ -275,7 +275,7 @@ def test_other_terms_only_by_the_owner(shop):
     row = shop.catalog.rows()[-1]
     assert shop.catalog.objects() == before
     assert (row['principal'], row['action'], row['id'], row['code']) == (
-        'bob', 'mint', parent, 'E_ACL')
+        'bob of acme', 'mint', parent, 'E_ACL')
   about = about_of(shop, resumed(shop, parent, ALICE, workflow='mine'))
   assert about['governance']['workflow'] == 'mine'
   assert about_of(shop, resumed(shop, parent, BOB))['sealed'] != 'none'
@@ -290,7 +290,7 @@ def test_a_fork_by_a_grant_alone_is_refused_clearly(shop, signer,  # noqa: F811
       mint.fork(shop, mint.Parent(parent, found.about), who)
     row = shop.catalog.rows()[-1]
     assert (row['principal'], row['action'], row['code']) == (
-        who.name, 'fork', 'E_GRANT')
+        str(who), 'fork', 'E_GRANT')
   # And a grant of the parent gives nothing of a child.
   data = grant.issue(shop, parent, ALICE, keys.public(private['other']),
                      GRANTED, signer, max_uses=9)
@@ -316,16 +316,18 @@ def test_the_log_names_who_acts(tmp_path):
             chat, about_of(shop, chat))).result().id
   rows = shop.catalog.rows()[start:]
   assert [(row['principal'], row['action']) for row in rows] == [
-      ('bob', verb) for verb in (
+      ('bob of acme', verb) for verb in (
           'resume', 'mint', 'fork', 'fork', 'mint', 'mint')]
   ledger = shop.catalog.rows('ledger')[spent:]
   for id in (one, two, three, four):
     assert about_of(shop, id)['governance']['owner'] == 'alice'
     who = {row['unit']: row['principal'] for row in ledger if row['id'] == id}
-    assert who.pop('live_bytes') == 'alice' and set(who.values()) == {'bob'}
+    assert who.pop('live_bytes') == str(ALICE) == 'alice of acme'
+    assert set(who.values()) == {str(BOB)}
   sums = {row['principal']: row for row in collect.account(shop)}
-  assert sums['bob']['tokens_skipped'] == 11 and sums['bob']['forks'] == 1
-  assert 'live_bytes' not in sums['bob'] and sums['alice']['live_bytes'] == (
+  bob = sums[str(BOB)]
+  assert (bob['tokens_skipped'], bob['forks']) == (11, 1)
+  assert 'live_bytes' not in bob and sums[str(ALICE)]['live_bytes'] == (
       sum(size for size, *_ in shop.catalog.objects().values()))
 
 
@@ -381,7 +383,7 @@ def test_what_one_may_not_see_is_not_there(tmp_path, signer,  # noqa: F811
   print(f'not there: tried {tried}, told otherwise {len(heard) - 1}')
   assert len(heard) == 1 and tried == -(-len(verbs) * 36 // step)
   codes = {row['code'] for row in shop.catalog.rows()
-           if row['principal'] == 'dave' and row['id'] == id}
+           if row['principal'] == 'dave of globex' and row['id'] == id}
   assert codes == {'E_GRANT', 'E_EXPIRED'}
   # Who may see it hears the truth.
   assert str(load.load(shop, 'hidden', BOB, small.host()).decision) == (

@@ -71,7 +71,7 @@ def test_orphans_are_reported_adopted_or_collected(shop):
 def test_check_sees_damage_and_wrong_sums(shop):
   one = add(shop)
   assert collect.check(shop) == []
-  shop.catalog.charge('alice', one.id, live_bytes=1)
+  shop.catalog.charge('alice of acme', one.id, live_bytes=1)
   assert 'ledger: expected' in collect.check(shop)[0]
   file = shop.place(one.id) / 'plain.json'
   file.chmod(0o600)
@@ -95,8 +95,9 @@ def test_accounts(shop):
   shop.catalog.clock.now += 10
   size = shop.catalog.objects(gone=True)[one.id][0]
   alice, bob = collect.account(shop)
-  assert alice == {'principal': 'alice', 'workflow': '', 'live_bytes': 0,
-                   'byte_seconds': 10 * size, 'tokens_absorbed': 11}
+  assert alice == {'principal': 'alice of acme', 'workflow': '',
+                   'live_bytes': 0, 'byte_seconds': 10 * size,
+                   'tokens_absorbed': 11}
   assert bob == {'principal': 'bob', 'workflow': '', 'byte_seconds': 0,
                  'tokens_skipped': 11, 'resumes': 1}
 

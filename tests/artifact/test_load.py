@@ -544,7 +544,7 @@ def test_what_is_not_minted(shop, change, code):
   row = shop.catalog.rows()[-1]
   assert [row[name] for name in (
       'principal', 'action', 'id', 'outcome', 'code')] == [
-          'alice', 'mint', 'new', 'refused', code]
+          'alice of acme', 'mint', 'new', 'refused', code]
 
 
 def test_wrong_model_and_names(shop):

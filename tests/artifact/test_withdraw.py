@@ -130,7 +130,7 @@ def test_ones_own(shop, by, scope, gone):
   assert code_of(withdraw.withdraw, shop, VALUES[by], ERIN, by) == 'E_ACL'
   row = shop.catalog.rows()[-1]
   assert (row['principal'], row['action'], row['code']) == (
-      'erin', 'revoke', 'E_ACL') and row['id'].startswith(by)
+      str(ERIN), 'revoke', 'E_ACL') and row['id'].startswith(by)
 
 
 @pytest.mark.parametrize('by, scope, gone', [
@@ -150,7 +150,8 @@ def test_by_a_key_that_may(shop, signer, private, by, scope,  # noqa: F811
   rows = shop.catalog.rows()[start:start + 2 + len(entries)]
   assert [row['code'] for row in rows[:2]] == 2 * ['E_TRUST']
   assert [(row['principal'], row['action'], row['outcome'], row['id'])
-          for row in rows[2:]] == [('bob', 'revoked', *one) for one in entries]
+          for row in rows[2:]] == [(str(BOB), 'revoked', *one)
+                                   for one in entries]
   # Also what comes later.
   more = family.make(params=OLD, workflow='old', epoch=3, persona=K2)
   about = desk.examine(shop, more, ALICE, 'inspect').about
