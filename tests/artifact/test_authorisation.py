@@ -266,7 +266,8 @@ def test_other_terms_only_by_the_owner(shop):
   parent = mint.mint(shop, small.state(), 0, small.host(), terms).id
   changes = dict(
       owner='bob', org='globex', sensitivity='public', export='any',
-      acl=(('bob', ('export',)),), not_after=1 << 40, revoke_scope='descendants',
+      acl=(('bob', ('export',)),), not_after=1 << 40,
+      revoke_scope='descendants',
       workflow='mine', sealed=False)
   for name, value in changes.items():
     before = shop.catalog.objects()
