@@ -67,6 +67,10 @@ def _examined(key, who=None):
   """
   from statejax.artifact import desk, verify
   if not asking.elsewhere(key):
+    if not asking.is_store():
+      raise ValueError(f'{key}: expected a directory or file, or a name in a '
+                       f'store, got nothing there and no store at '
+                       f'{asking.STORE.value}; name one with --store.')
     shop = asking.shop()
     found = desk.examine(shop, key, who or asking.principal(), 'inspect')
     yield found, shop.place(found.id)

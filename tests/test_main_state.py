@@ -129,7 +129,7 @@ def test_life_of_an_artifact(state, monkeypatch):
     (['trust', 'x', '--retire'], 'target: expected a file'),
     (['audit', '--store=typo'], '--store=typo: expected a store, got none'),
     (['audit', '--root=nix'], '--root: expected a file, got nothing at nix'),
-    (['show', 'nothing.tar', '--store=typo'], 'expected a store, got none'),
+    (['show', 'nothing.tar', '--store=typo'], 'nothing there and no store at'),
     (['crl', 'x'], '--signing_key: name the file'),
     (['audit', 'x'], 'usage'), (['diff', 'x'], 'diff takes two'),
     (['show', 'x', '--ref=y'], '--ref: state show does not use it'),
