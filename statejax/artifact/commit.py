@@ -262,10 +262,16 @@ def _sha256(path):
 
 
 def _sync_tree(folder):
-  for here, _, names in os.walk(folder, topdown=False):
+  # What cannot be listed cannot be synced.
+  for here, _, names in os.walk(folder, topdown=False, onerror=failed):
     for name in names:
       sync(os.path.join(here, name))
     sync(here)
+
+
+def failed(error):
+  """Raises an error: for `os.walk`, which is silent otherwise."""
+  raise error
 
 
 def sync(path):

@@ -377,7 +377,7 @@ class Store:
 
   def _install(self, folder, id):
     nbytes = sum(layout.walk(folder).files.values())
-    for here, _, files in os.walk(folder):
+    for here, _, files in os.walk(folder, onerror=commit.failed):
       for name in files:
         os.chmod(os.path.join(here, name), 0o400)
     place = self.place(id)

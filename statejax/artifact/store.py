@@ -12,6 +12,7 @@ Containers are not stored: the caller's abstract tree says what they are.
 """
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -111,12 +112,41 @@ def save_payload(path, named):
   Args:
     path: absolute; must not exist.
     named: as `digest.named_leaves` gives it.
+
+  Raises:
+    OSError: EIO: not all of it is there afterwards. And whatever Orbax raises.
   """
   from orbax.checkpoint import v1 as ocp
 
   total = sum(leaf.nbytes for leaf in named.values())
   with _orbax, _quiet(), _context(ocp, max(_FILE, total // _FILES)):
     ocp.save(str(path), _nest(named), checkpointable_name=_ITEM)
+  _refuse_lost(path, named)
+
+
+def _refuse_lost(path, named):
+  """Raises unless every leaf is there, as it was meant; reads no values.
+
+  Where a directory could not be listed, Orbax leaves all arrays in the folder
+  of its process, where no load looks, and says that it is done.
+  """
+  meant = {stored_name(name): _stored(leaf) for name, leaf in named.items()}
+  try:
+    found = describe_payload(open_payload(path))
+  except Exception as error:  # of any type: the library promises none
+    raise OSError(errno.EIO, f'{path}: expected what was just written, got '
+                  f'{type(error).__name__}: {error}') from error
+  for name in sorted(meant.keys() | found.keys()):
+    if meant.get(name) != found.get(name):
+      raise OSError(errno.EIO, f'{path}: leaf {name}: expected '
+                    f'{meant.get(name, "none")}, as just written, got '
+                    f'{found.get(name, "none")}')
+
+
+def _stored(leaf):
+  """(dtype name, shape) of a leaf in a file: of a key those of its words."""
+  dtype, shape = digest.describe(leaf)
+  return 'uint32' if dtype.startswith('key:') else dtype, shape
 
 
 def load_payload(path, targets):

@@ -99,6 +99,23 @@ def test_failed_sync_leaves_nothing(tmp_path, monkeypatch):
   assert not os.listdir(tmp_path)
 
 
+@pytest.mark.parametrize('number', [0, 1])
+def test_what_cannot_be_listed_is_not_published(tmp_path, monkeypatch, number):
+  """A walk that leaves a folder out would leave its files unsynced."""
+  calls, scandir = iter(range(99)), os.scandir
+
+  def once(*args):
+    if next(calls) == number:
+      raise OSError(5, 'Input/output error')
+    return scandir(*args)
+
+  monkeypatch.setattr(os, 'scandir', once)
+  with pytest.raises(OSError, match='Input/output'):
+    with commit.publish(tmp_path / 'one') as folder:
+      fill(folder)
+  assert not os.listdir(tmp_path)
+
+
 @pytest.mark.parametrize('spoil, text', [
     (lambda d: (d / 'l').symlink_to(d / 'a'), 'l: expected regular files'),
     (lambda d: (d / 'l').symlink_to(d / 'deep'), 'l: expected regular files'),
