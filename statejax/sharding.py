@@ -127,3 +127,27 @@ def state_shardings(schema, mesh, rules=None):
   return state.map_leaves(
       lambda path, names, kind, leaf: NamedSharding(
           mesh, spec(names, leaf.shape, mesh, path, rules)), schema)
+
+
+def row_shardings(schema, mesh):
+  """Returns the tree of NamedSharding for a state's schema of one row.
+
+  Heads go over `tensor`, as in `state_shardings`. A single row cannot be
+  divided, so that every part of `data` and `fsdp` has it whole; `statejax.state
+  .put` takes it from there into a state whose rows are spread.
+
+  Raises:
+    ValueError: not the axes of `make_mesh`, or a leaf that they do not divide.
+  """
+  if mesh.axis_names != AXES:
+    raise ValueError(f'mesh: expected the axes {AXES}, got {mesh.axis_names}; '
+                     'make it with statejax.sharding.make_mesh.')
+  return state_shardings(schema, mesh, RULES | {'batch': None})
+
+
+def mesh_name(mesh) -> str:
+  """Returns the axes above 1, e.g. 'data=2,tensor=4'; '' of one device.
+
+  As `statejax.artifact.identity.Program` has it.
+  """
+  return ','.join(f'{a}={n}' for a, n in mesh.shape.items() if n > 1)

@@ -30,7 +30,7 @@ ALLOWED = {
     'model': f'{LOW} ops layers sharding flax',
     'account': f'{MODEL}',
     'laws': f'{MODEL}',
-    'artifact': f'{LOW} orbax tensorstore __version__',
+    'artifact': f'{LOW} sharding orbax tensorstore __version__',
     **{f'artifact/{name}': 'artifact cryptography' for name in (
         'grant', 'keys', 'sealing', 'trust')},
     # What a verifier runs on: the standard library.

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from statejax import sharding
 from statejax import state as st
 from statejax.artifact import (
   access,
@@ -71,7 +72,7 @@ class Loaded:
 
 
 def load(shop, key: str, principal: Principal, host: identity.Host,
-         ask: Ask = ASK, *, capacity: int | None = None) -> Loaded:
+         ask: Ask = ASK, *, capacity: int | None = None, mesh=None) -> Loaded:
   """Ends in `resumed(n)`, `reprefilled(n, reason)` or `refused(code)`.
 
   Args:
@@ -82,16 +83,24 @@ def load(shop, key: str, principal: Principal, host: identity.Host,
     ask: what is wanted.
     capacity: tokens that the growing leaves shall hold; None is what the host's
       program has. `statejax.state.put` puts the row into a slot.
+    mesh: onto whose devices the state is restored, of `sharding.make_mesh`; see
+      `sharding.row_shardings`. None is the first device. If it is not that of
+      the host's program, the promise is `tolerance` at most.
 
   Returns:
     `Loaded`. Never raises what an artifact can cause: that is the decision.
     Who may not see the artifact is told that there is none; the log tells why.
+
+  Raises:
+    ValueError: the mesh does not divide the leaves of the host's model.
   """
   id = ''
+  if mesh is not None:  # with all leaves there can be, before anything is read
+    sharding.row_shardings(host.schema_of(1, 0, identity.Carried(True)), mesh)
   try:
     id = shop.find(key)
     with shop.catalog.lease(id, token_hex(8)):
-      loaded = _load(shop, id, principal, host, ask, capacity)
+      loaded = _load(shop, id, principal, host, ask, capacity, mesh)
   except Refused as error:
     loaded = Loaded(refusal(error), id)
   except OSError as error:
@@ -125,7 +134,7 @@ def _avoided(about, host, tokens):
   return {unit: delta for unit, delta in found.items() if delta}
 
 
-def _load(shop, id, principal, host, ask, capacity):
+def _load(shop, id, principal, host, ask, capacity, mesh):
   folder = shop.place(id)
   # V1 to V4.
   found, data, about, _ = verify.head(folder, name=id, max_bytes=ask.max_bytes)
@@ -148,10 +157,10 @@ def _load(shop, id, principal, host, ask, capacity):
   # V9 to V11.
   layout.check(folder, found, about)
   with sealing.opened(shop, folder, about) as clear:
-    return _opened(clear, id, about, host, capacity, verdict, warnings)
+    return _opened(clear, id, about, host, capacity, mesh, verdict, warnings)
 
 
-def _opened(folder, id, about, host, capacity, verdict, warnings):
+def _opened(folder, id, about, host, capacity, mesh, verdict, warnings):
   plain, tokens = verify.unsealed(folder, about)
   tokens = None if tokens is None else tuple(tokens)
   length = about['state']['length']
@@ -164,8 +173,9 @@ def _opened(folder, id, about, host, capacity, verdict, warnings):
   # V12 to V15.
   promise, own = verdict.promise, host.program.capacity
   capacity = own if capacity is None else capacity
-  state = restore(folder, about, plain, host, capacity)
-  if st.capacity(state) not in (None, own):
+  state = restore(folder, about, plain, host, capacity, mesh)
+  if st.capacity(state) not in (None, own) or (
+      mesh is not None and sharding.mesh_name(mesh) != host.program.mesh):
     # Not the program of which the numerics speak.
     promise, warnings = 'tolerance', warnings + ('W_NUMERICS',)
   stands = standing.Standing(length, plain['witness'],
@@ -195,7 +205,7 @@ def _same_ids(host, about, tokens):
 
 
 def restore(folder, about: dict, plain: dict, host: identity.Host,
-            capacity: int):
+            capacity: int, mesh=None):
   """V12 to V15: returns the `ServingState` of one row.
 
   Args:
@@ -204,6 +214,7 @@ def restore(folder, about: dict, plain: dict, host: identity.Host,
     plain: its `plain.json`.
     host: what this process is.
     capacity: tokens that the growing leaves shall hold.
+    mesh: see `load`.
 
   Raises:
     Refused: E_SCHEMA, E_LIMIT, E_PAYLOAD, E_DIGEST, E_NONFINITE, E_BOUNDS,
@@ -217,7 +228,8 @@ def restore(folder, about: dict, plain: dict, host: identity.Host,
   if _has_stores(schema) and capacity < length:
     raise Refused('E_LIMIT', f'expected a capacity of at least {length}, the '
                   f'tokens absorbed, got {capacity}')
-  state, live = _room(host.schema_of(1, capacity, carried), target)
+  wide = host.schema_of(1, capacity, carried)
+  state, live = _room(wide, target)
   try:
     store.fill(stored, {path: x for path, x in live.items() if x.size})
   except Exception as error:  # of any type: the library promises none
@@ -240,7 +252,8 @@ def restore(folder, about: dict, plain: dict, host: identity.Host,
   if sampler is not None:  # from its content: equal at every load
     state = st.rekey(state, jax.random.key(int(plain['tree'][-8:], 16)))
   # Nobody else has this memory, so that the state may live in it.
-  return jax.device_put(state, may_alias=True)
+  where = None if mesh is None else sharding.row_shardings(wide, mesh)
+  return jax.device_put(state, where, may_alias=True)
 
 
 def _other_sampler(about, schema):
