@@ -2,6 +2,10 @@
 
 The row is taken and checked while the state stands still; what follows works on
 a copy. See `objects.Store.keep` for what makes it durable.
+
+An artifact is written by one process, which must hold all of the state: there
+is no barrier at which several could meet. A state that is spread over the
+devices of several processes is refused.
 """
 
 import dataclasses
@@ -168,7 +172,8 @@ def mint(shop, state, row: int, host: identity.Host, terms: Terms, *,
       E_REVOKED: the parent is; E_ACL: other terms than the parent's, and not
       by its owner; E_NOSPACE, E_IO: it could not be kept. Nothing is left then
       but a row of the log.
-    ValueError: it is not a state of the host's model.
+    ValueError: it is not a state of the host's model, or not all of it is in
+      this process.
   """
   principal = principal or Principal(terms.owner, terms.org)
   decided = functools.partial(shop.catalog.refusals, str(principal), 'mint',
@@ -176,6 +181,7 @@ def mint(shop, state, row: int, host: identity.Host, terms: Terms, *,
   schema = host.schema_of(st.rows(state), st.capacity(state) or 0,
                           identity.Carried.of(state))
   st.validate(state, schema)
+  _require_here(state)
   live = st.live(state, row)
   with decided():
     check(live)
@@ -210,6 +216,17 @@ def mint(shop, state, row: int, host: identity.Host, terms: Terms, *,
         principal=str(principal), action='mint', ref=ref, expect=expect,
         vouch=vouch, code=host.mark,
         charges={'tokens_absorbed': max(0, tokens)} | (spent or {}))
+
+
+def _require_here(state):
+  """Raises unless all of a state is on devices of this process."""
+  for path, x, _, _ in st.leaves(state):
+    if not getattr(x, 'is_fully_addressable', True):
+      raise ValueError(
+          f'{path}: expected all of the state on devices of this process, got '
+          'parts on those of others; artifacts are written by one process: '
+          'gather the row first, e.g. with jax.experimental.multihost_utils.'
+          'process_allgather(state, tiled=True), and mint it in one of them.')
 
 
 def _keeps(parent, about, terms):
