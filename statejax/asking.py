@@ -21,6 +21,8 @@ SIGNING_KEY = flags.DEFINE_string(
     'signing_key', None, 'state: file of a private key')
 ROOT = flags.DEFINE_string(
     'root', None, 'state: file of the public key that decides on trust')
+HEAD = flags.DEFINE_string(
+    'head', None, 'state audit: file of a signed head, kept elsewhere')
 GRANT = flags.DEFINE_string('grant', None, 'state: file of a grant to show')
 HOLDER_KEY = flags.DEFINE_string(
     'holder_key', None, 'state: file of the private key that --grant is for')
@@ -137,8 +139,47 @@ def shop(*, make: bool = False):
     raise ValueError(f'--store={STORE.value}: expected a store, got none; look '
                      'at the spelling, or make one with state mint.')
   root = read('--root', ROOT.value).decode() if ROOT.value else ''
-  return objects.Store(STORE.value, objects.Secrets(
-      pathlib.Path(SECRETS.value).expanduser()), root=root)
+  return objects.Store(STORE.value, objects.Secrets(_secrets()), root=root,
+                       notary=_notary())
+
+
+def _secrets():
+  return pathlib.Path(SECRETS.value).expanduser()
+
+
+def _notary():
+  """The `keys.Signer` of the audit log, None where there is no key for it."""
+  from statejax.artifact import keys
+  file = _secrets() / 'head.pem'
+  return keys.Signer(file.read_bytes()) if file.is_file() else None
+
+
+def heads(shop) -> list[dict]:
+  """Returns the signed heads of the audit log, that of --head last.
+
+  Raises:
+    Refused: E_SIG.
+    ValueError: --head, and no key to verify it with.
+  """
+  from statejax.artifact import head, keys
+  found = [head.place(shop).read_bytes()] if head.place(shop).exists() else []
+  if HEAD.value is not None:
+    found.append(read('--head', HEAD.value))
+  if not found:
+    return []
+  public = _secrets() / 'head.pub'
+  if shop.notary is None and not public.is_file():
+    raise ValueError(f'head: expected the key that has signed it, got no '
+                     f'{public}; put its public key there.')
+  pem = public.read_text() if shop.notary is None else keys.public(
+      shop.notary.private)
+  return [head.parse(data, pem) for data in found]
+
+
+def close():
+  """Signs the head of the log as a verb leaves it, where there is a key."""
+  if is_store() and (_secrets() / 'head.pem').is_file():
+    shop().close()
 
 
 def elsewhere(key: str) -> bool:

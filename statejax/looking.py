@@ -146,14 +146,22 @@ def _arrays(folder, about):
 
 def audit():
   """Prints the audit log; fails if it, or what is stored, is not whole."""
-  from statejax.artifact import collect
-  shop = asking.shop()
+  from statejax.artifact import collect, head
+  from statejax.artifact.outcome import Refused
+  shop, signed = asking.shop(), 0
   wrong = collect.check(shop)
+  try:
+    for one in asking.heads(shop):
+      signed = max(signed, one['rows'])
+      wrong += [text for text in [head.differs(shop, one)] if text]
+  except Refused as error:
+    wrong.append(str(error))
   if not any('audit' in text for text in wrong):
     for row in shop.catalog.rows():
       print(json.dumps(row))
-  head = shop.catalog.head()
-  print(json.dumps({'rows': head.seq, 'head': head.head, 'wrong': wrong}))
+  last = shop.catalog.head()
+  print(json.dumps({'rows': last.seq, 'head': last.head, 'signed': signed,
+                    'wrong': wrong}))
   if wrong:
     raise ValueError(f'{asking.STORE.value}: {len(wrong)} faults, e.g. '
                      f'{wrong[0]}')

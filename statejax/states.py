@@ -52,6 +52,13 @@ To somebody of another organisation, by a grant to their key:
   python -m statejax.main state resume chat --workdir=runs/a --org=globex \
       --principal=bob --grant=bob.grant --holder_key=bob.pem
 
+With a key of its own, the store signs the head of its audit log at the end of
+every verb, beside the secrets. `audit` then tells a log that was cut short or
+put back; a copy of what is signed may be kept elsewhere:
+
+  python -m statejax.main state keygen ~/.config/statejax/head
+  python -m statejax.main state audit --head=copy.json
+
 A model is loaded only where one runs.
 """
 
@@ -78,6 +85,9 @@ TRANSCRIPT = flags.DEFINE_enum(
     'state mint: whether its tokens are kept, to absorb them again')
 GRACE = flags.DEFINE_integer(
     'grace', 3600, 'state gc: seconds for which everything stays', 0)
+GENERATIONS = flags.DEFINE_integer(
+    'generations', 1, 'state gc: how many states that came before it stay with '
+    'each named one', 0)
 NOT_AFTER = flags.DEFINE_integer(
     'not_after', 0, 'state mint: unix seconds after which nobody may resume '
     'it; 0 for no end', 0)
@@ -106,7 +116,8 @@ USES = {
     'grant': {'signing_key', 'file', 'holder', 'rights', 'seconds',
               'max_uses'},
     'revoke': {'by', 'since', 'signing_key'}, 'delete': set(),
-    'audit': set(), 'account': set(), 'fsck': {'adopt'}, 'gc': {'grace'},
+    'audit': {'head'}, 'account': set(), 'fsck': {'adopt'},
+    'gc': {'grace', 'generations'},
     'keygen': set(),
     'trust': {'signing_key', 'retire', 'min_epoch', 'classes'},
     'crl': {'signing_key'}}
@@ -130,6 +141,7 @@ def run(verb: str, *target: str):
   for name in sorted(given - USES[verb] - OWN):
     raise ValueError(f'--{name}: state {verb} does not use it.')
   VERBS[verb](*target)
+  asking.close()
 
 
 def _sampling():
@@ -321,7 +333,8 @@ def transfer(target):
 def gc():
   """Deletes what no name and no reader needs."""
   from statejax.artifact import collect
-  found = collect.collect(asking.shop(), grace=GRACE.value)
+  found = collect.collect(asking.shop(), grace=GRACE.value,
+                          generations=GENERATIONS.value)
   print(json.dumps({'objects': found.objects, 'orphans': found.orphans,
                     'leftovers': found.leftovers}))
 

@@ -379,6 +379,38 @@ def test_fsck(state, tmp_path):
   assert code == 2 and 'E_FILES' in out and 'plain.json' in err
 
 
+def test_the_head_of_the_log_is_signed(state, tmp_path):
+  pytest.importorskip('cryptography', reason='the extra [sign] is missing')
+  secrets = objects.Secrets(tmp_path / 'secrets')
+  shop = objects.Store(tmp_path / 'store', secrets)
+  for _ in range(3):
+    shop.catalog.audit('local', 'mint', 'x', 'allowed')
+  last = lambda out: json.loads(out.splitlines()[-1])
+  assert last(state('audit')[1])['signed'] == 0
+  secrets.get('x')  # makes the directory
+  assert state('keygen', f'{tmp_path}/secrets/head')[0] == 0
+  assert last(state('audit')[1])['signed'] == 3
+  [kept] = (tmp_path / 'secrets').glob('head-*.json')
+  (tmp_path / 'copy.json').write_bytes(kept.read_bytes())
+  assert state('gc')[0] == 0 and state(
+      'audit', f'--head={tmp_path}/copy.json')[0] == 0
+  # Cut short: told by what is beside the secrets, and by a copy.
+  shop.catalog._base.execute('delete from audit where seq = 3')
+  code, out, err = state('audit')
+  assert code == 2 and 'expected at least 3 rows' in err
+  assert 'cut short' in last(out)['wrong'][0]
+  code, _, err = state('gc')
+  assert code == 2 and 'E_IO: audit: expected at least 3 rows' in err
+  kept.unlink()
+  (tmp_path / 'secrets/head.pem').unlink()  # the public key is enough
+  assert state('audit')[0] == 0
+  code, _, err = state('audit', f'--head={tmp_path}/copy.json')
+  assert code == 2 and 'cut short' in err
+  (tmp_path / 'secrets/head.pub').unlink()
+  code, _, err = state('audit', f'--head={tmp_path}/copy.json')
+  assert code == 2 and 'put its public key there' in err
+
+
 @pytest.mark.slow
 def test_in_processes_of_their_own(tmp_path):
   import subprocess

@@ -14,11 +14,13 @@ import hashlib
 import json
 import sqlite3
 import time
+from collections.abc import Callable
 
 from statejax.artifact import canonical
 from statejax.artifact.outcome import Receipt, Refused, absent
 
 _GENESIS = '0' * 64
+EVERY = 256  # rows of the audit log
 _TABLES = '''
 create table if not exists art (
   id text primary key, mint_key text not null unique, bytes integer not null,
@@ -64,6 +66,8 @@ class Catalog:
   Attributes:
     path: of the file.
     clock: () -> unix seconds.
+    noted: () -> None, called once every `EVERY`th row of the audit log is
+      durable; None calls nobody.
   """
 
   def __init__(self, path, *, clock=lambda: int(time.time())):
@@ -73,6 +77,8 @@ class Catalog:
       Refused: E_IO: no such catalog can be opened there.
     """
     self.path, self.clock, self._inside = path, clock, False
+    self.noted: Callable[[], None] | None = None
+    self._due = False
     try:
       # Whichever thread collects it may close it.
       self._base = sqlite3.connect(path, timeout=60, isolation_level=None,
@@ -108,7 +114,7 @@ class Catalog:
       if self._base.in_transaction:  # one whose end has failed
         self._base.execute('rollback')
       self._base.execute('begin immediate')
-      self._inside = True
+      self._inside, self._due = True, False
       try:
         yield
         self._base.execute('commit')
@@ -118,6 +124,8 @@ class Catalog:
         raise
       finally:
         self._inside = False
+    if self._due and self.noted:
+      self.noted()
 
   @contextlib.contextmanager
   def _said(self):
@@ -185,6 +193,7 @@ class Catalog:
       found = _link(table, last.head, body)
       self._all(f'insert into {table} values (?, ?, ?)',
                 (row['seq'], body.decode(), found))
+      self._due |= table == 'audit' and row['seq'] % EVERY == 0
     return Receipt(row['seq'], found)
 
   def newest(self) -> int:

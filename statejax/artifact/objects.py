@@ -25,6 +25,7 @@ from statejax.artifact import (
   canonical,
   catalog,
   commit,
+  head,
   layout,
   manifest,
   names,
@@ -132,6 +133,13 @@ class Secrets:
       new.replace(self.path / f'{name}.secret')
     commit.sync(self.path)
 
+  def note(self, name: str, text: str):
+    """Keeps a text that is no secret, in place of an earlier one."""
+    self._make()
+    with self._written(name, text) as new:
+      new.replace(self.path / f'{name}.json')
+    commit.sync(self.path)
+
   def names(self, beginning: str) -> set[str]:
     """Returns the names of what is kept, or half made, that begin like this."""
     return {file.name.removeprefix('.').partition('.')[0] for mark in ('', '.')
@@ -170,10 +178,12 @@ class Store:
     quota: bytes that all its artifacts together may have.
     root: PEM of the public key that signs the trust document; '' trusts nobody.
     scratch: directory in memory, where sealed artifacts are opened.
+    notary: `keys.Signer` that signs heads of the audit log, see `head`; None
+      signs none.
   """
 
   def __init__(self, path, secrets, *, quota: int = 1 << 44, clock=None,
-               root: str = '', scratch: str = '/dev/shm'):
+               root: str = '', scratch: str = '/dev/shm', notary=None):
     """Opens a store, or makes an empty one where nothing is.
 
     Raises:
@@ -182,7 +192,7 @@ class Store:
     """
     self.path = pathlib.Path(os.path.abspath(path))
     self.secrets, self.quota = secrets, quota
-    self.root, self.scratch = root, scratch
+    self.root, self.scratch, self.notary = root, scratch, notary
     about = self.path / 'STORE.json'
     if not self.path.exists():
       self._make()
@@ -206,6 +216,24 @@ class Store:
     except BaseException:
       self.catalog.close()
       raise
+    if notary is not None:
+      self.catalog.noted = self._sign
+
+  def close(self):
+    """Signs the head of the log, where there is a key for it, and closes.
+
+    Raises:
+      Refused: see `head.sign`; it is closed all the same.
+    """
+    try:
+      head.sign(self)
+    finally:
+      self.catalog.close()
+
+  def _sign(self):
+    # What was written down is done; `close` and `state audit` tell of it.
+    with contextlib.suppress(Refused, OSError):
+      head.sign(self)
 
   def shred(self):
     """Destroys the secrets that the catalog has condemned; see `shred`."""
@@ -217,7 +245,7 @@ class Store:
     """Returns the same store opened once more: what another thread needs."""
     return Store(self.path, self.secrets, quota=self.quota,
                  clock=self.catalog.clock, root=self.root,
-                 scratch=self.scratch)
+                 scratch=self.scratch, notary=self.notary)
 
   def _make(self):
     with commit.stage(self.path) as folder:

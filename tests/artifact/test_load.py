@@ -558,25 +558,6 @@ def test_wrong_model_and_names(shop):
               dataclasses.replace(small.TERMS, workflow='No!'))
 
 
-class Elsewhere:
-  """Looks like an array that is spread over processes."""
-
-  is_fully_addressable = False
-
-  def __init__(self, x):
-    self.shape, self.dtype = x.shape, x.dtype
-
-
-def test_a_state_of_several_processes_is_refused(shop):
-  before = shop.catalog.head()
-  for leaf in ('witness', 'length'):
-    state = dataclasses.replace(small.state(), **{
-        leaf: Elsewhere(getattr(small.state(), leaf))})
-    with pytest.raises(ValueError, match=f'{leaf}: .* gather the row first'):
-      mint.mint(shop, state, 0, small.host(), small.TERMS)
-  assert shop.catalog.head() == before
-
-
 def test_full_disk(shop, monkeypatch):
   def full(*_):
     raise OSError(28, 'No space left on device')

@@ -188,3 +188,23 @@ def test_meshes_that_do_not_fit(tmp_path):
       load.load(shop, 'nothing', ALICE, every.host_of(model()), mesh=mesh)
   assert sharding.mesh_name(sharding.make_mesh(data=2, tensor=4)) == (
       'data=2,tensor=4')
+
+
+class Elsewhere:
+  """Looks like an array that is spread over processes."""
+
+  is_fully_addressable = False
+
+  def __init__(self, x):
+    self.shape, self.dtype = x.shape, x.dtype
+
+
+def test_a_state_of_several_processes_is_refused(tmp_path):
+  shop = small.store(tmp_path)
+  before = shop.catalog.head()
+  for leaf in ('witness', 'length'):
+    state = dataclasses.replace(small.state(), **{
+        leaf: Elsewhere(getattr(small.state(), leaf))})
+    with pytest.raises(ValueError, match=f'{leaf}: .* gather the row first'):
+      mint.mint(shop, state, 0, small.host(), small.TERMS)
+  assert shop.catalog.head() == before
