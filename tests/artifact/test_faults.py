@@ -223,7 +223,7 @@ def attempt(case, system):
   return None
 
 
-def every_call(case, errors, step=1, rng=None):
+def every_call(case, errors, step=1, rng=None, start=0):
   """Lets every `step`-th call fail; returns (calls, faults, refusals)."""
   case.prepare()
   warm = faults.System()
@@ -231,7 +231,7 @@ def every_call(case, errors, step=1, rng=None):
   case.done()
   tried = told = 0
   before = descriptors()
-  start = rng.randrange(step) if rng else 0
+  start = rng.randrange(step) if rng else start
   for number, error in itertools.product(
       range(start, warm.count, step), errors):
     if rng:

@@ -3,10 +3,11 @@ to store. Calls of Orbax's own threads fail too; it must be told as well.
 """
 
 import random
+import resource
 
 import pytest
 import small_store as small
-from test_faults import Case, every_call
+from test_faults import Case, cleaned, every_call
 
 from statejax import state as st
 from statejax.artifact import digest, keys, load, mint, transfer, trust
@@ -23,6 +24,7 @@ pytestmark = [pytest.mark.slow, *(pytest.mark.filterwarnings(text) for text in (
 
 
 STEP = 1  # every call, with an error by chance
+ROUNDS = 20  # of a full disk, at every 20th call; another one in each
 
 
 class Arrays(Case):
@@ -112,8 +114,55 @@ class Sealed(Arrays):
                      ref=self.name)
 
 
-@pytest.mark.parametrize('kind', [Mint, Load, Fork, Sealed])
-def test_every_call_fails(tmp_path, kind):
-  if kind is Sealed:
+@pytest.fixture(params=[Mint, Load, Fork, Sealed])
+def kind(request):
+  if request.param is Sealed:
     pytest.importorskip('cryptography', reason='the extra [sign] is missing')
+  return request.param
+
+
+def test_every_call_fails(tmp_path, kind):
   assert every_call(kind(tmp_path), ('EIO',), STEP, random.Random(0))
+
+
+def test_the_disk_is_full(memory, kind):
+  """At every call that is made, over all rounds."""
+  tried = 0
+  for start in range(ROUNDS):
+    (memory / str(start)).mkdir()
+    tried += every_call(kind(memory / str(start)), ('ENOSPC',), ROUNDS,
+                        start=start)
+  print(f'{kind.__name__}, the disk is full: {ROUNDS} rounds, tried {tried}')
+  assert tried >= 5 * ROUNDS
+
+
+def test_files_may_not_grow(memory):
+  """What C code writes fails too: no file may have more than so many bytes.
+
+  Of the least the payload has nothing, of more a part, then it fails of the
+  catalog.
+  """
+  tried = told = lost = 0
+  case = Mint(memory)
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  for limit in (1, 300, 600, 900, 1000, 1500, 2000, 3000, 100_000, 1_000_000):
+    case.prepare()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+      case.act()
+      error = None
+    except (Refused, OSError) as found:
+      error = found
+    finally:
+      resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    tried, told = tried + 1, told + (error is not None)
+    if error is not None:
+      case.undone()
+      case.act()
+    try:
+      case.done()
+    except Refused:
+      lost += 1
+    cleaned(case.shop, case.kept)
+  print(f'files that may not grow: tried {tried}, told {told}, lost {lost}')
+  assert tried > told > 0 and not lost
