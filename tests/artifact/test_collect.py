@@ -33,6 +33,7 @@ def test_what_stays_and_what_goes(shop):
   assert collect.collect(shop).objects == ()  # within the grace
   shop.catalog.clock.now += 3600
   with shop.catalog.lease(old.id, 'reader', 9999):
+    assert collect.collect(shop, generations=2).objects == ()
     assert collect.collect(shop).objects == (chain[0],)
   assert set(shop.catalog.objects()) == {old.id, *chain[1:]}
   assert collect.collect(shop).objects == (old.id,)
