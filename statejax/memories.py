@@ -2,8 +2,9 @@ r"""The command `memory`: the slots of a state, and edits of them.
 
   python -m statejax.main memory list chat --workdir=runs/a --where=status=live
   python -m statejax.main memory read chat --workdir=runs/a --key=sky
-  python -m statejax.main memory delete chat --workdir=runs/a --slot=3 \
-      --expect=1 --journal=edits
+  python -m statejax.main memory overwrite chat --workdir=runs/a --slot=3 \
+      --expect=1 --statement='the sky is grey' --key=sky --value=grey \
+      --journal=edits
   python -m statejax.main memory delete runs/s1 --workdir=runs/a --slot=3 \
       --save=runs/s2 --journal=edits
   python -m statejax.main memory diff runs/s1 runs/s2 --workdir=runs/a
@@ -68,6 +69,8 @@ LOOKS = {'list': ((), {'where'}), 'read': ((), {'slot', 'key', 'version'}),
          'export': ((), {'fields', 'redact'}), 'diff': ((), set())}
 EDITS = {
     'write': (('statement', 'key', 'value'), {'slot', 'ttl', 'lock'}),
+    'overwrite': (('slot', 'expect', 'statement', 'key', 'value'),
+                  {'ttl', 'lock'}),
     'alias': (('slot', 'statement'), {'key'}),
     'rekey': (('slot', 'statement', 'key'), set()),
     'expire': (('slot', 'ttl'), set()), 'rollback': (('slot',), {'steps'}),
@@ -124,6 +127,10 @@ def run(verb: str, *targets: str):
   for name in needs:
     if states._flag(name) is None:
       raise ValueError(f'--{name}: memory {verb} needs it.')
+  given = [name for name in sorted(_STORE) if flags.FLAGS[name].present]
+  if given and verb not in BOOKS and all(map(_is_saved, targets)):
+    raise ValueError(f'--{given[0]}: memory {verb} does not use it here, '
+                     f'{targets[0]} is a saved state, of no store.')
   if verb in BOOKS:
     _journal(*targets)
   elif verb in LOOKS:
@@ -177,8 +184,11 @@ def _wanted():
     if not found:
       raise ValueError(f'--where={entry}: expected a field of a slot and what '
                        'it must be, e.g. status=live.')
+    if name in ('values', 'source'):
+      raise ValueError(f'--where={entry}: expected another field, as what it '
+                       'must be is not said in a word; list them all instead.')
     out[name] = (text.encode(value).tolist() if name == 'key' else
-                 int(value) if value.lstrip('-').isdecimal() else value)
+                 int(value) if value.removeprefix('-').isdecimal() else value)
   return out
 
 
@@ -195,7 +205,7 @@ def _edit(verb, target):
   statement, key, value = (
       () if flag.value is None else text.encode(flag.value)
       for flag in (STATEMENT, KEY, VALUE))
-  if verb == 'write':
+  if verb in ('write', 'overwrite'):
     state, receipt = memory.write(
         params, state, statement, key=key, value=value, slot=slot,
         ttl=TTL.value, lock=LOCK.value, **where)
@@ -214,9 +224,9 @@ def _edit(verb, target):
 
 def _open(target, verb):
   """The `_Target` of a directory, a name or an id."""
-  from statejax.artifact import manifest, serving
+  from statejax.artifact import manifest
   path = pathlib.Path(target)
-  if (path / serving.ABOUT).is_file():
+  if _is_saved(target):
     return _saved(target, verb)
   if path.exists() and not (path / manifest.NAME).is_file():
     raise ValueError(f'{target}: expected a saved state or an artifact, got '
@@ -233,12 +243,14 @@ def _open(target, verb):
   return _artifact(target)
 
 
+def _is_saved(target):
+  from statejax.artifact import serving
+  return (pathlib.Path(target) / serving.ABOUT).is_file()
+
+
 def _saved(path, verb):
   from statejax.artifact import serving
   from statejax.train import restore
-  for name in sorted(_STORE):
-    if flags.FLAGS[name].present:
-      raise ValueError(f'--{name}: {path} is a saved state, of no store.')
   save, workdir = states._flag('save'), states._flag('workdir')
   if verb in EDITS:
     if save is None:
@@ -278,7 +290,8 @@ def _artifact(key):
     states._say(minting.mint(
         shop, state, 0, found.host, minting.Terms.of(found.about),
         principal=who, parent=minting.Parent(found.id, found.about),
-        ref=key if ref else '',
+        # An edit absorbs no token: what it took to come here is the same.
+        account=found.about['account'], ref=key if ref else '',
         # A name that is not theirs stays, as where they resume it.
         expect=ref[1] if ref and access.owns(found.about, who) else 0))
   return _Target(found.state, model, params, keep)

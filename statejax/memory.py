@@ -25,9 +25,10 @@ from statejax import model as lm
 from statejax import state as st
 from statejax.artifact import digest
 from statejax.artifact.journal import Journal, object_name
+from statejax.edit_events import commit
 from statejax.layers import slots as layer
-from statejax.ops import lifecycle, witness
 from statejax.ops import slots as sl
+from statejax.ops import witness
 from statejax.slot_facts import integer
 
 
@@ -193,7 +194,7 @@ class Memory:
       redact: whether the tokens of keys and values are left out.
     """
     fields = slot_facts.FIELDS if fields is None else tuple(fields)
-    slot_facts.known(fields)
+    slot_facts.known(fields or ('none',))
     drop = ('key', 'values') if redact else ()
     return {'layer': self.layer, 'length': int(state.length[row]), 'slots': [
         {n: getattr(s, n) for n in fields if n not in drop}
@@ -260,6 +261,16 @@ class Memory:
       new, _ = self.lock(new, receipt.slot, row=row)
     return new, receipt
 
+  def overwrite(self, params, state, slot, expect, statement, **where):
+    """Writes to a slot that has the version expected, or changes no bit.
+
+    Args:
+      slot, expect: its number, and that version.
+      **where: of `write`, which says the rest.
+    """
+    return self.write(params, state, statement, slot=self._number(slot),
+                      expect=integer('expect', expect, 0), **where)
+
   def payload(self, params, statement, key, value):
     """Returns the fields of a WRITE that `write` makes of its arguments, for
     `events`."""
@@ -268,7 +279,7 @@ class Memory:
              'key_span': self._padded(key, r.key_span, 'key')}
     found = self.encode(params, statement, key, value)
     return found | spans | {
-        'salience': jnp.linalg.norm(jnp.float32(found['value']))}
+        'salience': np.linalg.norm(np.float32(found['value']))}
 
   def encode(self, params, statement, key=(), value=()):
     """Returns {'key': [K], 'value': [V]} of the statement's last token.
@@ -288,9 +299,9 @@ class Memory:
         parts[self._within(tokens, parts, said, name)] = layer.PARTS.index(name)
     # One program for statements of any length.
     padded = (np.pad(x, (0, most - len(tokens)))[None] for x in (tokens, parts))
-    held = _scratch(self.model, self.layer, params, *(
-        jnp.asarray(x, jnp.int32) for x in padded), jnp.array([len(tokens)]))
-    found = {'key': held.want_key[0, 0, 0], 'value': held.want_value[0, 0, 0]}
+    found = jax.device_get(_scratch(
+        self.model, self.layer, params, *(x.astype(np.int32) for x in padded),
+        np.array([len(tokens)], np.int32)))
     if not all(np.isfinite(np.float32(x)).all() for x in found.values()):
       raise ValueError('statement: expected a finite key and value, the model '
                        'makes NaN or infinity of it; look at its parameters.')
@@ -400,7 +411,8 @@ class Memory:
 
   def _row_bank(self, state, row):
     """The bank of one row, in numpy."""
-    return jax.device_get(self.bank(st.take(state, self._row(state, row))))
+    return jax.device_get(edit_events.row_of(
+        state.layers[self.layer], self._row(state, row)))
 
   def _until(self, state, row, ttl):
     length = int(state.length[self._row(state, row)])
@@ -455,8 +467,7 @@ class Memory:
   def _commitments(self, old, new, receipt):
     if self.journal is None or receipt.slot < 0 or receipt.oid < 0:
       return '', ''
-    rows = [jax.device_get(self.bank(st.take(s, receipt.row)))
-            for s in (old, new)]
+    rows = [self._row_bank(s, receipt.row) for s in (old, new)]
     # A new object has no before, but the one whose slot it took.
     names = [receipt.evicted if not receipt.old_version else receipt.oid,
              receipt.oid]
@@ -499,62 +510,26 @@ def element(entry) -> int:
 def marked(state, row, entry):
   """Returns the state whose row's witness has absorbed an edit's entry."""
   count = (np.arange(st.rows(state)) == row).astype(np.int32)
-  return dataclasses.replace(state, witness=witness.absorb(
-      state.witness, jnp.full((st.rows(state), 1), element(entry), jnp.int32),
-      jnp.asarray(count)))
+  return dataclasses.replace(state, witness=_absorb(
+      state.witness, np.full((st.rows(state), 1), element(entry), np.int32),
+      count))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def commit(model, name, state, events):
-  """Applies events to the slots of a layer; pure, for use inside `jax.jit`.
-
-  What the model has decided and not committed yet, and would undo them, is
-  dropped: see `statejax.ops.lifecycle.overruled`.
-
-  Args:
-    model: `LanguageModel`.
-    name: of the slot layer.
-    state: `ServingState` of B rows.
-    events: `statejax.ops.slots.Events` [B, E]; those of no time happen now.
-      See `Memory.events`.
-
-  Returns:
-    The state, its witness as it was, and `statejax.ops.slots.Receipts` [B, E];
-    `Memory.noted` writes them down.
-
-  Raises:
-    ValueError: events of another number of rows.
-  """
-  if events.op.ndim != 2 or events.op.shape[0] != st.rows(state):
-    raise ValueError(f'events: expected [{st.rows(state)}, E], as many rows as '
-                     f'the state has, got {events.op.shape}.')
-  rules = model.config.layer(name).mixer.rules
-  held = state.layers[name]
-  events = dataclasses.replace(events, time=jnp.where(
-      events.time < 0, state.length[:, None], events.time))
-  fields = [f.name for f in dataclasses.fields(sl.Bank)]
-  flat = jax.tree.map(lambda x: x[0], held)
-  before = sl.Bank(**{n: getattr(flat, n) for n in fields})
-  bank, receipts = lifecycle.commit(
-      # Expiry is the stream's: an edit of one row empties no slot of another.
-      rules, before, events, jnp.full_like(state.length, -1))
-  flat = layer.drop(flat, lifecycle.overruled(
-      rules, before, bank, events, receipts, layer.waiting(flat)))
-  flat = dataclasses.replace(flat, **{n: getattr(bank, n) for n in fields})
-  new = jax.tree.map(lambda x: x[None], flat)
-  return dataclasses.replace(state, layers=state.layers | {name: new}), receipts
+_absorb = jax.jit(witness.absorb)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _scratch(model, name, params, tokens, parts, n_valid):
-  """The slot layer's state after a statement whose last token has to write."""
+  """{'key': [K], 'value': [V]} that the last token of a statement, which has
+  to write, wants to."""
   length = tokens.shape[1]
   last = jnp.arange(length, dtype=jnp.int32)[None] == n_valid[:, None] - 1
   state = model.init_state(1, length)
   hints = {'force': jnp.where(last, layer.WANTS.index(sl.WRITE), 0),
            'force_part': parts}
-  return lm.forward(model, params, state, tokens, n_valid,
+  held = lm.forward(model, params, state, tokens, n_valid,
                     hints=hints)[1].layers[name]
+  return {'key': held.want_key[0, 0, 0], 'value': held.want_value[0, 0, 0]}
 
 
 def _expired(slot, state, row):

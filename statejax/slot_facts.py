@@ -77,14 +77,29 @@ def matching(slots, where) -> list[Slot]:
   """Returns the slots whose fields are those of a dict; tokens may be a list.
 
   Raises:
-    ValueError: a field that no slot has.
+    ValueError: a field that no slot has, or what it cannot be.
   """
   known(where)
-  def same(a, b):
-    return tuple(b) == a if isinstance(a, tuple) and not isinstance(
-        b, str) else a == b
+  where = {name: _as_field(name, x) for name, x in where.items()}
   return [s for s in slots if all(
-      same(getattr(s, name), x) for name, x in where.items())]
+      getattr(s, name) == x for name, x in where.items())]
+
+
+def _as_field(name, x):
+  """What a field is compared with, as a `Slot` has it."""
+  words = {'status': STATUS, 'lock': LOCKS}.get(name)
+  if words:
+    if x not in words:
+      raise ValueError(f'{name}: expected one of {", ".join(words)}; got '
+                       f'{x!r}.')
+    return x
+  if name not in ('key', 'values', 'source'):
+    return integer(name, x, -1)
+  try:
+    return tuple(map(tuple, x)) if name == 'values' else tuple(x)
+  except TypeError:
+    raise ValueError(f'{name}: expected {"lists of " * (name == "values")}'
+                     f'integers, got {x!r}.') from None
 
 
 def known(fields):

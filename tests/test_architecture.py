@@ -44,7 +44,7 @@ ALLOWED = {
     'metrics': 'numpy grain config',
     'generate': f'{MODEL} artifact',
     'slot_facts': 'numpy',
-    'edit_events': 'jax numpy ops slot_facts',
+    'edit_events': 'jax numpy ops slot_facts state layers',
     'memory': f'{MODEL} artifact edit_events slot_facts',
     'forget': f'{MODEL} artifact memory',
     'parallel': f'{MODEL} artifact',

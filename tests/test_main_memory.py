@@ -4,13 +4,15 @@ import functools
 import json
 import shutil
 
+import jax
 import pytest
-from test_main import call, run  # noqa: F401
+from test_main import run  # noqa: F401
 
-from statejax import generate as gen
+from statejax import config as c
+from statejax import main
+from statejax import model as lm
 from statejax.artifact import journal, manifest, objects, serving
-from statejax.tasks import text
-from statejax.train import restore
+from statejax.train import checkpoint, restore, step
 
 CONFIG = '''
 import dataclasses
@@ -32,15 +34,16 @@ def get_config():
 
 @pytest.fixture(scope='module')
 def saved(tmp_path_factory):
-  """A workdir and a state."""
+  """A workdir of a run that has not learned yet, and a state."""
   place = tmp_path_factory.mktemp('memory')
   (place / 'config.py').write_text(CONFIG)
-  assert not call('train', f'--config={place}/config.py',
-                  f'--workdir={place}/run')
-  model, params = restore.from_workdir(place / 'run')
-  state = gen.prefill(model, params, model.init_state(1, 16),
-                      text.encode('a b')[None])
-  serving.save_state(place / 's0', model, params, state)
+  config = main.load_config(place / 'config.py')
+  model = lm.LanguageModel(config.model)
+  begun = jax.jit(lambda: step.initial(model, config.train))()
+  checkpoint.save(place / 'run/checkpoints', 0, begun, {
+      'config': c.to_dict(config)}, keep=1)
+  serving.save_state(place / 's0', model, begun.params,
+                     model.init_state(1, 16))
   return place
 
 
@@ -53,7 +56,7 @@ def restored(monkeypatch):
 once = functools.cache(restore.from_workdir)
 
 
-def test_edits_from_the_command_line(saved, run):  # noqa: F811
+def test_edits_from_the_command_line(saved, run, restored):  # noqa: F811
   def memory(verb, before, after=None, *more):
     save = [f'--save={saved / after}', f'--journal={saved}/edits'] if (
         after) else []
@@ -97,7 +100,7 @@ def test_what_else_there_is_to_say(saved, run, restored):  # noqa: F811
   assert memory('write', 't1', *says('sky is grey', 'sky', 'grey'), '--slot=0',
                 after='t2')[0] == 0
   (slot,) = memory('list', 't1', '--where=status=live', '--where=key=sky')[1]
-  assert slot['expires'] == 12
+  assert slot['expires'] == 9
   assert memory('list', 't1', '--where=version=2')[1] == []
   for flag, said in (('--version=1', 'blue'), ('--version=2', 'grey')):
     (found,) = memory('read', 't2', '--key=sky', flag)[1]
@@ -199,7 +202,7 @@ def test_an_artifact_is_edited_into_a_child(saved, run, tmp_path,  # noqa: F811
   assert code == 2 and 'E_REVOKED' in err and not out
   for target, more, why in (
       (one['id'], ['--save=x', '--slot=0'], '--save: an edit of an artifact'),
-      (saved / 's0', ['--slot=0', '--save=x'], 's0 is a saved state, of no s'),
+      (saved / 's0', ['--slot=0', '--save=x'], 'is a saved state, of no store'),
       (saved, ['--slot=0'], 'expected a saved state or an artifact, got some'),
       (one['id'], ['--slot=0', '--row=1'], 'row: expected 0 to 0, got 1'),
       ('chatty', ['--slot=0'], 'refused(E_ACL)')):
@@ -241,6 +244,7 @@ def test_no_transcript_undoes_an_edit(saved, run, tmp_path):  # noqa: F811
     (['write', '--resume=x', '--save=y'], '--statement: memory write'),
     (['journal', 'x'], 'expected a journal of edits, got nothing'),
     (['journal', 'x', '--store=y'], '--store: memory journal does not use it'),
+    (['overwrite', 'x', '--slot=1', '--statement=y'], '--expect: memory overw'),
     (['diff', 'x'], 'expected 2 to look at or to edit, got 1'),
     (['list', 'x', '--resume=y'], 'expected 1 to look at or to edit, got 2'),
     (['list'], 'expected 1 to look at or to edit, got 0')])
