@@ -60,7 +60,7 @@ REASON = flags.DEFINE_string(
     'reason', '', 'memory: a line for receipt and journal, without content')
 TENANT = flags.DEFINE_integer(
     'tenant', None, 'memory: whose slots are edited, a number; default those '
-    "of the model's own stream")
+    "of the model's own stream, which alone the model reads")
 HOST = flags.DEFINE_bool(
     'host', False, 'memory: act with the capability of the host')
 
@@ -93,13 +93,15 @@ class _Target:
   Attributes:
     state: `ServingState`.
     model, params: that it runs with.
-    keep: function that keeps an edited state.
+    keep: function that keeps an edited state, given it and its `Edited`.
+    edited: `mint.Edited`, empty of a saved state, which has no place for it.
   """
 
   state: Any
   model: Any
   params: Any
   keep: Callable
+  edited: Any
 
 
 def usage() -> str:
@@ -197,9 +199,11 @@ def _edit(verb, target):
   from statejax.artifact.journal import Journal
   from statejax.memory import Memory
   from statejax.tasks import text
-  memory = Memory(
-      target.model, host=HOST.value, principal=TENANT.value,
-      journal=Journal(JOURNAL.value) if JOURNAL.value else None)
+  book = Journal(JOURNAL.value) if JOURNAL.value else None
+  if book is not None:
+    book.adopt(0, target.edited.salts)
+  memory = Memory(target.model, host=HOST.value, principal=TENANT.value,
+                  journal=book)
   state, slot, params = target.state, SLOT.value, target.params
   where = dict(row=ROW.value, expect=EXPECT.value, reason=REASON.value)
   statement, key, value = (
@@ -208,7 +212,7 @@ def _edit(verb, target):
   if verb in ('write', 'overwrite'):
     state, receipt = memory.write(
         params, state, statement, key=key, value=value, slot=slot,
-        ttl=TTL.value, lock=LOCK.value, **where)
+        ttl=TTL.value, **where)
   elif verb in ('alias', 'rekey'):
     state, receipt = getattr(memory, verb)(
         params, state, slot, statement, key, **where)
@@ -219,7 +223,23 @@ def _edit(verb, target):
   if not receipt.changed:
     raise ValueError(f'memory {verb}: {receipt.outcome}; nothing was changed, '
                      'and nothing saved.')
-  target.keep(state)
+  receipts = [receipt]
+  if LOCK.value:
+    state, receipt = memory.lock(state, receipt.slot, row=ROW.value)
+    print(json.dumps(dataclasses.asdict(receipt)))
+    receipts.append(receipt)
+  target.keep(state, _edited(memory, target.edited, receipts))
+
+
+def _edited(memory, before, receipts):
+  """The `mint.Edited` after these edits of it."""
+  salts = before.salts
+  if memory.journal is not None:
+    salts = salts | memory.journal.salts(ROW.value)
+  gone = {f'{memory.layer}/{r.oid}' for r in receipts if r.op == 'purge'}
+  return dataclasses.replace(
+      before, salts={n: x for n, x in salts.items() if n not in gone},
+      edits=(*before.edits, *((r.length, r.mark) for r in receipts)))
 
 
 def _open(target, verb):
@@ -249,7 +269,7 @@ def _is_saved(target):
 
 
 def _saved(path, verb):
-  from statejax.artifact import serving
+  from statejax.artifact import mint, serving
   from statejax.train import restore
   save, workdir = states._flag('save'), states._flag('workdir')
   if verb in EDITS:
@@ -259,8 +279,10 @@ def _saved(path, verb):
   if workdir is None:
     raise ValueError('--workdir: name the directory of the run.')
   model, params = restore.from_workdir(workdir)
-  return _Target(serving.load_state(path, model, params), model, params,
-                 lambda state: serving.save_state(save, model, params, state))
+  def keep(state, _):
+    serving.save_state(save, model, params, state)
+  return _Target(serving.load_state(path, model, params), model, params, keep,
+                 mint.UNEDITED)
 
 
 def _artifact(key):
@@ -285,13 +307,14 @@ def _artifact(key):
         file=sys.stderr)
   if decision.outcome == 'refused':
     raise Refused(decision.code, decision.detail)
-  def keep(state):
+  def keep(state, edited):
     # Without the transcript: what absorbs it again would undo the edit.
     states._say(minting.mint(
         shop, state, 0, found.host, minting.Terms.of(found.about),
-        principal=who, parent=minting.Parent(found.id, found.about),
+        principal=who, edited=edited,
+        parent=minting.Parent(found.id, found.about),
         # An edit absorbs no token: what it took to come here is the same.
         account=found.about['account'], ref=key if ref else '',
         # A name that is not theirs stays, as where they resume it.
         expect=ref[1] if ref and access.owns(found.about, who) else 0))
-  return _Target(found.state, model, params, keep)
+  return _Target(found.state, model, params, keep, found.edited)

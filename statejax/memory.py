@@ -49,6 +49,8 @@ class Receipt:
     reason: what the edit was said to be for.
     before, after: commitments to the slot's row, '' without a journal.
     carriers: where else what was edited may still be.
+    mark: what the witness has absorbed of it, 64 hex digits, as an artifact
+      lists its edits; '' where nothing was changed.
   """
 
   row: int
@@ -66,6 +68,7 @@ class Receipt:
   before: str = ''
   after: str = ''
   carriers: tuple[str, ...] = ()
+  mark: str = ''
 
   @property
   def changed(self) -> bool:
@@ -82,7 +85,9 @@ class Memory:
     journal: where edits are written down; None for nowhere.
     principal: who acts; None is the model's own stream, so that it may change
       what is written here. What nobody owns, -1, everybody reads. It limits
-      edits: whoever holds a state can look at all of it.
+      edits: whoever holds a state can look at all of it. The layer itself acts
+      as its own stream in every row: what another owns is kept beside, and the
+      model neither reads nor changes it.
     host: whether this holds the host's capability: purge, rekey, host locks.
   """
 
@@ -460,9 +465,13 @@ class Memory:
         'layer': self.layer, 'host': int(self.host), 'forgets': ''}
     if receipt.changed and op == sl.OPS[sl.PURGE]:
       entry['forgets'] = self._object(row, receipt.oid)
+    del entry['mark']
     if self.journal is not None:
       self.journal.append(entry)
-    return marked(new, row, entry) if receipt.changed else new, receipt
+    if not receipt.changed:
+      return new, receipt
+    return marked(new, row, entry), dataclasses.replace(
+        receipt, mark=mark(entry))
 
   def _commitments(self, old, new, receipt):
     if self.journal is None or receipt.slot < 0 or receipt.oid < 0:
@@ -496,15 +505,21 @@ class Memory:
             'token log', 'forks and artifacts')
 
 
-def element(entry) -> int:
-  """What an edit's entry adds to a witness; no token is that large.
+def mark(entry) -> str:
+  """Returns what stands for an edit's entry, 64 hex digits.
 
   A row is known by its witness, not by its place: one that is forked or moved
   and edited there is the same as one that was edited before.
   """
   told = {name: x for name, x in entry.items() if name != 'row'}
-  mark = hashlib.sha256(b'statejax.ext.v1\0' + digest.canonical(told))
-  return 2 ** 30 + int.from_bytes(mark.digest()[:4], 'little') % 2 ** 30
+  return hashlib.sha256(
+      b'statejax.ext.v1\0' + digest.canonical(told)).hexdigest()
+
+
+def element(entry) -> int:
+  """What an edit's entry adds to a witness; no token is that large."""
+  first = bytes.fromhex(mark(entry))[:4]
+  return 2 ** 30 + int.from_bytes(first, 'little') % 2 ** 30
 
 
 def marked(state, row, entry):

@@ -11,7 +11,7 @@ from test_main import run  # noqa: F401
 from statejax import config as c
 from statejax import main
 from statejax import model as lm
-from statejax.artifact import journal, manifest, objects, serving
+from statejax.artifact import journal, manifest, objects, serving, verify
 from statejax.train import checkpoint, restore, step
 
 CONFIG = '''
@@ -160,8 +160,9 @@ def test_an_artifact_is_edited_into_a_child(saved, run, tmp_path,  # noqa: F811
                      '--statement=sky is blue', '--key=sky', '--value=blue')
   one = kept(err)
   assert code == 0 and one['ref'] == 'chat' and err.startswith('resumed(')
-  place = objects.Store(tmp_path / 'store', objects.Secrets(
-      tmp_path / 'secrets')).place(one['id'])
+  shop = objects.Store(tmp_path / 'store', objects.Secrets(
+      tmp_path / 'secrets'))
+  place = shop.place(one['id'])
   # By name, id, beginning of the id, and directory; given as --resume too.
   for target in ('chat', one['id'], one['id'][:20], place,
                  f'--resume={place}', '--resume=chat'):
@@ -172,6 +173,22 @@ def test_an_artifact_is_edited_into_a_child(saved, run, tmp_path,  # noqa: F811
   # An id has no name to move, and a directory is an id.
   two = kept(err)
   assert code == 0 and two['ref'] == '' and json.loads(out)['after']
+  # It has its edits, and what they are checked with.
+  child = verify.verify(shop.place(two['id']))
+  assert [at for at, _ in child.plain['edits']] == [0, 0]
+  assert child.plain['edits'][1][1] == json.loads(out)['mark']
+  salts = verify.salts(shop.place(two['id']), child.about)
+  assert salts == {'memory/0': journal.Journal(tmp_path / 'edits').salt(
+      'memory/0/0')}
+  code, _, err = run('memory', 'lock', 'chat', *acme, '--slot=0',
+                     f'--journal={tmp_path}/edits', '--expect=7')
+  assert code == 2 and 'conflict; nothing' in err
+  (tmp_path / 'other').mkdir()
+  (tmp_path / 'other/slots.json').write_text(json.dumps({
+      'memory/0/0': '00' * 16}))
+  code, _, err = run('memory', 'lock', two['id'], *acme, '--slot=0',
+                     f'--journal={tmp_path}/other')
+  assert code == 2 and 'expected a journal of this state' in err
   code, out, err = run('memory', 'delete', 'chat', *acme, '--slot=0')
   two = kept(err)
   assert code == 0 and two['ref'] == 'chat' and two['id'] != one['id']
@@ -228,6 +245,9 @@ def test_no_transcript_undoes_an_edit(saved, run, tmp_path):  # noqa: F811
   code, _, err = run('state', 'resume', 'chat', *go, '--tokens=2')
   assert code == 0 and err.startswith('resumed(')
   assert manifest.TOKENS not in names(err)
+  # What comes of it lists the edit as well.
+  found = verify.verify(shop.place(kept(err)['id']))
+  assert [at for at, _ in found.plain['edits']] == [6]
   found = run('memory', 'read', 'chat', *go, '--key=sky')[1]
   assert json.loads(found)['text'] == 'blue'
 

@@ -15,7 +15,7 @@ from statejax import memory as mem
 from statejax import model as lm
 from statejax import state as st
 from statejax.artifact import journal as jn
-from statejax.artifact import serving
+from statejax.artifact import names, serving
 from statejax.layers import slots as layer
 from statejax.ops import slots as sl
 
@@ -68,10 +68,21 @@ def heard(state, *rows, want=None):
   return np.asarray(logits[:, 0]), state
 
 
+@functools.cache
+def blank():
+  """Two rows that have read nothing."""
+  return MODEL.init_state(2, 32, logits=True)
+
+
+@functools.cache
+def started():
+  return heard(blank(), [1, 1], [1, 1])[1]
+
+
 def begun(memory=None, journal=None):
   """Two rows; the first knows of the tokens 10, 11 and 12, by edits."""
   memory = mem.Memory(MODEL, journal=journal) if memory is None else memory
-  _, state = heard(MODEL.init_state(2, 32, logits=True), [1, 1], [1, 1])
+  state = started()
   for token in (10, 11, 12):
     state, receipt = memory.write(
         params(), state, [3, token], key=[token], value=[token + 10, 7])
@@ -129,6 +140,8 @@ EDITS = {
     'rollback': lambda m, s: m.rollback(s, 1),
     'unlock': lambda m, s: m.unlock(s, 1),
     'restore': lambda m, s: m.restore(s, 1),
+    'rekey': lambda m, s: dataclasses.replace(m, host=True).rekey(
+        params(), s, 1, [3, 14], [14]),
     'purge': lambda m, s: dataclasses.replace(m, host=True).purge(s, 1)}
 
 
@@ -348,7 +361,7 @@ WAITING = {
 @pytest.mark.parametrize('case', WAITING)
 def test_an_edit_is_not_undone_by_what_was_said_before_it(case):
   want, edit, field, expected = WAITING[case]
-  memory, state = mem.Memory(MODEL), MODEL.init_state(2, 32)
+  memory, state = mem.Memory(MODEL), blank()
   for token in (10, 12):
     state, _ = memory.write(params(), state, [3, token], key=[token], value=[7])
   # It waits for the end of its segment of eight tokens.
@@ -360,17 +373,21 @@ def test_an_edit_is_not_undone_by_what_was_said_before_it(case):
 
 
 def test_what_is_said_after_an_edit_counts():
-  memory, state = mem.Memory(MODEL), MODEL.init_state(2, 32)
-  state, _ = memory.write(params(), state, [3, 10], key=[10], value=[9])
+  memory, state = mem.Memory(MODEL), blank()
+  state, receipt = memory.write(params(), state, [3, 10], key=[10], value=[9])
   state = after_all(heard(state, [21, 10], [], want='write')[1])
   assert memory.list(state)[0].values == ((21, 10), (9,))
+  # The witness is that of the tokens and of the edit's mark between them.
+  assert names.lanes(np.asarray(state.witness[0])) == names.witness(
+      [21, 10, *[1] * 6], [(0, receipt.mark)])
 
 
 @pytest.mark.parametrize('value', [(9,), (21, 10)])
 def test_a_purge_takes_what_waits_with_it(value, tmp_path):
   """And does not claim that the model has never heard of it."""
   memory = mem.Memory(MODEL, journal=jn.Journal(tmp_path / 'edits'), host=True)
-  state, _ = memory.write(params(), MODEL.init_state(2, 32), [3, 10], key=[10],
+  state = blank()
+  state, _ = memory.write(params(), state, [3, 10], key=[10],
                           value=list(value))
   assert forget.plan(memory, state, 0).mode == 'purge'
   _, said = heard(state, [21, 10], [], want='write')

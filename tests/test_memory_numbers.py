@@ -13,7 +13,16 @@ from test_memory import MODEL, RULES, begun, changed, params
 from statejax import edit_events, slot_facts
 from statejax import memory as mem
 from statejax import state as st
-from statejax.artifact import access, digest, identity, load, mint, objects
+from statejax.artifact import (
+  access,
+  digest,
+  identity,
+  load,
+  manifest,
+  mint,
+  objects,
+  outcome,
+)
 from statejax.artifact import journal as jn
 from statejax.ops import slots as sl
 
@@ -212,9 +221,14 @@ def test_what_is_purged_is_in_no_file_of_an_artifact(tmp_path):
   host = identity.Host(
       MODEL.config, MODEL.state_schema, digest.tree_digest(params()),
       program=identity.Program(capacity=32), tokenizer={'bytes': b'1'})
+  marks = []
   def found(state, name):
-    kept = mint.mint(shop, state, 0, host, mint.Terms('alice'), ref=name)
+    edited = mint.Edited(tuple(marks), memory.journal.salts(0))
+    kept = mint.mint(shop, state, 0, host, mint.Terms('alice'), ref=name,
+                     edited=edited)
     got = load.load(shop, kept.id, access.Principal('alice'), host)
+    assert got.edited == edited and 'memory/0' in edited.salts
+    assert ('memory/1' in edited.salts) == (name == 'before')
     leaves = [np.asarray(x).tobytes() for _, x, _, _ in st.leaves(
         jax.device_get(st.live(got.state, 0)))]
     # The payload packs what is small: all that is in it, unpacked.
@@ -230,5 +244,19 @@ def test_what_is_purged_is_in_no_file_of_an_artifact(tmp_path):
   # The test sees what is there.
   assert found(state, 'before') == [True, True, True, False] * 2
   new, receipt = dataclasses.replace(memory, host=True).purge(state, 1)
-  assert receipt.changed
+  assert receipt.changed and receipt.mark
+  marks.append((receipt.length, receipt.mark))
   assert found(new, 'after') == [False] * 8
+  marks *= 1025
+  with pytest.raises(outcome.Refused, match='edits: expected at most 1024'):
+    found(new, 'more')
+
+
+def test_salts_in_an_artifact_are_parsed_first():
+  good = b'{"memory/0":"' + b'0' * 32 + b'"}'
+  assert manifest.parse_slots(good) == {'memory/0': '0' * 32}
+  for bad in (b'{', b'[]', good[:-3] + good[-2:], good.replace(b'0"', b'x"'),
+              b' ' + good, good.replace(b'/', b'//')):
+    with pytest.raises(outcome.Refused, match='slots.json') as error:
+      manifest.parse_slots(bad)
+    assert error.value.code == 'E_PLAIN'

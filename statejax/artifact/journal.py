@@ -113,6 +113,34 @@ class Journal:
       self._write_salts()
     return commitment(self._salt[name], row)
 
+  def salts(self, row):
+    """Returns the salts of a row's objects, as an artifact of it keeps them,
+    'layer/number' -> 32 hex digits."""
+    names = {name: name.rsplit('/', 2) for name in self._salt}
+    return {f'{layer}/{oid}': self._salt[name]
+            for name, (layer, of, oid) in names.items() if of == str(row)}
+
+  def adopt(self, row, salts):
+    """Takes the salts that an artifact has kept of a row, so that what is
+    written down goes on from there.
+
+    Raises:
+      ValueError: the journal has others: it is another state's.
+    """
+    gone = {e.get('forgets') for e in self.entries}
+    theirs = {}
+    for name, salt in salts.items():
+      layer, _, oid = name.rpartition('/')
+      name = object_name({'layer': layer, 'row': row, 'oid': oid})
+      if self._salt.get(name, salt) != salt or name in gone:
+        raise ValueError(f'{self.path}: expected a journal of this state, got '
+                         f'one that knows {name} otherwise; name that which '
+                         'its edits are written down in, or a new one.')
+      theirs[name] = salt
+    if theirs.keys() - self._salt:
+      self._salt |= theirs
+      self._write_salts()
+
   def forget(self, name):
     """Destroys the salt of an object."""
     if self._salt.pop(name, None) is not None:
