@@ -11,8 +11,9 @@ r"""The command `memory`: the slots of a state, and edits of them.
   python -m statejax.main memory journal edits --head=5f1c...
 
 A target is the directory of a saved state, or an artifact of the store: a name,
-an id or its beginning, or its directory. An artifact is loaded as `state
-resume` does; an edit of one makes a child of it, and moves its name.
+an id or its beginning, or its directory; what has a name there is what is meant,
+`./chat` is the directory beside it. An artifact is loaded as `state resume`
+does; an edit of one makes a child of it, and moves its name.
 
 Loads jax only where a model runs.
 """
@@ -26,7 +27,7 @@ from typing import Any
 
 from absl import flags
 
-from statejax import asking, states
+from statejax import asking
 
 SLOT = flags.DEFINE_integer('slot', None, 'memory: number of a slot')
 ROW = flags.DEFINE_integer('row', 0, 'memory: row of the state')
@@ -80,7 +81,7 @@ BOOKS = {'journal': ((), {'head'})}
 # What every look reads, what every edit besides, and what artifacts want.
 _LOOK = {'workdir', 'resume', 'row'}
 _EDIT = {'save', 'expect', 'journal', 'reason', 'tenant', 'host'}
-_STORE = states.OWN | states.SHOWN
+_STORE = {'store', 'secrets', 'principal', 'org', 'root', 'grant', 'holder_key'}
 _VERBS = LOOKS | EDITS | BOOKS
 ALL = (_LOOK | _EDIT | _STORE).union(*(
     {*needs, *may} for needs, may in _VERBS.values()))
@@ -120,14 +121,14 @@ def run(verb: str, *targets: str):
   for name in sorted(ALL - uses):
     if flags.FLAGS[name].present:
       raise ValueError(f'--{name}: memory {verb} does not use it.')
-  resume = states._flag('resume') if verb not in BOOKS else None
+  resume = asking.flag('resume') if verb not in BOOKS else None
   targets = (*targets, *([resume] if resume else []))
   count = 2 if verb == 'diff' else 1
   if len(targets) != count:
     raise ValueError(f'memory {verb}: expected {count} to look at or to edit, '
                      f'got {len(targets)}; {usage()}.')
   for name in needs:
-    if states._flag(name) is None:
+    if asking.flag(name) is None:
       raise ValueError(f'--{name}: memory {verb} needs it.')
   given = [name for name in sorted(_STORE) if flags.FLAGS[name].present]
   if given and verb not in BOOKS and all(map(_is_saved, targets)):
@@ -248,16 +249,15 @@ def _open(target, verb):
   path = pathlib.Path(target)
   if _is_saved(target):
     return _saved(target, verb)
-  if path.exists() and not (path / manifest.NAME).is_file():
+  if asking.elsewhere(target) and not (path / manifest.NAME).is_file():
     raise ValueError(f'{target}: expected a saved state or an artifact, got '
                      'something else; make one with generate --save or state '
                      'mint.')
-  store = pathlib.Path(states.STORE.value)
-  if not (store / 'STORE.json').is_file():
+  if not asking.is_store():
     raise ValueError(f'{target}: expected a saved state, or an artifact of a '
-                     f'store; there is no store at {store}, name one with '
-                     '--store.')
-  if states._flag('save') is not None:
+                     f'store; there is no store at {asking.STORE.value}, name '
+                     'one with --store.')
+  if asking.flag('save') is not None:
     raise ValueError('--save: an edit of an artifact makes an artifact of the '
                      'store, nothing beside it.')
   return _artifact(target)
@@ -265,13 +265,14 @@ def _open(target, verb):
 
 def _is_saved(target):
   from statejax.artifact import serving
-  return (pathlib.Path(target) / serving.ABOUT).is_file()
+  return (pathlib.Path(target) / serving.ABOUT).is_file() and (
+      asking.elsewhere(target))
 
 
 def _saved(path, verb):
   from statejax.artifact import mint, serving
   from statejax.train import restore
-  save, workdir = states._flag('save'), states._flag('workdir')
+  save, workdir = asking.flag('save'), asking.flag('workdir')
   if verb in EDITS:
     if save is None:
       raise ValueError(f'--save: memory {verb} needs it for a saved state.')
@@ -290,17 +291,17 @@ def _artifact(key):
   from statejax.artifact import access, load, verify
   from statejax.artifact import mint as minting
   from statejax.artifact.outcome import Refused
-  shop = states._shop()
-  if pathlib.Path(key).is_dir():
+  shop = asking.shop()
+  if asking.elsewhere(key):
     folder, key = key, verify.head(key)[3]
     if not shop.place(key).exists() or not shop.place(key).samefile(folder):
       raise ValueError(f'{folder}: expected an artifact of the store at '
-                       f'{states.STORE.value}; take it in there, or name its '
+                       f'{asking.STORE.value}; take it in there, or name its '
                        'store with --store.')
-  model, params, digest = states._model()
-  ref, who = shop.catalog.ref(key), states._asking(shop, key)
-  found = load.load(shop, key, who, states._host(
-      model, digest, states._room(states._length(shop, key))))
+  model, params, digest = asking.model()
+  ref, who = shop.catalog.ref(key), asking.who(shop, key)
+  found = load.load(shop, key, who, asking.host(
+      model, digest, asking.room(asking.length(shop, key))))
   decision = found.decision
   print(f'{decision} promise={decision.promise} '
         f'{" ".join(decision.warnings)} {decision.detail}'.rstrip(),
@@ -309,7 +310,7 @@ def _artifact(key):
     raise Refused(decision.code, decision.detail)
   def keep(state, edited):
     # Without the transcript: what absorbs it again would undo the edit.
-    states._say(minting.mint(
+    asking.say(minting.mint(
         shop, state, 0, found.host, minting.Terms.of(found.about),
         principal=who, edited=edited,
         parent=minting.Parent(found.id, found.about),
