@@ -11,9 +11,9 @@ r"""The command `memory`: the slots of a state, and edits of them.
   python -m statejax.main memory journal edits --head=5f1c...
 
 A target is the directory of a saved state, or an artifact of the store: a name,
-an id or its beginning, or its directory; what has a name there is what is meant,
-`./chat` is the directory beside it. An artifact is loaded as `state resume`
-does; an edit of one makes a child of it, and moves its name.
+an id or its beginning, or its directory. What has a name there is what is
+meant, `./chat` is the directory beside it. An artifact is loaded as `state
+resume` does; an edit of one makes a child of it, and moves its name.
 
 Loads jax only where a model runs.
 """

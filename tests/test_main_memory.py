@@ -102,6 +102,11 @@ def test_what_else_there_is_to_say(saved, run, restored):  # noqa: F811
   (slot,) = memory('list', 't1', '--where=status=live', '--where=key=sky')[1]
   assert slot['expires'] == 9
   assert memory('list', 't1', '--where=version=2')[1] == []
+  for where, why in (('status=alive', 'status: expected one of'),
+                     ('version=x', 'version: expected an integer'),
+                     ('values=blue', 'expected another field')):
+    code, _, err = memory('list', 't1', f'--where={where}')
+    assert code == 2 and why in err
   for flag, said in (('--version=1', 'blue'), ('--version=2', 'grey')):
     (found,) = memory('read', 't2', '--key=sky', flag)[1]
     assert found['text'] == said and found['slot'] == 0

@@ -90,6 +90,12 @@ def test_a_reason_and_a_lock_are_written_down(tmp_path):
   write, lock = memory.journal.entries[-2:]
   assert (write['reason'], lock['op'], lock['before']) == (
       'told so', 'lock', write['after'])
+  over = lambda slot, expect: memory.overwrite(
+      params(), state, slot, expect, [3, 10], key=[10], value=[6])
+  assert (over(0, 2)[1].outcome, over(0, 1)[1].version) == ('conflict', 2)
+  for slot, expect in ((None, 1), (0, None)):
+    with pytest.raises(ValueError, match='expected an integer'):
+      over(slot, expect)
   # What is refused locks nothing.
   new, receipt = memory.write(params(), state, [3, 10], key=[10], value=[6],
                               expect=7, lock=True)
@@ -105,8 +111,16 @@ def test_what_is_looked_for():
   assert [s.slot for s in memory.list(state, status='live')] == [0, 1]
   assert [s.slot for s in memory.list(state, key=[12], version=2)] == [2]
   assert memory.list(state, key=[12], version=1) == []
-  with pytest.raises(ValueError, match='fields: .*got statuses'):
-    memory.list(state, statuses='live')
+  for where, why in (
+      ({'statuses': 'live'}, 'fields: .*got statuses'),
+      ({'status': 'alive'}, "status: expected one of empty, .*; got 'alive'"),
+      ({'lock': 2}, 'lock: expected one of open, stream, host; got 2'),
+      ({'version': '2'}, "version: expected an integer .*, got '2'"),
+      ({'key': 12}, 'key: expected integers, got 12'),
+      ({'values': [5]}, 'values: expected lists of integers')):
+    with pytest.raises(ValueError, match=why):
+      memory.list(state, **where)
+  assert [s.slot for s in memory.list(state, values=[[21, 7]])] == [1]
   assert memory.read(state, key=[11])[0] == (21, 7)
   for ask, why in (({'key': [13]}, 'one slot of it, got none'),
                    ({'key': [12]}, 'it is tombstone'), ({}, 'one of them'),
@@ -122,8 +136,9 @@ def test_what_is_looked_for():
   assert some == {'slot': 0, 'values': ((20, 7),), 'owner': 0}
   assert memory.export(state, fields=('slot', 'values'), redact=True)[
       'slots'][0] == {'slot': 0}
-  with pytest.raises(ValueError, match='fields: .*got salt'):
-    memory.export(state, fields=('salt',))
+  for fields, why in ((('salt',), 'salt'), ((), 'none')):
+    with pytest.raises(ValueError, match=f'fields: .*got {why}'):
+      memory.export(state, fields=fields)
 
 
 def test_another_key_is_the_hosts_to_give():
