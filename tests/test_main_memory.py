@@ -194,6 +194,11 @@ def test_an_artifact_is_edited_into_a_child(saved, run, tmp_path,  # noqa: F811
   code, _, err = run('memory', 'lock', two['id'], *acme, '--slot=0',
                      f'--journal={tmp_path}/other')
   assert code == 2 and 'expected a journal of this state' in err
+  # A purge, journal or none, leaves no salt in what comes of it.
+  code, _, err = run('memory', 'purge', two['id'], *acme, '--slot=0', '--host')
+  gone = verify.verify(shop.place(kept(err)['id']))
+  assert code == 0 and len(gone.plain['edits']) == 3
+  assert not verify.salts(shop.place(gone.id), gone.about)
   code, out, err = run('memory', 'delete', 'chat', *acme, '--slot=0')
   two = kept(err)
   assert code == 0 and two['ref'] == 'chat' and two['id'] != one['id']
