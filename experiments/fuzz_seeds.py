@@ -175,6 +175,7 @@ def make() -> dict[str, dict[str, bytes]]:
   bodies = {'grant': grant(pem), 'crl': crl(),
             'trust': trust({'acme': pem, 'other': wide}),
             'head': {'rows': 1, 'hash': '0' * 64}}
+  last = {'origin': '1' * 32, 'rows': 256, 'hash': 'ab' * 32, 'time': 1}
   files = {'manifest.json': dumps(small()), 'manifest.mac': b'0' * 64,
            'plain.json': dumps(bare_plain()), 'state/a/b-c': b'1234',
            'tokens.u32': names.pack(TOKENS)}
@@ -186,6 +187,9 @@ def make() -> dict[str, dict[str, bytes]]:
       'canonical': {'a': dumps({'b': [1, True, -2], 'a': 'x"\\'}),
                     'b': dumps([[[[[['a', 0]]]]], {'': {}}])},
       'plain': {'full': dumps(plain())},
+      'slots': {'two': dumps({'layers/memory/0': '1' * 32,
+                              'layers/memory/17': 'ab' * 16}),
+                'none': dumps({})},
       'tokens': {'three': names.pack(TOKENS)},
       'bundle': {'full': bundle},
       'document': {kind: signer.document(kind, dumps(body))
@@ -193,6 +197,7 @@ def make() -> dict[str, dict[str, bytes]]:
       'grant': {'full': dumps(bodies['grant'])},
       'crl': {'full': dumps(bodies['crl']), 'empty': dumps(
           bodies['crl'] | {'entries': []})},
+      'head': {'full': dumps(last)},
       'trust': {'full': dumps(bodies['trust'])},
       'signed': {'trust': signer.document('trust', dumps(bodies['trust']))},
       'header': {'manifest': portable.header_of('manifest.json', 3000),

@@ -76,6 +76,20 @@ def taken(shop, name, who) -> int:
                        if access.owns(about, who) else '.'))
 
 
+def free(path):
+  """Says before the work, not after it, that a state cannot be saved there.
+
+  Raises:
+    ValueError: there is something, or no directory to put it in.
+  """
+  if path.exists():
+    raise ValueError(f'--save={path}: exists already, and nothing saved is '
+                     'overwritten; choose another name.')
+  if not path.absolute().parent.is_dir():
+    raise ValueError(f'--save={path}: expected {path.parent} to be a directory;'
+                     ' make it first.')
+
+
 def horizon() -> int:
   """Returns the most tokens of a state to go on from."""
   from statejax.artifact import manifest

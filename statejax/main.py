@@ -3,8 +3,8 @@
   python -m statejax.main train --config=configs/text_kda.py --workdir=runs/a
   python -m statejax.main generate --workdir=runs/a --prompt='def ' --save=s1
   python -m statejax.main generate --workdir=runs/a --resume=s1
-  python -m statejax.main memory list --workdir=runs/a --resume=s1
-  python -m statejax.main memory delete --workdir=runs/a --resume=s1 --slot=3 \
+  python -m statejax.main memory list s1 --workdir=runs/a
+  python -m statejax.main memory delete s1 --workdir=runs/a --slot=3 \
       --save=s2 --journal=edits
   python -m statejax.main state mint chat --workdir=runs/a --prompt='def '
   python -m statejax.main show runs/a
@@ -12,7 +12,6 @@
 """
 
 import codecs
-import dataclasses
 import json
 import logging
 import pathlib
@@ -21,7 +20,7 @@ import sys
 
 from absl import app, flags
 
-from statejax import states
+from statejax import asking, memories, states
 
 CONFIG = flags.DEFINE_string('config', None, 'path of a file in configs/')
 SET = flags.DEFINE_multi_string('set', [], 'override, e.g. train.steps=200')
@@ -38,32 +37,13 @@ SEED = flags.DEFINE_integer('seed', 0, 'generate: sampler seed')
 SAVE = flags.DEFINE_string('save', None, 'generate: write the state here')
 RESUME = flags.DEFINE_string('resume', None, 'generate: go on from this state; '
                              'memory: the state to look at or edit')
-SLOT = flags.DEFINE_integer('slot', None, 'memory: number of a slot')
-ROW = flags.DEFINE_integer('row', 0, 'memory: row of the state')
-EXPECT = flags.DEFINE_integer(
-    'expect', None, 'memory: version that the slot must have')
-STATEMENT = flags.DEFINE_string(
-    'statement', None, 'memory write: text of which the model writes the last '
-    'token down')
-KEY = flags.DEFINE_string('key', None, 'memory write: the key in the statement')
-VALUE = flags.DEFINE_string(
-    'value', None, 'memory write: the value in the statement')
-JOURNAL = flags.DEFINE_string(
-    'journal', None, 'memory: directory where edits are written down')
-HOST = flags.DEFINE_bool(
-    'host', False, 'memory: act with the capability of the host')
 # What each command reads; a flag that it would ignore is refused.
 USES = {
     'train': {'config', 'set', 'workdir', 'plot'},
     'generate': {'workdir', 'prompt', 'tokens', 'capacity', 'temperature',
                  'top_k', 'top_p', 'seed', 'save', 'resume'},
-    'memory': {'workdir', 'resume', 'save', 'slot', 'row', 'expect',
-               'statement', 'key', 'value', 'journal', 'host'},
+    'memory': memories.ALL,
     'state': states.ALL, 'show': set(), 'doctor': set()}
-# Of `memory`; those of the first line make no new state.
-LOOKS = ('list', 'read')
-EDITS = ('write', 'lock', 'unlock', 'delete', 'rollback', 'quarantine',
-         'restore', 'purge')
 
 
 class UserError(Exception):
@@ -121,7 +101,7 @@ def generate():
     raise UserError('--resume goes on where the state stands, --prompt begins '
                     'anew: give one of them.')
   if SAVE.value:
-    _refuse_unsavable(pathlib.Path(SAVE.value))
+    asking.free(pathlib.Path(SAVE.value))
   model, params = restore.from_workdir(_workdir())
   if model.config.vocab != text.VOCAB:
     raise UserError(f'{WORKDIR.value}: expected a text model of {text.VOCAB} '
@@ -155,65 +135,6 @@ def generate():
     print(f'saved {SAVE.value}: {int(state.length[0])} tokens, '
           f'{sum(st.nbytes(state).values()):,} bytes, digest {found}',
           file=sys.stderr)
-
-
-def _refuse_unsavable(path):
-  """Says before the work, not after it, that it could not be saved."""
-  if path.exists():
-    raise UserError(f'--save={path}: exists already, and nothing saved is '
-                    'overwritten; choose another name.')
-  if not path.absolute().parent.is_dir():
-    raise UserError(f'--save={path}: expected {path.parent} to be a directory; '
-                    'make it first.')
-
-
-def memory(verb):
-  """Looks at the slots of a saved state, or edits one and saves the state."""
-  from statejax import memory as mem
-  from statejax.artifact import journal, serving
-  from statejax.tasks import text
-  from statejax.train import restore
-  if verb not in (*LOOKS, *EDITS):
-    raise UserError(f'memory {verb}: expected one of '
-                    f'{", ".join((*LOOKS, *EDITS))}.')
-  needs = [] if verb in LOOKS else [('save', SAVE)]
-  needs += [] if verb in ('list', 'write') else [('slot', SLOT)]
-  needs += [('statement', STATEMENT), ('key', KEY), ('value', VALUE)] if (
-      verb == 'write') else []
-  for name, flag in (('resume', RESUME), *needs):
-    if flag.value is None:
-      raise UserError(f'--{name}: memory {verb} needs it.')
-  if verb in LOOKS and SAVE.value:
-    raise UserError(f'--save: memory {verb} changes nothing to save.')
-  if SAVE.value:
-    _refuse_unsavable(pathlib.Path(SAVE.value))
-  model, params = restore.from_workdir(_workdir())
-  state = serving.load_state(RESUME.value, model, params)
-  bank = mem.Memory(model, host=HOST.value, journal=(
-      journal.Journal(JOURNAL.value) if JOURNAL.value and verb in EDITS
-      else None))
-  if verb == 'list':
-    for slot in bank.export(state, ROW.value)['slots']:
-      print(json.dumps(slot))
-    return
-  if verb == 'read':
-    tokens, _ = bank.read(state, SLOT.value, ROW.value)
-    print(json.dumps({'slot': SLOT.value, 'value': tokens,
-                      'text': text.decode(tokens)}))
-    return
-  where = dict(row=ROW.value, expect=EXPECT.value)
-  if verb == 'write':
-    statement, key, value = (
-        text.encode(flag.value) for flag in (STATEMENT, KEY, VALUE))
-    state, receipt = bank.write(params, state, statement, key=key, value=value,
-                                slot=SLOT.value, **where)
-  else:
-    state, receipt = getattr(bank, verb)(state, SLOT.value, **where)
-  print(json.dumps(dataclasses.asdict(receipt)))
-  if not receipt.changed:
-    raise UserError(f'memory {verb}: {receipt.outcome}; nothing was changed, '
-                    'and nothing saved.')
-  serving.save_state(SAVE.value, model, params, state)
 
 
 def show(path):
@@ -285,7 +206,7 @@ def _refuse_unused(name):
     raise UserError(f'--{flag}: {name} does not use it here{hint}.')
 
 
-COMMANDS = {'train': train, 'generate': generate, 'memory': memory,
+COMMANDS = {'train': train, 'generate': generate, 'memory': memories.run,
             'state': states.run, 'show': show, 'doctor': doctor}
 
 
@@ -293,13 +214,12 @@ def main(argv):
   """Runs one command; a user's mistake prints one line and exits with 2."""
   name, rest = (argv[1] if len(argv) > 1 else None), argv[2:]
   try:
-    takes = {'show': (1,), 'memory': (1,), 'state': (1, 2, 3)}.get(
+    takes = {'show': (1,), 'memory': (1, 2, 3), 'state': (1, 2, 3)}.get(
         name or '', (0,))
     if name not in COMMANDS or len(rest) not in takes:
       raise UserError(
           f'usage: python -m statejax.main {"|".join(COMMANDS)} [flags]; show '
-          f'takes one path, memory one of {", ".join((*LOOKS, *EDITS))}; '
-          f'{states.usage()}.')
+          f'takes one path; {memories.usage()}; {states.usage()}.')
     _refuse_unused(name)
     COMMANDS[name](*rest)
   except (UserError, ValueError, FloatingPointError, OSError) as error:

@@ -15,59 +15,21 @@ without a journal, edits that differ in content only leave the same witness.
 import dataclasses
 import functools
 import hashlib
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from statejax import edit_events, slot_facts
 from statejax import model as lm
 from statejax import state as st
 from statejax.artifact import digest
-from statejax.artifact.journal import Journal
+from statejax.artifact.journal import Journal, object_name
+from statejax.edit_events import commit
 from statejax.layers import slots as layer
-from statejax.ops import lifecycle, witness
 from statejax.ops import slots as sl
-
-STATUS = ('empty', 'live', 'tombstone', 'quarantined')
-LOCKS = ('open', 'stream', 'host')
-# Integers of a slot, as they stand in the bank.
-_FACTS = ('status', 'lock', 'oid', 'version', 'seq', 't_write', 't_first',
-          't_read', 'reads', 'owner', 'expires')
-
-
-@dataclasses.dataclass(frozen=True)
-class Slot:
-  """What a slot holds; positions and ids are -1 for none.
-
-  Attributes:
-    slot: its number.
-    status: 'live', 'tombstone', 'quarantined' or 'empty'.
-    lock: 'open', 'stream' or 'host'.
-    key: tokens of the key.
-    values: tokens of the value and of those before it, newest first.
-    source: (first token, count) of the statement; (-1, -1) of a host's.
-    names: how many other names it has.
-    oid, version, seq, t_write, t_first, t_read, reads, owner, expires: see
-      `statejax.ops.slots.Bank`.
-  """
-
-  slot: int
-  status: str
-  lock: str
-  key: tuple[int, ...]
-  values: tuple[tuple[int, ...], ...]
-  source: tuple[int, int]
-  names: int
-  oid: int
-  version: int
-  seq: int
-  t_write: int
-  t_first: int
-  t_read: int
-  reads: int
-  owner: int
-  expires: int
+from statejax.ops import witness
+from statejax.slot_facts import integer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +45,12 @@ class Receipt:
     slot, oid, version, old_version, seq, evicted: see
       `statejax.ops.slots.Receipts`.
     length: tokens that the row had absorbed.
+    principal: who acted, as a number.
+    reason: what the edit was said to be for.
     before, after: commitments to the slot's row, '' without a journal.
     carriers: where else what was edited may still be.
+    mark: what the witness has absorbed of it, 64 hex digits, as an artifact
+      lists its edits; '' where nothing was changed.
   """
 
   row: int
@@ -97,9 +63,12 @@ class Receipt:
   seq: int
   evicted: int
   length: int
+  principal: int
+  reason: str = ''
   before: str = ''
   after: str = ''
   carriers: tuple[str, ...] = ()
+  mark: str = ''
 
   @property
   def changed(self) -> bool:
@@ -116,7 +85,9 @@ class Memory:
     journal: where edits are written down; None for nowhere.
     principal: who acts; None is the model's own stream, so that it may change
       what is written here. What nobody owns, -1, everybody reads. It limits
-      edits: whoever holds a state can look at all of it.
+      edits: whoever holds a state can look at all of it. The layer itself acts
+      as its own stream in every row: what another owns is kept beside, and the
+      model neither reads nor changes it.
     host: whether this holds the host's capability: purge, rekey, host locks.
   """
 
@@ -135,6 +106,9 @@ class Memory:
       raise ValueError(f'memory: expected the name of one slot layer, got '
                        f'{self.layer!r}; this model has {have}.')
     object.__setattr__(self, 'layer', want[0])
+    if self.principal is not None:
+      object.__setattr__(self, 'principal', integer(
+          'principal', self.principal, -1))
     if self.model.config.names.count(want[0]) != 1:
       raise ValueError(f'memory: layer {want[0]!r} stands in the pattern more '
                        'than once; give each memory a name of its own.')
@@ -152,32 +126,44 @@ class Memory:
     return sl.Bank(**{f.name: getattr(held, f.name)[0]
                       for f in dataclasses.fields(sl.Bank)})
 
-  def list(self, state, row=0):
-    """Returns a `Slot` for each that is neither empty nor expired."""
-    bank = jax.device_get(self.bank(st.take(state, row)))
-    found = [_slot(bank, m) for m in range(self.config.rules.slots)]
-    return [s for s in found
-            if s.status != 'empty' and not _expired(s, state, row)]
+  def list(self, state, row=0, **where):
+    """Returns a `Slot` for each that is neither empty nor expired.
 
-  def read(self, state, slot, row=0, version=None):
+    Args:
+      state: `ServingState`.
+      row: of the state.
+      **where: fields of `Slot` that it must have, e.g. `status='live'`.
+    """
+    bank = self._row_bank(state, row)
+    found = (slot_facts.of(bank, m) for m in range(self.config.rules.slots))
+    return slot_facts.matching(
+        [s for s in found
+         if s.status != 'empty' and not _expired(s, state, row)], where)
+
+  def read(self, state, slot=None, row=0, version=None, *, key=None):
     """Returns the tokens of a slot's value, and the value [V].
 
     Args:
       state: `ServingState`.
-      slot: number of the slot.
+      slot: number of the slot; None finds it by its key.
       row: of the state.
       version: of the object; None is the present one.
+      key: all tokens of the key, where no slot is given.
 
     Raises:
-      ValueError: an empty, deleted or expired slot, or a version that is not
-        kept.
+      ValueError: an empty, deleted or expired slot, a version that is not
+        kept, or a key that not exactly one slot has.
     """
-    bank = jax.device_get(self.bank(st.take(state, row)))
-    held = _slot(bank, self._number(slot))
+    if (slot is None) == (key is None):
+      raise ValueError('slot, key: expected one of them.')
+    bank = self._row_bank(state, row)
+    slot = self._keyed(state, row, key) if slot is None else self._number(slot)
+    held = slot_facts.of(bank, slot)
     if _expired(held, state, row):
       raise ValueError(f'slot {slot}, row {row}: expected a live one, got one '
                        f'that has expired at {held.expires} tokens.')
-    ago = 0 if version is None else held.version - version
+    ago = 0 if version is None else held.version - integer(
+        'version', version, 0)
     if not 0 <= ago < len(held.values):
       raise ValueError(
           f'slot {slot}, row {row}: expected a version of {held.version} down '
@@ -185,22 +171,38 @@ class Memory:
           f'{held.status} and keeps {len(held.values)} of them.')
     return held.values[ago], bank.value[0, slot, ago]
 
+  def _keyed(self, state, row, key):
+    """The number of the one slot whose key is spelled so."""
+    found = [s.slot for s in self.list(state, row, key=key)]
+    if len(found) != 1:
+      raise ValueError(f'key {list(map(int, key))}, row {row}: expected one '
+                       f'slot of it, got {found or "none"}; name a slot.')
+    return found[0]
+
   def diff(self, left, right, row=0):
     """Returns {slot: (before, after)} of slots that differ, `Slot` each."""
-    a, b = (jax.device_get(self.bank(st.take(s, row))) for s in (left, right))
+    a, b = (self._row_bank(state, row) for state in (left, right))
     out = {}
     for m in range(self.config.rules.slots):
-      one, other = _slot(a, m), _slot(b, m)
+      one, other = slot_facts.of(a, m), slot_facts.of(b, m)
       if one != other or (a.value[0, m] != b.value[0, m]).any():
         out[m] = one, other
     return out
 
-  def export(self, state, row=0, redact=False):
-    """Returns a row's memory as a dict that JSON can hold; tokens are left out
-    where `redact`."""
+  def export(self, state, row=0, fields=None, redact=False):
+    """Returns a row's memory as a dict that JSON can hold.
+
+    Args:
+      state: `ServingState`.
+      row: of the state.
+      fields: of `Slot`; None is all of them.
+      redact: whether the tokens of keys and values are left out.
+    """
+    fields = slot_facts.FIELDS if fields is None else tuple(fields)
+    slot_facts.known(fields or ('none',))
     drop = ('key', 'values') if redact else ()
     return {'layer': self.layer, 'length': int(state.length[row]), 'slots': [
-        {k: v for k, v in dataclasses.asdict(s).items() if k not in drop}
+        {n: getattr(s, n) for n in fields if n not in drop}
         for s in self.list(state, row)]}
 
   def untouched(self, state, slot, row=0):
@@ -209,7 +211,7 @@ class Memory:
     True proves that no stream has written, renewed, locked or named it, in any
     of its versions; that it was read it may hide. False proves nothing.
     """
-    bank = jax.device_get(self.bank(st.take(state, row)))
+    bank = self._row_bank(state, row)
     oid = int(bank.oid[0, self._number(slot)])
     name = self._object(row, oid)
     if self.journal is None or self.journal.salt(name) is None:
@@ -217,7 +219,8 @@ class Memory:
     edits = [e for e in self.journal.entries if e['row'] == row
              and e.get('layer') == self.layer and e.get('oid') == oid
              and e['outcome'] in ('committed', 'refreshed')]
-    held = _plain(bank, slot) | {'reads': 0, 't_first': -1, 't_read': -1}
+    held = slot_facts.plain(bank, slot) | {
+        'reads': 0, 't_first': -1, 't_read': -1}
     said = [e['after'] for e in edits]
     return bool(edits) and not edits[0]['old_version'] and (
         [e['before'] for e in edits[1:]] == said[:-1]
@@ -226,7 +229,7 @@ class Memory:
   # Writing.
 
   def write(self, params, state, statement, *, key, value, row=0, slot=None,
-            expect=None, ttl=None):
+            ttl=None, lock=False, **where):
     """Writes what the model itself would write for a statement.
 
     The model reads the statement in a scratch state, and its last token gives
@@ -241,9 +244,12 @@ class Memory:
         these are what is spelled, and the statement has to hold them.
       row: of the state.
       slot: the slot to overwrite; None finds it by its key, or takes a new one.
-      expect: the version that the slot must have.
       ttl: tokens after which it expires; None never. Where the slot holds these
         tokens already, its expiry stays as it is: see `expire`.
+      lock: whether to protect it at once, which is an edit of its own: the
+        receipt returned is that of the write.
+      **where: `expect`, the version that the slot must have, and `reason`, a
+        line for the receipt and the journal, which must not hold content.
 
     Returns:
       The state and a `Receipt`.
@@ -252,14 +258,33 @@ class Memory:
       ValueError: tokens that are not the model's, or parameters that make no
         finite key and value of them.
     """
+    until = -1 if ttl is None else self._until(state, row, ttl)
+    new, receipt = self._edit(
+        state, sl.WRITE, slot, row=row, **where,
+        fields=self.payload(params, statement, key, value) | {'expires': until})
+    if lock and receipt.changed:
+      new, _ = self.lock(new, receipt.slot, row=row)
+    return new, receipt
+
+  def overwrite(self, params, state, slot, expect, statement, **where):
+    """Writes to a slot that has the version expected, or changes no bit.
+
+    Args:
+      slot, expect: its number, and that version.
+      **where: of `write`, which says the rest.
+    """
+    return self.write(params, state, statement, slot=self._number(slot),
+                      expect=integer('expect', expect, 0), **where)
+
+  def payload(self, params, statement, key, value):
+    """Returns the fields of a WRITE that `write` makes of its arguments, for
+    `events`."""
     r = self.config.rules
     spans = {'span': self._padded(value, r.span, 'value'),
              'key_span': self._padded(key, r.key_span, 'key')}
     found = self.encode(params, statement, key, value)
-    until = -1 if ttl is None else self._until(state, row, ttl)
-    return self._edit(state, row, sl.WRITE, slot, expect, expires=until,
-                      salience=jnp.linalg.norm(jnp.float32(found['value'])),
-                      **found, **spans)
+    return found | spans | {
+        'salience': np.linalg.norm(np.float32(found['value']))}
 
   def encode(self, params, statement, key=(), value=()):
     """Returns {'key': [K], 'value': [V]} of the statement's last token.
@@ -279,9 +304,9 @@ class Memory:
         parts[self._within(tokens, parts, said, name)] = layer.PARTS.index(name)
     # One program for statements of any length.
     padded = (np.pad(x, (0, most - len(tokens)))[None] for x in (tokens, parts))
-    held = _scratch(self.model, self.layer, params, *(
-        jnp.asarray(x, jnp.int32) for x in padded), jnp.array([len(tokens)]))
-    found = {'key': held.want_key[0, 0, 0], 'value': held.want_value[0, 0, 0]}
+    found = jax.device_get(_scratch(
+        self.model, self.layer, params, *(x.astype(np.int32) for x in padded),
+        np.array([len(tokens)], np.int32)))
     if not all(np.isfinite(np.float32(x)).all() for x in found.values()):
       raise ValueError('statement: expected a finite key and value, the model '
                        'makes NaN or infinity of it; look at its parameters.')
@@ -302,56 +327,101 @@ class Memory:
     """Protects a slot from being changed or evicted; with the host's
     capability so that the model cannot undo it."""
     return self._simple(sl.HOST_LOCK if self.host else sl.LOCK, state, slot,
-                        **where)
+                        where)
 
   def unlock(self, state, slot, **where):
     """Undoes `lock`."""
     return self._simple(sl.HOST_UNLOCK if self.host else sl.UNLOCK, state, slot,
-                        **where)
+                        where)
 
   def delete(self, state, slot, **where):
     """Removes values and tokens; the key stays, so that a later write is known
     to be of the same object."""
-    return self._simple(sl.DELETE, state, slot, **where)
+    return self._simple(sl.DELETE, state, slot, where)
 
   def rollback(self, state, slot, steps=1, **where):
     """Puts an earlier value in front; the version goes on counting, and the
     expiry stays that of the write undone."""
-    return self._simple(sl.ROLLBACK, state, slot, steps=steps, **where)
+    return self._simple(sl.ROLLBACK, state, slot, where,
+                        steps=integer('steps', steps, 1))
 
   def alias(self, params, state, slot, statement, name=(), **where):
     """Gives a slot the key of a statement as another name; `name` are the
     tokens of it, see `write`."""
     found = self.encode(params, statement, name)['key']
-    return self._simple(sl.ALIAS, state, slot, name=found, **where)
+    return self._simple(sl.ALIAS, state, slot, where, name=found)
+
+  def rekey(self, params, state, slot, statement, key, **where):
+    """Gives a slot the key of a statement in place of its own; `key` are the
+    tokens of it, see `write`. Wants the host's capability."""
+    span = self._padded(key, self.config.rules.key_span, 'key')
+    found = self.encode(params, statement, key)['key']
+    return self._simple(sl.REKEY, state, slot, where, key=found, key_span=span)
 
   def expire(self, state, slot, ttl, row=0, **where):
     """Hides a slot when the row has absorbed `ttl` more tokens."""
-    return self._simple(sl.EXPIRE, state, slot, row=row,
-                        expires=self._until(state, row, ttl), **where)
+    return self._simple(sl.EXPIRE, state, slot, where | {'row': row},
+                        expires=self._until(state, row, ttl))
 
   def quarantine(self, state, slot, **where):
     """Keeps a slot from being read or written, without losing it."""
-    return self._simple(sl.QUARANTINE, state, slot, **where)
+    return self._simple(sl.QUARANTINE, state, slot, where)
 
   def restore(self, state, slot, **where):
     """Undoes `quarantine`."""
-    return self._simple(sl.RESTORE, state, slot, **where)
+    return self._simple(sl.RESTORE, state, slot, where)
 
   def purge(self, state, slot, **where):
     """Empties a slot and destroys its salt; wants the host's capability."""
-    return self._simple(sl.PURGE, state, slot, **where)
+    return self._simple(sl.PURGE, state, slot, where)
+
+  # Edits of many rows at once, inside a program.
+
+  def events(self, op, mine, **fields):
+    """Returns `edit_events.of_rows` of this memory and who holds it."""
+    return edit_events.of_rows(self.config.rules, op, mine, fields,
+                               principal=self._actor, host=self.host)
+
+  def noted(self, old, new, op, receipts, reason=''):
+    """Writes edits that `commit` has made down, in journal and witnesses.
+
+    Args:
+      old, new: the states before and after, outside of `jax.jit`.
+      op, receipts: of `events`, and what `commit` has returned.
+      reason: see `write`.
+
+    Returns:
+      The state and a `Receipt` of each row that the edit was for.
+    """
+    found, out = jax.device_get(receipts), []
+    for row in np.flatnonzero(found.outcome[:, 0] != sl.UNUSED).tolist():
+      one = {f.name: int(getattr(found, f.name)[row, 0])
+             for f in dataclasses.fields(found)}
+      new, receipt = self._noted(old, new, row, op, one, _reason(reason))
+      out.append(receipt)
+    return new, out
+
 
   # How.
 
-  def _simple(self, op, state, slot, row=0, expect=None, **fields):
-    return self._edit(state, row, op, slot, expect, **fields)
+  @property
+  def _actor(self):
+    return layer.STREAM if self.principal is None else self.principal
+
+  def _simple(self, op, state, slot, where, **fields):
+    return self._edit(state, op, self._number(slot), fields, **where)
+
+  def _row(self, state, row):
+    return integer('row', row, 0, st.rows(state) - 1)
+
+  def _row_bank(self, state, row):
+    """The bank of one row, in numpy."""
+    return jax.device_get(edit_events.row_of(
+        state.layers[self.layer], self._row(state, row)))
 
   def _until(self, state, row, ttl):
-    if ttl < 1:
-      raise ValueError(f'ttl: expected 1 token or more, got {ttl}; to hide a '
-                       'slot now, quarantine or delete it.')
-    return int(state.length[row]) + ttl
+    length = int(state.length[self._row(state, row)])
+    return length + integer('ttl', ttl, 1, slot_facts.MOST - length)
 
   def _tokens(self, tokens, most, what):
     tokens = np.asarray(tokens)
@@ -369,72 +439,56 @@ class Memory:
                   constant_values=-1)
 
   def _number(self, slot):
-    if not 0 <= slot < self.config.rules.slots:
-      raise ValueError(f'slot: expected 0 to {self.config.rules.slots - 1}, '
-                       f'got {slot}.')
-    return slot
+    return integer('slot', slot, 0, self.config.rules.slots - 1)
 
-  def _edit(self, state, row, op, slot, expect, **fields):
-    if not 0 <= row < st.rows(state):
-      raise ValueError(f'row: expected 0 to {st.rows(state) - 1}, got {row}.')
-    if slot is not None:
-      self._number(slot)
-    if expect is not None and expect < 0:
-      raise ValueError(f'expect: expected a version, got {expect}.')
-    rules, rows = self.config.rules, st.rows(state)
-    mine = np.arange(rows)[:, None] == row
-    given = {'time': jnp.broadcast_to(state.length[:, None], (rows, 1)),
-             'slot': np.full((rows, 1), -1 if slot is None else slot),
-             'expect': np.full((rows, 1), -1 if expect is None else expect),
-             'host': np.full((rows, 1), self.host),
-             'principal': np.full((rows, 1), layer.STREAM if self.principal
-                                  is None else self.principal)}
-    for name, x in fields.items():
-      x = jnp.asarray(x)
-      given[name] = jnp.broadcast_to(x[None, None], (rows, 1, *x.shape))
-    events = sl.events(rules, np.where(mine, op, sl.NULL), **given)
+  def _edit(self, state, op, slot, fields, row=0, expect=None, reason=''):
+    row, op = self._row(state, row), sl.OPS[op]
+    given = fields | {
+        'slot': -1 if slot is None else self._number(slot),
+        'expect': -1 if expect is None else integer('expect', expect, 0)}
+    _reason(reason)
+    events = self.events(op, np.arange(st.rows(state)) == row, **given)
     new, receipts = commit(self.model, self.layer, state, events)
-    return self._noted(state, new, row, op, jax.tree.map(
-        lambda x: int(x[row, 0]), receipts))
+    new, (receipt,) = self.noted(state, new, op, receipts, reason)
+    return new if receipt.changed else state, receipt
 
-  def _noted(self, old, new, row, op, found):
-    """Writes an edit down, in the journal and in the witness."""
+  def _noted(self, old, new, row, op, found, reason):
+    """Writes an edit of one row down."""
     receipt = Receipt(
-        row=row, op=sl.OPS[op], outcome=sl.OUTCOMES[found.outcome],
-        length=int(old.length[row]),
-        **{n: getattr(found, n) for n in (
-            'slot', 'oid', 'version', 'old_version', 'seq', 'evicted')})
+        row=row, op=op, length=int(old.length[row]), principal=self._actor,
+        reason=reason, **found | {'outcome': sl.OUTCOMES[found['outcome']]})
     if receipt.changed:
       receipt = dataclasses.replace(receipt, carriers=self._carriers(old))
     before, after = self._commitments(old, new, receipt)
     receipt = dataclasses.replace(receipt, before=before, after=after)
     entry = dataclasses.asdict(receipt) | {
-        'layer': self.layer, 'host': int(self.host), 'forgets': '',
-        'principal': layer.STREAM if self.principal is None else self.principal}
-    if receipt.changed and op == sl.PURGE:
+        'layer': self.layer, 'host': int(self.host), 'forgets': ''}
+    if receipt.changed and op == sl.OPS[sl.PURGE]:
       entry['forgets'] = self._object(row, receipt.oid)
+    del entry['mark']
     if self.journal is not None:
       self.journal.append(entry)
     if not receipt.changed:
-      return old, receipt
-    return marked(new, row, entry), receipt
+      return new, receipt
+    return marked(new, row, entry), dataclasses.replace(
+        receipt, mark=mark(entry))
 
   def _commitments(self, old, new, receipt):
     if self.journal is None or receipt.slot < 0 or receipt.oid < 0:
       return '', ''
-    rows = [jax.device_get(self.bank(st.take(s, receipt.row)))
-            for s in (old, new)]
+    rows = [self._row_bank(s, receipt.row) for s in (old, new)]
     # A new object has no before, but the one whose slot it took.
     names = [receipt.evicted if not receipt.old_version else receipt.oid,
              receipt.oid]
     before, after = (
-        self.journal.commitment(self._object(receipt.row, oid),
-                                _plain(bank, receipt.slot)) if oid >= 0 else ''
+        self.journal.commitment(
+            self._object(receipt.row, oid),
+            slot_facts.plain(bank, receipt.slot)) if oid >= 0 else ''
         for oid, bank in zip(names, rows))
     return before, after
 
   def _object(self, row, oid):
-    return f'{self.layer}/{row}/{oid}'
+    return object_name({'layer': self.layer, 'row': row, 'oid': oid})
 
   def _carriers(self, state):
     """Where what a slot held may be besides it.
@@ -451,85 +505,56 @@ class Memory:
             'token log', 'forks and artifacts')
 
 
+def mark(entry) -> str:
+  """Returns what stands for an edit's entry, 64 hex digits.
+
+  A row is known by its witness, not by its place: one that is forked or moved
+  and edited there is the same as one that was edited before.
+  """
+  told = {name: x for name, x in entry.items() if name != 'row'}
+  return hashlib.sha256(
+      b'statejax.ext.v1\0' + digest.canonical(told)).hexdigest()
+
+
 def element(entry) -> int:
   """What an edit's entry adds to a witness; no token is that large."""
-  mark = hashlib.sha256(b'statejax.ext.v1\0' + digest.canonical(entry))
-  return 2 ** 30 + int.from_bytes(mark.digest()[:4], 'little') % 2 ** 30
+  first = bytes.fromhex(mark(entry))[:4]
+  return 2 ** 30 + int.from_bytes(first, 'little') % 2 ** 30
 
 
 def marked(state, row, entry):
   """Returns the state whose row's witness has absorbed an edit's entry."""
   count = (np.arange(st.rows(state)) == row).astype(np.int32)
-  return dataclasses.replace(state, witness=witness.absorb(
-      state.witness, jnp.full((st.rows(state), 1), element(entry), jnp.int32),
-      jnp.asarray(count)))
+  return dataclasses.replace(state, witness=_absorb(
+      state.witness, np.full((st.rows(state), 1), element(entry), np.int32),
+      count))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def commit(model, name, state, events):
-  """Applies events to the slots of a layer; pure, for use inside `jax.jit`.
-
-  What the model has decided and not committed yet, and would undo them, is
-  dropped: see `statejax.ops.lifecycle.overruled`.
-
-  Args:
-    model: `LanguageModel`.
-    name: of the slot layer.
-    state: `ServingState` of B rows.
-    events: `statejax.ops.slots.Events` [B, E]; those of no time happen now.
-
-  Returns:
-    The state, its witness as it was, and `statejax.ops.slots.Receipts` [B, E].
-  """
-  rules = model.config.layer(name).mixer.rules
-  held = state.layers[name]
-  events = dataclasses.replace(events, time=jnp.where(
-      events.time < 0, state.length[:, None], events.time))
-  fields = [f.name for f in dataclasses.fields(sl.Bank)]
-  flat = jax.tree.map(lambda x: x[0], held)
-  before = sl.Bank(**{n: getattr(flat, n) for n in fields})
-  bank, receipts = lifecycle.commit(
-      # Expiry is the stream's: an edit of one row empties no slot of another.
-      rules, before, events, jnp.full_like(state.length, -1))
-  flat = layer.drop(flat, lifecycle.overruled(
-      rules, before, bank, events, receipts, layer.waiting(flat)))
-  flat = dataclasses.replace(flat, **{n: getattr(bank, n) for n in fields})
-  new = jax.tree.map(lambda x: x[None], flat)
-  return dataclasses.replace(state, layers=state.layers | {name: new}), receipts
+_absorb = jax.jit(witness.absorb)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _scratch(model, name, params, tokens, parts, n_valid):
-  """The slot layer's state after a statement whose last token has to write."""
+  """{'key': [K], 'value': [V]} that the last token of a statement, which has
+  to write, wants to."""
   length = tokens.shape[1]
   last = jnp.arange(length, dtype=jnp.int32)[None] == n_valid[:, None] - 1
   state = model.init_state(1, length)
   hints = {'force': jnp.where(last, layer.WANTS.index(sl.WRITE), 0),
            'force_part': parts}
-  return lm.forward(model, params, state, tokens, n_valid,
+  held = lm.forward(model, params, state, tokens, n_valid,
                     hints=hints)[1].layers[name]
-
-
-def _slot(bank, m):
-  """A `Slot` of a bank of one row in numpy."""
-  cut = lambda x: tuple(int(t) for t in x if t >= 0)
-  facts: dict[str, Any] = {n: int(getattr(bank, n)[0, m]) for n in _FACTS}
-  oid, (begin, count) = facts['oid'], bank.source[0, m]
-  facts |= {'status': STATUS[facts['status']], 'lock': LOCKS[facts['lock']]}
-  values = tuple(cut(x) for x in bank.span[0, m])
-  return Slot(slot=m, key=cut(bank.key_span[0, m]),
-              values=tuple(v for v in values if v),
-              source=(int(begin), int(count)),
-              names=int((bank.alias_oid[0] == oid).sum()) * (oid >= 0), **facts)
-
-
-def _plain(bank, m):
-  """A slot's row without floats, every bit of it."""
-  held = dataclasses.asdict(_slot(bank, m))
-  bits = {n: np.ascontiguousarray(getattr(bank, n)[0, m]).tobytes().hex()
-          for n in ('key', 'value', 'salience')}
-  return held | {'bits': bits}
+  return {'key': held.want_key[0, 0, 0], 'value': held.want_value[0, 0, 0]}
 
 
 def _expired(slot, state, row):
   return 0 <= slot.expires <= int(state.length[row])
+
+
+def _reason(text):
+  """A reason as it may stand in a journal."""
+  if not isinstance(text, str) or len(text) > 200 or not (
+      text.isprintable()):
+    raise ValueError('reason: expected one line of at most 200 characters, got '
+                     f'{text!r}.')
+  return text

@@ -249,13 +249,13 @@ def resume(key):
   if found.tokens is not None:
     length = found.about['state']['length']
     transcript = minting.Transcript((*found.tokens[:length], *emitted),
-                                    keep=True)
+                                    found.edited.edits, keep=True)
   before = found.about['account'] if resumed else {}
   spent = meter.spent(host.work, before, 0 if resumed else decision.n,
                       len(emitted))
   kept = minting.mint(
       shop, state, 0, found.host, minting.Terms.of(found.about),
-      principal=who, transcript=transcript, **spent,
+      principal=who, transcript=transcript, edited=found.edited, **spent,
       stands=found.stands and found.stands.after(emitted),
       parent=minting.Parent(found.id, found.about), ref=key if ref else '',
       # A name that is not theirs stays: what they made is named after it.

@@ -43,7 +43,9 @@ ALLOWED = {
     'tasks': 'numpy grain config',
     'metrics': 'numpy grain config',
     'generate': f'{MODEL} artifact',
-    'memory': f'{MODEL} artifact',
+    'slot_facts': 'numpy',
+    'edit_events': 'jax numpy ops slot_facts state layers',
+    'memory': f'{MODEL} artifact edit_events slot_facts',
     'forget': f'{MODEL} artifact memory',
     'parallel': f'{MODEL} artifact',
     'convert': f'{MODEL} artifact safetensors',
@@ -56,8 +58,9 @@ ALLOWED = {
     'meter': 'jax',
     'states': f'{MODEL} artifact asking exchange generate looking meter tasks '
               'absl',
-    'main': f'{MODEL} artifact tasks metrics generate memory states train '
-            'serve absl pallas_kernels',
+    'memories': 'artifact asking memory tasks train absl',
+    'main': f'{MODEL} artifact asking tasks metrics generate memories states '
+            'train serve absl pallas_kernels',
     'pallas_kernels': 'jax numpy',
     'configs': 'config',
 }

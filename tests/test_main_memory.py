@@ -1,14 +1,18 @@
-"""The command `memory` on a saved state of a text model."""
+"""The command `memory` on saved states and artifacts of a text model."""
 
+import functools
 import json
+import shutil
 
+import jax
 import pytest
-from test_main import call, run  # noqa: F401
+from test_main import run  # noqa: F401
 
-from statejax import generate as gen
-from statejax.artifact import journal, serving
-from statejax.tasks import text
-from statejax.train import restore
+from statejax import config as c
+from statejax import main
+from statejax import model as lm
+from statejax.artifact import journal, manifest, objects, serving, verify
+from statejax.train import checkpoint, restore, step
 
 CONFIG = '''
 import dataclasses
@@ -30,24 +34,34 @@ def get_config():
 
 @pytest.fixture(scope='module')
 def saved(tmp_path_factory):
-  """A workdir and a state."""
+  """A workdir of a run that has not learned yet, and a state."""
   place = tmp_path_factory.mktemp('memory')
   (place / 'config.py').write_text(CONFIG)
-  assert not call('train', f'--config={place}/config.py',
-                  f'--workdir={place}/run')
-  model, params = restore.from_workdir(place / 'run')
-  state = gen.prefill(model, params, model.init_state(1, 16),
-                      text.encode('a b')[None])
-  serving.save_state(place / 's0', model, params, state)
+  config = main.load_config(place / 'config.py')
+  model = lm.LanguageModel(config.model)
+  begun = jax.jit(lambda: step.initial(model, config.train))()
+  checkpoint.save(place / 'run/checkpoints', 0, begun, {
+      'config': c.to_dict(config)}, keep=1)
+  serving.save_state(place / 's0', model, begun.params,
+                     model.init_state(1, 16))
   return place
 
 
-def test_edits_from_the_command_line(saved, run):  # noqa: F811
+@pytest.fixture
+def restored(monkeypatch):
+  """A run is restored once, not by each of many commands."""
+  monkeypatch.setattr(restore, 'from_workdir', once)
+
+
+once = functools.cache(restore.from_workdir)
+
+
+def test_edits_from_the_command_line(saved, run, restored):  # noqa: F811
   def memory(verb, before, after=None, *more):
-    save = [f'--save={saved / after}'] if after else []
+    save = [f'--save={saved / after}', f'--journal={saved}/edits'] if (
+        after) else []
     code, out, err = run('memory', verb, f'--workdir={saved}/run',
-                         f'--resume={saved / before}',
-                         f'--journal={saved}/edits', *save, *more)
+                         f'--resume={saved / before}', *save, *more)
     return code, [json.loads(x) for x in out.splitlines()
                   if x.startswith('{')], err
   assert memory('list', 's0')[1] == []
@@ -69,13 +83,204 @@ def test_edits_from_the_command_line(saved, run):  # noqa: F811
   assert [e['op'] for e in entries] == ['write', 'delete', 'delete', 'purge']
 
 
+@pytest.mark.slow
+def test_what_else_there_is_to_say(saved, run, restored):  # noqa: F811
+  def memory(verb, *argv, after=None):
+    save = [f'--save={saved / after}', f'--journal={saved}/book'] if (
+        after) else []
+    code, out, err = run('memory', verb, *(
+        saved / x if isinstance(x, str) and x[0] == 't' else x
+        for x in argv), f'--workdir={saved}/run', *save)
+    return code, [json.loads(x) for x in out.splitlines()], err
+  says = lambda words, key, value: [
+      f'--statement={words}', f'--key={key}', f'--value={value}']
+  shutil.copytree(saved / 's0', saved / 't0')
+  assert memory('write', 't0', *says('sky is blue', 'sky', 'blue'), '--ttl=9',
+                '--reason=said so', after='t1')[0] == 0
+  assert memory('write', 't1', *says('sky is grey', 'sky', 'grey'), '--slot=0',
+                after='t2')[0] == 0
+  (slot,) = memory('list', 't1', '--where=status=live', '--where=key=sky')[1]
+  assert slot['expires'] == 9
+  assert memory('list', 't1', '--where=version=2')[1] == []
+  for where, why in (('status=alive', 'status: expected one of'),
+                     ('version=x', 'version: expected an integer'),
+                     ('values=blue', 'expected another field')):
+    code, _, err = memory('list', 't1', f'--where={where}')
+    assert code == 2 and why in err
+  for flag, said in (('--version=1', 'blue'), ('--version=2', 'grey')):
+    (found,) = memory('read', 't2', '--key=sky', flag)[1]
+    assert found['text'] == said and found['slot'] == 0
+  (pair,) = memory('diff', 't1', 't2')[1]
+  assert (pair['before']['version'], pair['after']['version']) == (1, 2)
+  assert memory('export', 't2', '--fields=slot,version')[1][0]['slots'] == [
+      {'slot': 0, 'version': 2}]
+  assert 'values' not in memory('export', 't2', '--redact')[1][0]['slots'][0]
+  assert memory('rollback', 't2', '--slot=0', '--steps=2', after='t3')[0] == 2
+  assert memory('rollback', 't2', '--slot=0', '--steps=1', after='t3')[0] == 0
+  assert memory('alias', 't3', '--slot=0', '--statement=heaven',
+                after='t4')[0] == 0
+  assert memory('expire', 't4', '--slot=0', '--ttl=1', after='t5')[1][0][
+      'op'] == 'expire'
+  code, (receipt,), _ = memory('delete', 't5', '--slot=0', '--tenant=7',
+                               after='t6')
+  assert code == 2 and receipt['outcome'] == 'missing'
+  assert receipt['principal'] == 7
+  code, _, err = memory('rekey', 't5', '--slot=0', '--statement=sea',
+                        '--key=sea', after='t6')
+  assert code == 2 and 'forbidden; nothing was changed' in err
+  assert memory('rekey', 't5', '--slot=0', '--statement=sea', '--key=sea',
+                '--host', after='t6')[0] == 0
+  assert memory('read', 't6', '--key=sea')[1][0]['text'] == 'blue'
+  # The book of it.
+  code, out, _ = run('memory', 'journal', saved / 'book')
+  *edits, last = map(json.loads, out.splitlines())
+  assert code == 0 and last['edits'] == len(edits) == 9
+  assert edits[0]['reason'] == 'said so'
+  assert run('memory', 'journal', saved / 'book',
+             f'--head={last["head"]}')[0] == 0
+  code, _, err = run('memory', 'journal', saved / 'book', f'--head={"0" * 64}')
+  assert code == 2 and 'edits were cut off' in err
+  log = saved / 'book/journal.jsonl'
+  log.write_text(log.read_text().replace('said so', 'never!!'))
+  for argv in (['journal', saved / 'book'], [
+      'delete', saved / 't6', '--slot=0', f'--journal={saved}/book',
+      f'--save={saved}/t7', f'--workdir={saved}/run']):
+    code, _, err = run('memory', *argv)
+    assert code == 2 and 'journal.jsonl:1: expected an entry' in err
+
+
+def kept(err):
+  """What a command says of the artifact that it has made."""
+  return json.loads(err.splitlines()[-1])
+
+
+def test_an_artifact_is_edited_into_a_child(saved, run, tmp_path,  # noqa: F811
+                                            restored):
+  store = [f'--store={tmp_path}/store', f'--secrets={tmp_path}/secrets']
+  go = [*store, f'--workdir={saved}/run']
+  acme = [*go, '--org=acme']
+  assert run('state', 'mint', 'chat', *acme, f'--resume={saved}/s0',
+             '--acl=bob:resume')[0] == 0
+  code, _, err = run('memory', 'write', 'chat', *acme,
+                     '--statement=sky is blue', '--key=sky', '--value=blue')
+  one = kept(err)
+  assert code == 0 and one['ref'] == 'chat' and err.startswith('resumed(')
+  shop = objects.Store(tmp_path / 'store', objects.Secrets(
+      tmp_path / 'secrets'))
+  place = shop.place(one['id'])
+  # By name, id, beginning of the id, and directory; given as --resume too.
+  for target in ('chat', one['id'], one['id'][:20], place,
+                 f'--resume={place}', '--resume=chat'):
+    code, out, err = run('memory', 'list', target, *acme)
+    assert code == 0 and json.loads(out)['status'] == 'live', err
+  code, out, err = run('memory', 'delete', place, *acme, '--slot=0',
+                       f'--journal={tmp_path}/edits')
+  # An id has no name to move, and a directory is an id.
+  two = kept(err)
+  assert code == 0 and two['ref'] == '' and json.loads(out)['after']
+  # It has its edits, and what they are checked with.
+  child = verify.verify(shop.place(two['id']))
+  assert [at for at, _ in child.plain['edits']] == [0, 0]
+  assert child.plain['edits'][1][1] == json.loads(out)['mark']
+  salts = verify.salts(shop.place(two['id']), child.about)
+  assert salts == {'memory/0': journal.Journal(tmp_path / 'edits').salt(
+      'memory/0/0')}
+  code, _, err = run('memory', 'lock', 'chat', *acme, '--slot=0',
+                     f'--journal={tmp_path}/edits', '--expect=7')
+  assert code == 2 and 'conflict; nothing' in err
+  (tmp_path / 'other').mkdir()
+  (tmp_path / 'other/slots.json').write_text(json.dumps({
+      'memory/0/0': '00' * 16}))
+  code, _, err = run('memory', 'lock', two['id'], *acme, '--slot=0',
+                     f'--journal={tmp_path}/other')
+  assert code == 2 and 'expected a journal of this state' in err
+  # A purge, journal or none, leaves no salt in what comes of it.
+  code, _, err = run('memory', 'purge', two['id'], *acme, '--slot=0', '--host')
+  gone = verify.verify(shop.place(kept(err)['id']))
+  assert code == 0 and len(gone.plain['edits']) == 3
+  assert not verify.salts(shop.place(gone.id), gone.about)
+  code, out, err = run('memory', 'delete', 'chat', *acme, '--slot=0')
+  two = kept(err)
+  assert code == 0 and two['ref'] == 'chat' and two['id'] != one['id']
+  (found,) = map(json.loads, run('memory', 'list', 'chat', *acme)[
+      1].splitlines())
+  assert found['status'] == 'tombstone' and found['values'] == []
+  (pair,) = map(json.loads, run('memory', 'diff', one['id'], 'chat', *acme)[
+      1].splitlines())
+  assert pair['before']['status'] == 'live'
+  out = run('state', 'show', 'chat', *acme)[1]
+  assert f'from {one["id"]}' in out and two['id'] in out
+  assert 'bob may resume' in out
+  # What is refused makes nothing, and the name stays.
+  code, _, err = run('memory', 'delete', 'chat', *acme, '--slot=0')
+  assert code == 2 and 'invalid; nothing was changed' in err
+  assert two['id'] in run('state', 'show', 'chat', *acme)[1]
+  # Others have the rights that they have, no more.
+  code, out, err = run('memory', 'list', 'chat', *go, '--org=globex')
+  assert code == 2 and 'E_ACL' in err and not out
+  code, _, err = run('memory', 'quarantine', 'chat', *acme, '--slot=0',
+                     '--principal=bob')
+  assert code == 2 and 'invalid' in err
+  code, _, err = run('memory', 'purge', 'chat', *acme, '--slot=0', '--host',
+                     '--principal=bob')
+  assert code == 0 and kept(err)['ref'].startswith('chat~')
+  assert run('state', 'revoke', 'chat', *store, '--org=acme')[0] == 0
+  code, out, err = run('memory', 'list', 'chat', *acme)
+  assert code == 2 and 'E_REVOKED' in err and not out
+  for target, more, why in (
+      (one['id'], ['--save=x', '--slot=0'], '--save: an edit of an artifact'),
+      (saved / 's0', ['--slot=0', '--save=x'], 'is a saved state, of no store'),
+      (saved, ['--slot=0'], 'expected a saved state or an artifact, got some'),
+      (one['id'], ['--slot=0', '--row=1'], 'row: expected 0 to 0, got 1'),
+      ('chatty', ['--slot=0'], 'refused(E_ACL)')):
+    code, _, err = run('memory', 'delete', target, *acme, *more)
+    assert code == 2 and why in err, err
+  code, _, err = run('memory', 'list', place, f'--store={tmp_path}/no')
+  assert code == 2 and 'there is no store at' in err
+
+
+@pytest.mark.slow
+def test_no_transcript_undoes_an_edit(saved, run, tmp_path):  # noqa: F811
+  go = [f'--store={tmp_path}/store', f'--secrets={tmp_path}/secrets',
+        f'--workdir={saved}/run']
+  mint = ['--prompt=a b', '--tokens=3', '--temperature=0', '--transcript=keep']
+  code, _, err = run('state', 'mint', 'chat', *go, *mint)
+  shop = objects.Store(tmp_path / 'store', objects.Secrets(
+      tmp_path / 'secrets'))
+  names = lambda err: [p.name for p in shop.place(kept(err)['id']).iterdir()]
+  assert code == 0 and manifest.TOKENS in names(err)
+  says = ['--statement=sky is blue', '--key=sky', '--value=blue']
+  code, _, err = run('memory', 'write', 'chat', *go, *says)
+  assert code == 0 and manifest.TOKENS not in names(err)
+  code, _, err = run('state', 'resume', 'chat', *go, '--tokens=2')
+  assert code == 0 and err.startswith('resumed(')
+  assert manifest.TOKENS not in names(err)
+  # What comes of it lists the edit as well.
+  found = verify.verify(shop.place(kept(err)['id']))
+  assert [at for at, _ in found.plain['edits']] == [6]
+  found = run('memory', 'read', 'chat', *go, '--key=sky')[1]
+  assert json.loads(found)['text'] == 'blue'
+
+
 @pytest.mark.parametrize('argv, message', [
-    (['fly'], 'expected one of list, read, write'),
+    (['fly', 'x'], 'expected one of list, read, export, diff, write'),
     (['delete', '--resume=x', '--save=y'], '--slot: memory delete needs it'),
-    (['list', '--resume=x', '--save=y'], 'changes nothing to save'),
-    (['lock', '--slot=1', '--resume=x'], '--save: memory lock needs it'),
+    (['list', '--resume=x', '--save=y'], '--save: memory list does not use it'),
+    (['list', 'x', '--journal=y'], '--journal: memory list does not use it'),
+    (['list', 'x', '--slot=1'], '--slot: memory list does not use it'),
+    (['list', 'x', '--expect=1'], '--expect: memory list does not use it'),
+    (['lock', 'x', '--slot=1', '--steps=2'], '--steps: memory lock does not'),
+    (['lock', 'x', '--slot=1'], 'x: expected a saved state, or an artifact'),
     (['write', '--resume=x', '--save=y'], '--statement: memory write'),
-    (['list'], '--resume: memory list needs it')])
-def test_mistakes_are_one_line(run, argv, message):  # noqa: F811
+    (['journal', 'x'], 'expected a journal of edits, got nothing'),
+    (['journal', 'x', '--store=y'], '--store: memory journal does not use it'),
+    (['overwrite', 'x', '--slot=1', '--statement=y'], '--expect: memory overw'),
+    (['diff', 'x'], 'expected 2 to look at or to edit, got 1'),
+    (['list', 'x', '--resume=y'], 'expected 1 to look at or to edit, got 2'),
+    (['list'], 'expected 1 to look at or to edit, got 0')])
+def test_mistakes_are_one_line(run, monkeypatch, tmp_path, argv,  # noqa: F811
+                               message):
+  monkeypatch.chdir(tmp_path)
   code, _, err = run('memory', *argv)
   assert code == 2 and message in err and len(err.splitlines()) == 1
+  assert not list(tmp_path.iterdir())

@@ -71,6 +71,15 @@ def parse(data: bytes, pem: str) -> dict:
     raise Refused('E_SIG', f'head: expected a signature of the key '
                   f'{keys.hint(pem)[:16]}, got one of {hint[:16]}')
   keys.check(pem, envelope.media('head'), payload, signature)
+  return parse_body(payload)
+
+
+def parse_body(payload: bytes) -> dict:
+  """Returns what the payload of a signed head says.
+
+  Raises:
+    Refused: E_SIG.
+  """
   try:
     value = canonical.loads(payload)
     GRAMMAR(value, '')

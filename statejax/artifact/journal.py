@@ -17,6 +17,7 @@ import secrets
 
 from statejax.artifact import digest
 
+LOG, SALTS = 'journal.jsonl', 'slots.json'
 _GENESIS = '0' * 64
 
 
@@ -38,36 +39,37 @@ class Journal:
     A last line that a crash has torn was never acknowledged, and is cut off.
 
     Raises:
-      ValueError: the chain is broken: an entry was changed, lost or inserted.
+      ValueError: the chain is broken: an entry was changed, lost or inserted;
+        salts are damaged or lost; or there is no place for the directory.
     """
     self.path = pathlib.Path(path)
+    if not self.path.absolute().parent.is_dir() or (
+        self.path.exists() and not self.path.is_dir()):
+      raise ValueError(f'{path}: expected a directory, or the name of a new one'
+                       f' in {self.path.parent}; make that first.')
     self.path.mkdir(exist_ok=True)
     _sync(self.path.absolute().parent)
-    self._log, self._salts = (self.path / n for n in (
-        'journal.jsonl', 'slots.json'))
-    self.entries, self._head, self._size = [], _GENESIS, 0
+    self._log, self._salts = self.path / LOG, self.path / SALTS
     text = self._log.read_bytes() if self._log.exists() else b''
-    whole = text[:text.rfind(b'\n') + 1]
-    for number, line in enumerate(whole.splitlines()):
-      try:
-        entry = json.loads(line)
-        found = entry.pop('hash')
-      except (ValueError, KeyError, AttributeError):
-        entry, found = None, None
-      if entry is None or found != _link(self._head, entry):
-        raise ValueError(f'{self._log}:{number + 1}: expected an entry that '
-                         'follows the one before it, got a changed, lost or '
-                         'inserted one; what stands above it is intact.')
-      self.entries.append(entry)
-      self._head = found
-    self._size = len(whole)
-    if len(whole) < len(text):
-      os.truncate(self._log, len(whole))
-    self._salt = (json.loads(self._salts.read_text())
-                  if self._salts.exists() else {})
+    self.entries, self._head, self._size = _chain(self._log, text)
+    self._salt = _read_salts(self._salts)
+    self._require_salts()
+    if self._size < len(text):
+      os.truncate(self._log, self._size)
     # A crash may fall between an entry and what it says.
     for name in {e.get('forgets') for e in self.entries} & set(self._salt):
       self.forget(name)
+
+  def _require_salts(self):
+    """Raises where salts are lost: edits would no longer follow each other."""
+    gone = {e.get('forgets') for e in self.entries}
+    lost = sorted({object_name(e) for e in self.entries if e.get('after')}
+                  - gone - set(self._salt))
+    if lost:
+      raise ValueError(
+          f'{self._salts}: expected the salt of each object that was not '
+          f'forgotten, {len(lost)} of them are lost, e.g. that of {lost[0]}; '
+          'bring back a copy of the file, or begin another journal.')
 
   @property
   def head(self):
@@ -111,6 +113,34 @@ class Journal:
       self._write_salts()
     return commitment(self._salt[name], row)
 
+  def salts(self, row):
+    """Returns the salts of a row's objects, as an artifact of it keeps them,
+    'layer/number' -> 32 hex digits."""
+    names = {name: name.rsplit('/', 2) for name in self._salt}
+    return {f'{layer}/{oid}': self._salt[name]
+            for name, (layer, of, oid) in names.items() if of == str(row)}
+
+  def adopt(self, row, salts):
+    """Takes the salts that an artifact has kept of a row, so that what is
+    written down goes on from there.
+
+    Raises:
+      ValueError: the journal has others: it is another state's.
+    """
+    gone = {e.get('forgets') for e in self.entries}
+    theirs = {}
+    for name, salt in salts.items():
+      layer, _, oid = name.rpartition('/')
+      name = object_name({'layer': layer, 'row': row, 'oid': oid})
+      if self._salt.get(name, salt) != salt or name in gone:
+        raise ValueError(f'{self.path}: expected a journal of this state, got '
+                         f'one that knows {name} otherwise; name that which '
+                         'its edits are written down in, or a new one.')
+      theirs[name] = salt
+    if theirs.keys() - self._salt:
+      self._salt |= theirs
+      self._write_salts()
+
   def forget(self, name):
     """Destroys the salt of an object."""
     if self._salt.pop(name, None) is not None:
@@ -130,6 +160,29 @@ class Journal:
     _sync(self.path)
 
 
+def read(path):
+  """Returns (entries, head) of a journal, which stays as it is.
+
+  Raises:
+    ValueError: there is none, or its chain is broken or torn.
+  """
+  log = pathlib.Path(path) / LOG
+  if not log.is_file():
+    raise ValueError(f'{log}: expected a journal of edits, got nothing.')
+  text = log.read_bytes()
+  entries, head, size = _chain(log, text)
+  if size < len(text):
+    raise ValueError(f'{log}: expected whole lines, got {len(text) - size} '
+                     'bytes of one behind the last; the next edit that is '
+                     'written down cuts them off.')
+  return entries, head
+
+
+def object_name(entry) -> str:
+  """Returns the name by which an object has its salt, of an entry about it."""
+  return f'{entry["layer"]}/{entry["row"]}/{entry["oid"]}'
+
+
 def commitment(salt, row):
   """Returns the commitment to a row under a salt, both as `Journal` has them.
 
@@ -138,6 +191,39 @@ def commitment(salt, row):
   """
   return hashlib.sha256(b'statejax.slot.v1\0' + bytes.fromhex(salt)
                         + digest.canonical(row)).hexdigest()
+
+
+def _chain(log, text):
+  """Returns (entries, hash of the last, bytes of whole lines) of a log."""
+  entries, head = [], _GENESIS
+  whole = text[:text.rfind(b'\n') + 1]
+  for number, line in enumerate(whole.splitlines()):
+    try:
+      entry = json.loads(line)
+      found = entry.pop('hash')
+    except (ValueError, KeyError, AttributeError):
+      entry, found = None, None
+    if entry is None or found != _link(head, entry):
+      raise ValueError(f'{log}:{number + 1}: expected an entry that '
+                       'follows the one before it, got a changed, lost or '
+                       'inserted one; what stands above it is intact.')
+    entries.append(entry)
+    head = found
+  return entries, head, len(whole)
+
+
+def _read_salts(path):
+  """Returns {name: 32 hex digits} of a file, which need not be there."""
+  if not path.exists():
+    return {}
+  try:
+    found = json.loads(path.read_bytes())
+    if all(len(bytes.fromhex(salt)) == 16 for salt in found.values()):
+      return found
+  except (ValueError, TypeError, AttributeError):
+    pass
+  raise ValueError(f'{path}: expected salts of 32 hex digits, got a damaged '
+                   'file; bring back a copy of it.')
 
 
 def _link(previous, entry):

@@ -60,6 +60,7 @@ class Loaded:
     host: `identity.Host` to mint with what comes of it: whoever asked, but
       where the weights are not those that made it; see `identity.crossed`.
       None where it is refused.
+    edited: `mint.Edited` of the state, to mint with what comes of it.
   """
 
   decision: Decision
@@ -69,6 +70,7 @@ class Loaded:
   tokens: tuple[int, ...] | None = None
   stands: standing.Standing | None = None
   host: Any = None
+  edited: mint.Edited = mint.UNEDITED
 
 
 def load(shop, key: str, principal: Principal, host: identity.Host,
@@ -185,7 +187,9 @@ def _opened(folder, id, about, host, capacity, mesh, verdict, warnings):
   if 'W_WEIGHTS' in warnings:
     host = identity.crossed(host, about)
   return Loaded(Decision('resumed', length, '', promise, tuple(
-      dict.fromkeys(warnings))), id, about, state, tokens, stands, host)
+      dict.fromkeys(warnings))), id, about, state, tokens, stands, host,
+                mint.Edited(tuple((at, mark) for at, mark in plain['edits']),
+                            verify.salts(folder, about)))
 
 
 def _same_ids(host, about, tokens):

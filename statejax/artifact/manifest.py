@@ -27,6 +27,7 @@ NAME = 'manifest.json'
 PLAIN, TOKENS, SLOTS = 'plain.json', 'tokens.u32', 'slots.json'
 PAYLOAD = 'state'
 MAX_LENGTH = 2 ** 31 - 1
+MAX_EDITS = 1024
 
 KINDS = ('live', 'prefix', 'tuned', 'compacted')
 ROLES = ('recurrent', 'conv', 'kv', 'latent', 'index', 'compressor', 'slot',
@@ -120,7 +121,9 @@ GRAMMAR = Record({
 PLAIN_GRAMMAR = Record({
     'tree': HASH, 'witness': X16, 'token_chain': MAYBE_HASH,
     'leaves': Table(_PATH, HEX, 2048),
-    'edits': Items(Row((Int(0, MAX_LENGTH), HEX)), 1024)})
+    'edits': Items(Row((Int(0, MAX_LENGTH), HEX)), MAX_EDITS)})
+# The salt of each object that an edit was of, named by its layer and number.
+SLOTS_GRAMMAR = Table(_PATH, X16, 4096)
 
 
 def artifact_id(data: bytes) -> str:
@@ -193,6 +196,20 @@ def parse_plain(data: bytes, about: dict) -> dict:
   if at != sorted(at) or (at and at[-1] > about['state']['length']):
     raise Refused('E_PLAIN', f'{PLAIN}: expected edits in order, none past '
                   f'length {about["state"]["length"]}, got {at[:8]}')
+  return value
+
+
+def parse_slots(data: bytes) -> dict[str, str]:
+  """Returns what `slots.json` says.
+
+  Raises:
+    Refused: E_PLAIN.
+  """
+  try:
+    value = canonical.loads(data)
+    SLOTS_GRAMMAR(value, '')
+  except (ValueError, RecursionError) as error:
+    raise Refused('E_PLAIN', f'{SLOTS}: {error}') from None
   return value
 
 

@@ -23,6 +23,7 @@ from statejax.artifact import (
   load,
   mint,
   sealing,
+  verify,
 )
 from statejax.artifact.access import Principal
 from statejax.artifact.objects import Kept
@@ -94,30 +95,30 @@ def migrate(shop, key: str, principal: Principal, source: identity.Host,
   with shop.catalog.refusals(str(principal), 'migrate', found.id):
     mint.may_fork(shop, parent, principal)
     with shop.catalog.lease(found.id, token_hex(8)):
-      state = _state(shop, found, source)
+      state, salts = _state(shop, found, source)
     migration = _choose(about, source, target, cast, registered)
     state = _converted(state, migration, target)
   terms = mint.Terms.of(about, kind=about['kind'], how='migrated')
   length, transcript = about['state']['length'], None
+  edits = tuple((at, mark) for at, mark in found.plain['edits'])
   if found.tokens is not None:
-    transcript = mint.Transcript(
-        tuple(found.tokens[:length]), keep=True,
-        edits=tuple((at, mark) for at, mark in found.plain['edits']))
+    transcript = mint.Transcript(tuple(found.tokens[:length]), edits, keep=True)
   return mint.mint(shop, state, 0, target, terms, principal=principal,
-                   transcript=transcript, parent=parent, ref=ref, vouch=vouch,
+                   transcript=transcript, edited=mint.Edited(edits, salts),
+                   parent=parent, ref=ref, vouch=vouch,
                    account=about['account'])
 
 
 def _state(shop, found, source):
-  """The state of an artifact, as its own model loads it."""
+  """(state, salts) of an artifact, as its own model loads it."""
   about = found.about
   here = source.groups(identity.Carried.by(about))
   verdict = compat.compare(about, here)
   if verdict.action != 'go':
     raise Refused(verdict.code, f'source: {verdict.detail}')
   with sealing.opened(shop, shop.place(found.id), about) as clear:
-    return load.restore(clear, about, found.plain, source,
-                        about['state']['length'])
+    return (load.restore(clear, about, found.plain, source,
+                         about['state']['length']), verify.salts(clear, about))
 
 
 def _choose(about, source, target, cast, registered) -> Migration:

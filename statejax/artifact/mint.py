@@ -126,6 +126,24 @@ class Transcript:
 
 
 @dataclasses.dataclass(frozen=True)
+class Edited:
+  """What edits of a row have left beside it.
+
+  Attributes:
+    edits: (length, 64 hex) of each, in order; see `names.witness`. Those of a
+      transcript stand for them where there is one.
+    salts: of the objects of its slots, 'layer/number' -> 32 hex digits; see
+      `journal`. They are in no transfer.
+  """
+
+  edits: tuple[tuple[int, str], ...] = ()
+  salts: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+UNEDITED = Edited()
+
+
+@dataclasses.dataclass(frozen=True)
 class Parent:
   """An artifact from which a state stems: its id and its manifest."""
 
@@ -135,7 +153,8 @@ class Parent:
 
 def mint(shop, state, row: int, host: identity.Host, terms: Terms, *,
          principal: Principal | None = None,
-         transcript: Transcript | None = None, parent: Parent | None = None,
+         transcript: Transcript | None = None, edited: Edited = UNEDITED,
+         parent: Parent | None = None,
          stands: standing.Standing | None = None,
          account: dict[str, int] | None = None,
          spent: dict[str, int] | None = None, mint_key: str = '',
@@ -152,6 +171,7 @@ def mint(shop, state, row: int, host: identity.Host, terms: Terms, *,
     principal: who acts: named in the log, and accounted for the tokens; the
       bytes are the owner's. None is the owner.
     transcript: what the row has absorbed; without it there is no chain key.
+    edited: what edits of it are to be kept with it.
     parent: from which the state went on; None for none.
     stands: where the host knows the row to stand, e.g. where what was loaded
       stood and then `after` more tokens. Without it and a transcript the
@@ -170,8 +190,8 @@ def mint(shop, state, row: int, host: identity.Host, terms: Terms, *,
   Raises:
     Refused: E_WITNESS, E_DIGEST, E_NONFINITE, E_BOUNDS: the state is not sound;
       E_REVOKED: the parent is; E_ACL: other terms than the parent's, and not
-      by its owner; E_NOSPACE, E_IO: it could not be kept. Nothing is left then
-      but a row of the log.
+      by its owner; E_LIMIT: too many edits; E_NOSPACE, E_IO: it could not be
+      kept. Nothing is left then but a row of the log.
     ValueError: it is not a state of the host's model, or not all of it is in
       this process.
   """
@@ -188,6 +208,11 @@ def mint(shop, state, row: int, host: identity.Host, terms: Terms, *,
     terms.check(shop.catalog.clock())
     if transcript is not None:
       _check_transcript(live, transcript)
+      edited = dataclasses.replace(edited, edits=transcript.edits)
+    if len(edited.edits) > manifest.MAX_EDITS:
+      raise Refused('E_LIMIT', f'edits: expected at most {manifest.MAX_EDITS}, '
+                    f'got {len(edited.edits)}; absorb the tokens again, and '
+                    'edit what comes of that')
     if stands is not None:
       stands.require(live)
     about = _manifest(live, host, terms, transcript, parent, account, vouch) | {
@@ -205,10 +230,10 @@ def mint(shop, state, row: int, host: identity.Host, terms: Terms, *,
           shop, about, sealing.own_name(shop, about['nonce']))
       about |= {'sealed': 'aes256gcm1', 'seal': group}
       with sealing.scratch(shop) as clear:
-        _fill(clear, live, about, transcript)
+        _fill(clear, live, about, transcript, edited)
         sealing.seal_tree(clear, folder, about['nonce'], key)
     else:
-      _fill(folder, live, about, transcript)
+      _fill(folder, live, about, transcript, edited)
     tokens = int(live.length) - (
         parent.about['state']['length'] if parent else 0)
     return shop.keep(
@@ -243,7 +268,7 @@ def _keeps(parent, about, terms):
                   'its owner may change')
 
 
-def _fill(folder, live, about, transcript):
+def _fill(folder, live, about, transcript, edited):
   """Writes all files of an artifact but its manifest."""
   named = digest.named_leaves(live)
   try:
@@ -255,7 +280,12 @@ def _fill(folder, live, about, transcript):
     full = os.strerror(errno.ENOSPC) in str(error)
     raise Refused('E_NOSPACE' if full else 'E_IO', 'expected to write the '
                   f'payload, got {type(error).__name__}: {error}') from error
-  (folder / manifest.PLAIN).write_bytes(_plain(live, about, transcript))
+  (folder / manifest.PLAIN).write_bytes(
+      _plain(live, about, transcript, edited))
+  if edited.salts:
+    data = canonical.dumps(edited.salts)
+    manifest.parse_slots(data)
+    (folder / manifest.SLOTS).write_bytes(data)
   if transcript is not None and transcript.keep:
     waiting = [int(live.pending)] if live.pending >= 0 else []
     (folder / manifest.TOKENS).write_bytes(
@@ -408,15 +438,14 @@ def _provenance(parent, how, vouch):
           'depth': source['depth'] + 1, 'producer': producer, 'how': how}
 
 
-def _plain(live, about, transcript):
+def _plain(live, about, transcript, edited):
   leaves = digest.leaf_digests(live)
   chain = ''
   if transcript is not None:
     space = names.namespace(about, about['governance']['owner'])
     chain = names.chain(space, list(transcript.tokens))
-  edits = transcript.edits if transcript else ()
   return canonical.dumps({
       'tree': 'sha256:' + digest.combine(leaves),
       'witness': names.lanes(live.witness),
       'token_chain': chain, 'leaves': leaves,
-      'edits': [[length, mark] for length, mark in edits]})
+      'edits': [[length, mark] for length, mark in edited.edits]})

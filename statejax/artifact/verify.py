@@ -126,10 +126,22 @@ def unsealed(folder, about):
     raise Refused('E_LIMIT', f'{manifest.PLAIN}: expected at most 1 MiB, got '
                   f'{size}')
   plain = manifest.parse_plain(layout.read(folder, manifest.PLAIN), about)
+  salts(folder, about)
   if about['state']['transcript'] == 'none':
     return plain, None
   data = layout.read(folder, manifest.TOKENS)
   return plain, parse_tokens(data, about, plain)
+
+
+def salts(folder, about) -> dict[str, str]:
+  """Returns the salts of `slots.json`, of a directory as above; {} of none."""
+  path = pathlib.Path(folder) / manifest.SLOTS
+  if all(name != manifest.SLOTS for name, _, _ in about['files']):
+    return {}
+  if path.stat().st_size > 1 << 20:
+    raise Refused('E_LIMIT', f'{manifest.SLOTS}: expected at most 1 MiB, got '
+                  f'{path.stat().st_size}')
+  return manifest.parse_slots(layout.read(folder, manifest.SLOTS))
 
 
 def parse_tokens(data: bytes, about: dict, plain: dict) -> list[int]:

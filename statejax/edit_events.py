@@ -1,0 +1,127 @@
+"""Edits of many rows at once, as events that a jitted program can commit."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from statejax import state as st
+from statejax.layers import slots as layer
+from statejax.ops import lifecycle
+from statejax.ops import slots as sl
+from statejax.slot_facts import MOST
+
+# What of an event a caller says; who acts is not.
+_GIVEN = tuple(f.name for f in dataclasses.fields(sl.Events)
+               if f.name not in ('op', 'host', 'principal'))
+
+
+def of_rows(rules, op, mine, fields, *, principal, host):
+  """Returns one edit of each of some rows, `statejax.ops.slots.Events` [B, 1].
+
+  Runs inside `jax.jit` too; numbers that are traced are not looked at.
+
+  Args:
+    rules: `statejax.config.SlotRules`.
+    op: of `statejax.ops.slots.OPS`.
+    mine: the rows that it is for, [B] bool.
+    fields: dict of those of `Events`, [B, ...] or what all rows have in common.
+    principal, host: of all of them.
+
+  Raises:
+    ValueError: an unknown op or field, one of another shape, or a number that a
+      bank cannot hold.
+  """
+  if op not in sl.OPS:
+    raise ValueError(f'op: expected one of {", ".join(sl.OPS)}; got {op!r}.')
+  # What is not traced needs no program.
+  on = lambda x: jnp if isinstance(x, jax.core.Tracer) else np
+  mine = on(mine).asarray(mine)
+  if mine.ndim != 1 or mine.dtype != bool:
+    raise ValueError(f'mine: expected [B] bool, got {mine.shape} {mine.dtype}.')
+  wrong = sorted(set(fields) - set(_GIVEN))
+  if wrong:
+    raise ValueError(f'fields: expected some of {", ".join(_GIVEN)}; got '
+                     f'{", ".join(wrong)}.')
+  given, kinds = fields | {'principal': principal, 'host': host}, _kinds(rules)
+  for name, x in given.items():
+    dtype, rest = kinds[name]
+    x, shape = on(x).asarray(x), (mine.size, *rest)
+    if dtype == jnp.int32 and on(x) is np:
+      _check(name, x)
+    if x.shape not in ((), rest, shape):
+      raise ValueError(f'{name}: expected {shape} or {rest}, got {x.shape}.')
+    given[name] = on(x).broadcast_to(x, shape)[:, None]
+  number = on(mine).where(mine, sl.OPS.index(op), sl.NULL)
+  return sl.events(rules, number[:, None], **given)
+
+
+def commit(model, name, state, events):
+  """Applies events to the slots of a layer; pure, for use inside `jax.jit`.
+
+  What the model has decided and not committed yet, and would undo them, is
+  dropped: see `statejax.ops.lifecycle.overruled`.
+
+  Args:
+    model: `LanguageModel`.
+    name: of the slot layer.
+    state: `ServingState` of B rows.
+    events: `statejax.ops.slots.Events` [B, E]; those of no time happen now.
+      See `Memory.events`.
+
+  Returns:
+    The state, its witness as it was, and `statejax.ops.slots.Receipts` [B, E];
+    `Memory.noted` writes them down.
+
+  Raises:
+    ValueError: events of another number of rows.
+  """
+  if events.op.ndim != 2 or events.op.shape[0] != st.rows(state):
+    raise ValueError(f'events: expected [{st.rows(state)}, E], as many rows as '
+                     f'the state has, got {events.op.shape}.')
+  held, receipts = _commit(model.config.layer(name).mixer.rules,
+                           state.layers[name], state.length, events)
+  return dataclasses.replace(
+      state, layers=state.layers | {name: held}), receipts
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _commit(rules, held, length, events):
+  """One program for all models with such a memory."""
+  events = dataclasses.replace(events, time=jnp.where(
+      events.time < 0, length[:, None], events.time))
+  fields = [f.name for f in dataclasses.fields(sl.Bank)]
+  flat = jax.tree.map(lambda x: x[0], held)
+  before = sl.Bank(**{n: getattr(flat, n) for n in fields})
+  bank, receipts = lifecycle.commit(
+      # Expiry is the stream's: an edit of one row empties no slot of another.
+      rules, before, events, jnp.full_like(length, -1))
+  flat = layer.drop(flat, lifecycle.overruled(
+      rules, before, bank, events, receipts, layer.waiting(flat)))
+  flat = dataclasses.replace(flat, **{n: getattr(bank, n) for n in fields})
+  return jax.tree.map(lambda x: x[None], flat), receipts
+
+
+@jax.jit
+def row_of(held, row):
+  """The bank of one row of a slot layer's state."""
+  return sl.Bank(**{f.name: getattr(held, f.name)[0][row][None]
+                    for f in dataclasses.fields(sl.Bank)})
+
+
+@functools.cache
+def _kinds(rules):
+  """{field: (dtype, shape behind [B, E])}."""
+  blank = jax.eval_shape(lambda: sl.events(rules, jnp.zeros((1, 1))))
+  return {f.name: (getattr(blank, f.name).dtype, getattr(blank, f.name).shape[
+      2:]) for f in dataclasses.fields(sl.Events)}
+
+
+def _check(name, x):
+  """Raises unless a bank holds integers as they are."""
+  if x.dtype.kind not in 'iu' or (
+      x.size and (x.min() < -1 or x.max() > MOST)):
+    raise ValueError(f'{name}: expected integers of -1 to {MOST}, got '
+                     f'{x.tolist()}.')

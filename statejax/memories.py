@@ -1,0 +1,321 @@
+r"""The command `memory`: the slots of a state, and edits of them.
+
+  python -m statejax.main memory list chat --workdir=runs/a --where=status=live
+  python -m statejax.main memory read chat --workdir=runs/a --key=sky
+  python -m statejax.main memory overwrite chat --workdir=runs/a --slot=3 \
+      --expect=1 --statement='the sky is grey' --key=sky --value=grey \
+      --journal=edits
+  python -m statejax.main memory delete runs/s1 --workdir=runs/a --slot=3 \
+      --save=runs/s2 --journal=edits
+  python -m statejax.main memory diff runs/s1 runs/s2 --workdir=runs/a
+  python -m statejax.main memory journal edits --head=5f1c...
+
+A target is the directory of a saved state, or an artifact of the store: a name,
+an id or its beginning, or its directory. What has a name there is what is
+meant, `./chat` is the directory beside it. An artifact is loaded as `state
+resume` does; an edit of one makes a child of it, and moves its name.
+
+Loads jax only where a model runs.
+"""
+
+import dataclasses
+import json
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from absl import flags
+
+from statejax import asking
+
+SLOT = flags.DEFINE_integer('slot', None, 'memory: number of a slot')
+ROW = flags.DEFINE_integer('row', 0, 'memory: row of the state')
+EXPECT = flags.DEFINE_integer(
+    'expect', None, 'memory: version that the slot must have')
+STATEMENT = flags.DEFINE_string(
+    'statement', None, 'memory write, alias, rekey: text of which the model '
+    'writes the last token down')
+KEY = flags.DEFINE_string(
+    'key', None, 'memory write, alias, rekey: the key in the statement; read: '
+    'the key of the slot')
+VALUE = flags.DEFINE_string(
+    'value', None, 'memory write: the value in the statement')
+TTL = flags.DEFINE_integer(
+    'ttl', None, 'memory write, expire: tokens after which it is hidden')
+LOCK = flags.DEFINE_bool('lock', False, 'memory write: and lock it')
+STEPS = flags.DEFINE_integer('steps', 1, 'memory rollback: versions back')
+VERSION = flags.DEFINE_integer(
+    'version', None, 'memory read: of the value; default the present one')
+WHERE = flags.DEFINE_multi_string(
+    'where', [], 'memory list: what slots must have, e.g. status=live')
+FIELDS = flags.DEFINE_list(
+    'fields', None, 'memory export: of each slot; default all of them')
+REDACT = flags.DEFINE_bool(
+    'redact', False, 'memory export: without the tokens of keys and values')
+JOURNAL = flags.DEFINE_string(
+    'journal', None, 'memory: directory where edits are written down')
+HEAD = flags.DEFINE_string(
+    'head', None, 'memory journal: what its last line must say, kept elsewhere')
+REASON = flags.DEFINE_string(
+    'reason', '', 'memory: a line for receipt and journal, without content')
+TENANT = flags.DEFINE_integer(
+    'tenant', None, 'memory: whose slots are edited, a number; default those '
+    "of the model's own stream, which alone the model reads")
+HOST = flags.DEFINE_bool(
+    'host', False, 'memory: act with the capability of the host')
+
+# Verb -> the flags that it needs, and those that it may have.
+LOOKS = {'list': ((), {'where'}), 'read': ((), {'slot', 'key', 'version'}),
+         'export': ((), {'fields', 'redact'}), 'diff': ((), set())}
+EDITS = {
+    'write': (('statement', 'key', 'value'), {'slot', 'ttl', 'lock'}),
+    'overwrite': (('slot', 'expect', 'statement', 'key', 'value'),
+                  {'ttl', 'lock'}),
+    'alias': (('slot', 'statement'), {'key'}),
+    'rekey': (('slot', 'statement', 'key'), set()),
+    'expire': (('slot', 'ttl'), set()), 'rollback': (('slot',), {'steps'}),
+    **{verb: (('slot',), set()) for verb in (
+        'lock', 'unlock', 'delete', 'quarantine', 'restore', 'purge')}}
+BOOKS = {'journal': ((), {'head'})}
+# What every look reads, what every edit besides, and what artifacts want.
+_LOOK = {'workdir', 'resume', 'row'}
+_EDIT = {'save', 'expect', 'journal', 'reason', 'tenant', 'host'}
+_STORE = {'store', 'secrets', 'principal', 'org', 'root', 'grant', 'holder_key'}
+_VERBS = LOOKS | EDITS | BOOKS
+ALL = (_LOOK | _EDIT | _STORE).union(*(
+    {*needs, *may} for needs, may in _VERBS.values()))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Target:
+  """A state to look at or to edit.
+
+  Attributes:
+    state: `ServingState`.
+    model, params: that it runs with.
+    keep: function that keeps an edited state, given it and its `Edited`.
+    edited: `mint.Edited`, empty of a saved state, which has no place for it.
+  """
+
+  state: Any
+  model: Any
+  params: Any
+  keep: Callable
+  edited: Any
+
+
+def usage() -> str:
+  """One line that says how the command is called."""
+  return (f'memory takes one of {", ".join(_VERBS)} and a saved state or an '
+          'artifact, diff two of them, journal a directory of edits')
+
+
+def run(verb: str, *targets: str):
+  """Runs one verb; raises ValueError with one line for a user's mistake."""
+  if verb not in _VERBS:
+    raise ValueError(f'memory {verb}: expected one of {", ".join(_VERBS)}.')
+  needs, may = _VERBS[verb]
+  uses = {*needs, *may} | (set() if verb in BOOKS else _LOOK | _STORE) | (
+      _EDIT if verb in EDITS else set())
+  for name in sorted(ALL - uses):
+    if flags.FLAGS[name].present:
+      raise ValueError(f'--{name}: memory {verb} does not use it.')
+  resume = asking.flag('resume') if verb not in BOOKS else None
+  targets = (*targets, *([resume] if resume else []))
+  count = 2 if verb == 'diff' else 1
+  if len(targets) != count:
+    raise ValueError(f'memory {verb}: expected {count} to look at or to edit, '
+                     f'got {len(targets)}; {usage()}.')
+  for name in needs:
+    if asking.flag(name) is None:
+      raise ValueError(f'--{name}: memory {verb} needs it.')
+  given = [name for name in sorted(_STORE) if flags.FLAGS[name].present]
+  if given and verb not in BOOKS and all(map(_is_saved, targets)):
+    raise ValueError(f'--{given[0]}: memory {verb} does not use it here, '
+                     f'{targets[0]} is a saved state, of no store.')
+  if verb in BOOKS:
+    _journal(*targets)
+  elif verb in LOOKS:
+    _look(verb, *(_open(target, verb) for target in targets))
+  else:
+    _edit(verb, _open(targets[0], verb))
+
+
+def _journal(path):
+  """Prints a journal whose chain is whole."""
+  from statejax.artifact import journal
+  entries, head = journal.read(path)
+  for entry in entries:
+    print(json.dumps(entry))
+  print(json.dumps({'edits': len(entries), 'head': head}))
+  if HEAD.value not in (None, head):
+    raise ValueError(f'{path}: expected the head {HEAD.value}, got {head}; '
+                     'edits were cut off, or others were added.')
+
+
+def _look(verb, one, other=None):
+  """Prints what there is, or what differs."""
+  from statejax.memory import Memory
+  from statejax.tasks import text
+  memory, row = Memory(one.model), ROW.value
+  if verb == 'list':
+    for slot in memory.list(one.state, row, **_wanted()):
+      print(json.dumps(dataclasses.asdict(slot)))
+  elif verb == 'export':
+    print(json.dumps(memory.export(one.state, row, FIELDS.value, REDACT.value)))
+  elif verb == 'diff':
+    assert other is not None
+    for slot, pair in memory.diff(one.state, other.state, row).items():
+      before, after = map(dataclasses.asdict, pair)
+      print(json.dumps({'slot': slot, 'before': before, 'after': after}))
+  else:
+    key = None if KEY.value is None else text.encode(KEY.value).tolist()
+    tokens, _ = memory.read(one.state, SLOT.value, row, VERSION.value, key=key)
+    print(json.dumps({
+        'slot': SLOT.value if key is None else memory.list(
+            one.state, row, key=key)[0].slot,
+        'value': tokens, 'text': text.decode(tokens)}))
+
+
+def _wanted():
+  """{field: value} of --where."""
+  from statejax.tasks import text
+  out = {}
+  for entry in WHERE.value:
+    name, found, value = entry.partition('=')
+    if not found:
+      raise ValueError(f'--where={entry}: expected a field of a slot and what '
+                       'it must be, e.g. status=live.')
+    if name in ('values', 'source'):
+      raise ValueError(f'--where={entry}: expected another field, as what it '
+                       'must be is not said in a word; list them all instead.')
+    out[name] = (text.encode(value).tolist() if name == 'key' else
+                 int(value) if value.removeprefix('-').isdecimal() else value)
+  return out
+
+
+def _edit(verb, target):
+  """Edits one slot, and keeps the state if that has changed it."""
+  from statejax.artifact.journal import Journal
+  from statejax.memory import Memory
+  from statejax.tasks import text
+  book = Journal(JOURNAL.value) if JOURNAL.value else None
+  if book is not None:
+    book.adopt(0, target.edited.salts)
+  memory = Memory(target.model, host=HOST.value, principal=TENANT.value,
+                  journal=book)
+  state, slot, params = target.state, SLOT.value, target.params
+  where = dict(row=ROW.value, expect=EXPECT.value, reason=REASON.value)
+  statement, key, value = (
+      () if flag.value is None else text.encode(flag.value)
+      for flag in (STATEMENT, KEY, VALUE))
+  if verb in ('write', 'overwrite'):
+    state, receipt = memory.write(
+        params, state, statement, key=key, value=value, slot=slot,
+        ttl=TTL.value, **where)
+  elif verb in ('alias', 'rekey'):
+    state, receipt = getattr(memory, verb)(
+        params, state, slot, statement, key, **where)
+  else:
+    more = {'expire': (TTL.value,), 'rollback': (STEPS.value,)}.get(verb, ())
+    state, receipt = getattr(memory, verb)(state, slot, *more, **where)
+  print(json.dumps(dataclasses.asdict(receipt)))
+  if not receipt.changed:
+    raise ValueError(f'memory {verb}: {receipt.outcome}; nothing was changed, '
+                     'and nothing saved.')
+  receipts = [receipt]
+  if LOCK.value:
+    state, receipt = memory.lock(state, receipt.slot, row=ROW.value)
+    print(json.dumps(dataclasses.asdict(receipt)))
+    receipts.append(receipt)
+  target.keep(state, _edited(memory, target.edited, receipts))
+
+
+def _edited(memory, before, receipts):
+  """The `mint.Edited` after these edits of it."""
+  salts = before.salts
+  if memory.journal is not None:
+    salts = salts | memory.journal.salts(ROW.value)
+  gone = {f'{memory.layer}/{r.oid}' for r in receipts if r.op == 'purge'}
+  return dataclasses.replace(
+      before, salts={n: x for n, x in salts.items() if n not in gone},
+      edits=(*before.edits, *((r.length, r.mark) for r in receipts)))
+
+
+def _open(target, verb):
+  """The `_Target` of a directory, a name or an id."""
+  from statejax.artifact import manifest
+  path = pathlib.Path(target)
+  if _is_saved(target):
+    return _saved(target, verb)
+  if asking.elsewhere(target) and not (path / manifest.NAME).is_file():
+    raise ValueError(f'{target}: expected a saved state or an artifact, got '
+                     'something else; make one with generate --save or state '
+                     'mint.')
+  if not asking.is_store():
+    raise ValueError(f'{target}: expected a saved state, or an artifact of a '
+                     f'store; there is no store at {asking.STORE.value}, name '
+                     'one with --store.')
+  if asking.flag('save') is not None:
+    raise ValueError('--save: an edit of an artifact makes an artifact of the '
+                     'store, nothing beside it.')
+  return _artifact(target)
+
+
+def _is_saved(target):
+  from statejax.artifact import serving
+  return (pathlib.Path(target) / serving.ABOUT).is_file() and (
+      asking.elsewhere(target))
+
+
+def _saved(path, verb):
+  from statejax.artifact import mint, serving
+  from statejax.train import restore
+  save, workdir = asking.flag('save'), asking.flag('workdir')
+  if verb in EDITS:
+    if save is None:
+      raise ValueError(f'--save: memory {verb} needs it for a saved state.')
+    asking.free(pathlib.Path(save))
+  if workdir is None:
+    raise ValueError('--workdir: name the directory of the run.')
+  model, params = restore.from_workdir(workdir)
+  def keep(state, _):
+    serving.save_state(save, model, params, state)
+  return _Target(serving.load_state(path, model, params), model, params, keep,
+                 mint.UNEDITED)
+
+
+def _artifact(key):
+  """Loads an artifact as `state resume` does, with all its checks."""
+  from statejax.artifact import access, load, verify
+  from statejax.artifact import mint as minting
+  from statejax.artifact.outcome import Refused
+  shop = asking.shop()
+  if asking.elsewhere(key):
+    folder, key = key, verify.head(key)[3]
+    if not shop.place(key).exists() or not shop.place(key).samefile(folder):
+      raise ValueError(f'{folder}: expected an artifact of the store at '
+                       f'{asking.STORE.value}; take it in there, or name its '
+                       'store with --store.')
+  model, params, digest = asking.model()
+  ref, who = shop.catalog.ref(key), asking.who(shop, key)
+  found = load.load(shop, key, who, asking.host(
+      model, digest, asking.room(asking.length(shop, key))))
+  decision = found.decision
+  print(f'{decision} promise={decision.promise} '
+        f'{" ".join(decision.warnings)} {decision.detail}'.rstrip(),
+        file=sys.stderr)
+  if decision.outcome == 'refused':
+    raise Refused(decision.code, decision.detail)
+  def keep(state, edited):
+    # Without the transcript: what absorbs it again would undo the edit.
+    asking.say(minting.mint(
+        shop, state, 0, found.host, minting.Terms.of(found.about),
+        principal=who, edited=edited,
+        parent=minting.Parent(found.id, found.about),
+        # An edit absorbs no token: what it took to come here is the same.
+        account=found.about['account'], ref=key if ref else '',
+        # A name that is not theirs stays, as where they resume it.
+        expect=ref[1] if ref and access.owns(found.about, who) else 0))
+  return _Target(found.state, model, params, keep, found.edited)
