@@ -22,7 +22,7 @@ SIGNING_KEY = flags.DEFINE_string(
 ROOT = flags.DEFINE_string(
     'root', None, 'state: file of the public key that decides on trust')
 HEAD = flags.DEFINE_string(
-    'head', None, 'state audit: file of a signed head, kept elsewhere')
+    'signed_head', None, 'state audit: file of a signed head, kept elsewhere')
 GRANT = flags.DEFINE_string('grant', None, 'state: file of a grant to show')
 HOLDER_KEY = flags.DEFINE_string(
     'holder_key', None, 'state: file of the private key that --grant is for')
@@ -169,16 +169,16 @@ def _notary():
 
 
 def heads(shop) -> list[dict]:
-  """Returns the signed heads of the audit log, that of --head last.
+  """Returns the signed heads of the audit log, that of --signed_head last.
 
   Raises:
     Refused: E_SIG.
-    ValueError: --head, and no key to verify it with.
+    ValueError: --signed_head, and no key to verify it with.
   """
   from statejax.artifact import head, keys
   found = [head.place(shop).read_bytes()] if head.place(shop).exists() else []
   if HEAD.value is not None:
-    found.append(read('--head', HEAD.value))
+    found.append(read('--signed_head', HEAD.value))
   if not found:
     return []
   public = _secrets() / 'head.pub'

@@ -57,7 +57,7 @@ every verb, beside the secrets. `audit` then tells a log that was cut short or
 put back; a copy of what is signed may be kept elsewhere:
 
   python -m statejax.main state keygen ~/.config/statejax/head
-  python -m statejax.main state audit --head=copy.json
+  python -m statejax.main state audit --signed_head=copy.json
 
 A model is loaded only where one runs.
 """
@@ -116,7 +116,7 @@ USES = {
     'grant': {'signing_key', 'file', 'holder', 'rights', 'seconds',
               'max_uses'},
     'revoke': {'by', 'since', 'signing_key'}, 'delete': set(),
-    'audit': {'head'}, 'account': set(), 'fsck': {'adopt'},
+    'audit': {'signed_head'}, 'account': set(), 'fsck': {'adopt'},
     'gc': {'grace', 'generations'},
     'keygen': set(),
     'trust': {'signing_key', 'retire', 'min_epoch', 'classes'},

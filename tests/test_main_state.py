@@ -393,7 +393,7 @@ def test_the_head_of_the_log_is_signed(state, tmp_path):
   [kept] = (tmp_path / 'secrets').glob('head-*.json')
   (tmp_path / 'copy.json').write_bytes(kept.read_bytes())
   assert state('gc', '--generations=2')[0] == 0 and state(
-      'audit', f'--head={tmp_path}/copy.json')[0] == 0
+      'audit', f'--signed_head={tmp_path}/copy.json')[0] == 0
   # Cut short: told by what is beside the secrets, and by a copy.
   shop.catalog._base.execute('delete from audit where seq = 3')
   code, out, err = state('audit')
@@ -404,10 +404,10 @@ def test_the_head_of_the_log_is_signed(state, tmp_path):
   kept.unlink()
   (tmp_path / 'secrets/head.pem').unlink()  # the public key is enough
   assert state('audit')[0] == 0
-  code, _, err = state('audit', f'--head={tmp_path}/copy.json')
+  code, _, err = state('audit', f'--signed_head={tmp_path}/copy.json')
   assert code == 2 and 'cut short' in err
   (tmp_path / 'secrets/head.pub').unlink()
-  code, _, err = state('audit', f'--head={tmp_path}/copy.json')
+  code, _, err = state('audit', f'--signed_head={tmp_path}/copy.json')
   assert code == 2 and 'put its public key there' in err
 
 
