@@ -8,7 +8,7 @@ r"""The command `memory`: the slots of a state, and edits of them.
   python -m statejax.main memory delete runs/s1 --workdir=runs/a --slot=3 \
       --save=runs/s2 --journal=edits
   python -m statejax.main memory diff runs/s1 runs/s2 --workdir=runs/a
-  python -m statejax.main memory journal edits --head=5f1c...
+  python -m statejax.main memory journal edits --journal_head=5f1c...
 
 A target is the directory of a saved state, or an artifact of the store: a name,
 an id or its beginning, or its directory. What has a name there is what is
@@ -56,7 +56,8 @@ REDACT = flags.DEFINE_bool(
 JOURNAL = flags.DEFINE_string(
     'journal', None, 'memory: directory where edits are written down')
 HEAD = flags.DEFINE_string(
-    'head', None, 'memory journal: what its last line must say, kept elsewhere')
+    'journal_head', None, 'memory journal: the head that its last line must '
+    'say, kept elsewhere')
 REASON = flags.DEFINE_string(
     'reason', '', 'memory: a line for receipt and journal, without content')
 TENANT = flags.DEFINE_integer(
@@ -77,7 +78,7 @@ EDITS = {
     'expire': (('slot', 'ttl'), set()), 'rollback': (('slot',), {'steps'}),
     **{verb: (('slot',), set()) for verb in (
         'lock', 'unlock', 'delete', 'quarantine', 'restore', 'purge')}}
-BOOKS = {'journal': ((), {'head'})}
+BOOKS = {'journal': ((), {'journal_head'})}
 # What every look reads, what every edit besides, and what artifacts want.
 _LOOK = {'workdir', 'resume', 'row'}
 _EDIT = {'save', 'expect', 'journal', 'reason', 'tenant', 'host'}

@@ -62,7 +62,7 @@ def workdir(tmp_path_factory):
     (['fly'], 'fly: usage: .*doctor'),
     (['show'], 'show: usage: .*show takes one path'),
     (['show', 'a', 'b'], 'show: usage'),
-    (['memory'], 'memory: usage: .*memory one of list, read, write'),
+    (['memory'], 'memory: usage: .*memory takes one of list, read, export'),
     (['doctor', 'a'], 'doctor: usage'),
     (['train'], 'train: --config=None: .*configs/text_kda.py'),
     (['train', '--config=configs/text.py'], 'one of configs/mqar_kda.py, '),

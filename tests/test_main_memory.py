@@ -137,8 +137,9 @@ def test_what_else_there_is_to_say(saved, run, restored):  # noqa: F811
   assert code == 0 and last['edits'] == len(edits) == 9
   assert edits[0]['reason'] == 'said so'
   assert run('memory', 'journal', saved / 'book',
-             f'--head={last["head"]}')[0] == 0
-  code, _, err = run('memory', 'journal', saved / 'book', f'--head={"0" * 64}')
+             f'--journal_head={last["head"]}')[0] == 0
+  code, _, err = run('memory', 'journal', saved / 'book',
+                     f'--journal_head={"0" * 64}')
   assert code == 2 and 'edits were cut off' in err
   log = saved / 'book/journal.jsonl'
   log.write_text(log.read_text().replace('said so', 'never!!'))
