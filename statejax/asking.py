@@ -135,6 +135,10 @@ def write(path, data: bytes, mode: int = 0o644):
 
 def is_store() -> bool:
   """Whether there is a store where the flags say."""
+  from statejax.artifact import bucket
+  if bucket.is_url(STORE.value):
+    raise ValueError(f'--store={STORE.value}: expected a directory, got a URL; '
+                     'a store is a directory, and push and pull use buckets.')
   return (pathlib.Path(STORE.value) / 'STORE.json').is_file()
 
 
@@ -145,11 +149,8 @@ def shop(*, make: bool = False):
     make: whether to make one where there is none: what adds to it does, what
       only looks does not.
   """
-  from statejax.artifact import bucket, objects
-  if bucket.is_url(STORE.value):
-    raise ValueError(f'--store={STORE.value}: expected a directory, got a URL; '
-                     'a store is a directory, and push and pull use buckets.')
-  if not make and not is_store():
+  from statejax.artifact import objects
+  if not is_store() and not make:
     raise ValueError(f'--store={STORE.value}: expected a store, got none; look '
                      'at the spelling, or make one with state mint.')
   root = read('--root', ROOT.value).decode() if ROOT.value else ''
