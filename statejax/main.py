@@ -9,6 +9,9 @@
   python -m statejax.main state mint chat --workdir=runs/a --prompt='def '
   python -m statejax.main show runs/a
   python -m statejax.main doctor
+
+Without anything else, `state` and `memory` say what they take; their flags are
+among those of --helpfull.
 """
 
 import codecs
@@ -217,9 +220,10 @@ def main(argv):
     takes = {'show': (1,), 'memory': (1, 2, 3), 'state': (1, 2, 3)}.get(
         name or '', (0,))
     if name not in COMMANDS or len(rest) not in takes:
-      raise UserError(
+      one = {'memory': memories.usage, 'state': states.usage}.get(name or '')
+      raise UserError(f'usage: {one()}.' if one else (
           f'usage: python -m statejax.main {"|".join(COMMANDS)} [flags]; show '
-          f'takes one path; {memories.usage()}; {states.usage()}.')
+          f'takes one path; {memories.usage()}; {states.usage()}.'))
     _refuse_unused(name)
     COMMANDS[name](*rest)
   except (UserError, ValueError, FloatingPointError, OSError) as error:
