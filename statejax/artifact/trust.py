@@ -264,7 +264,12 @@ def withdraw(shop, entries, principal: str, *, since: int | None = None):
     for kind, value in entries:
       shop.catalog.audit(principal, 'revoked', value, kind)
     shred.condemn(shop, lambda id, about: revoke.match(new, about, id))
-  shop.shred()
+  try:
+    shop.shred()
+  except Refused as error:
+    raise Refused(error.code, 'it is revoked, but keys are still to be '
+                  f'destroyed, which state fsck does: {error.detail}'
+                  ) from error
 
 
 def destroy_revoked(shop):
