@@ -343,6 +343,8 @@ class Catalog:
       if old and body['number'] <= old['number']:
         raise ValueError(f'crl: expected a number above {old["number"]}, got '
                          f'{body["number"]}; lists never go back.')
+      # What is in an older one is in this one, and in the log.
+      self._all('delete from crl')
       self._all('insert into crl values (?, ?)', (
           body['number'], canonical.dumps(body).decode()))
 

@@ -81,6 +81,7 @@ class Soak:
     desk.withdraw(shop, sealed.id, ALICE)
     with pytest.raises(Refused, match='E_REVOKED'):
       desk.examine(shop, sealed.id, ALICE, 'resume')
+    bare.files.cache_clear()
     for store in (shop, self.there):
       collect.collect(store, grace=0)
       collect.account(store)
