@@ -6,7 +6,10 @@ Every model reads the events of `statejax.tasks.lifecycle_events` and answers
 one question, trained as in `lifecycle_events`. Slots are one layer; the others
 are two, which together hold as many bytes after the question as the slots and
 what their fallback keeps. `slots alone` has no fallback, and no more bytes for
-it. Labels help slots only: the others have nothing that they could name.
+it. Labels help slots only: the others have nothing that they could name. Each
+of the others learns at that of three rates (`rates.RATES`) at which half
+as many updates of seed 0 answer most of 240 items of a split of their own; for
+slots the rate is that of `lifecycle_events`.
 
 Expected: slots answer more than any other memory of their size.
 """
@@ -17,7 +20,7 @@ import pathlib
 
 from absl import app, flags
 
-from experiments import equal_state, event_models, report
+from experiments import equal_state, event_models, rates, report
 from experiments.record import Record
 from statejax.tasks import lifecycle_events as task
 
@@ -25,6 +28,7 @@ OUT = flags.DEFINE_string('out', 'experiments/results/equal_memories.json',
                           'results')
 SEEDS = flags.DEFINE_integer('seeds', 2, 'seeds', lower_bound=1)
 STEPS = flags.DEFINE_integer('steps', 1200, 'updates')
+NAMES = flags.DEFINE_list('names', [], 'memories to train; none: all')
 SMOKE = flags.DEFINE_bool('smoke', False, 'one seed, a few updates, two names')
 
 CONTEXT, TEST = 1 + task.EVENTS, 600
@@ -65,9 +69,9 @@ def claims(found, counts):
   return rows
 
 
-def study(mixers, seed, steps):
+def study(mixers, seed, steps, rate=rates.RATES[-1]):
   """Trains a model; returns {'right': {family: right}, seconds}."""
-  params, took = event_models.train(mixers, seed, steps)
+  params, took = event_models.train(mixers, seed, steps, rate=rate)
   return {'right': event_models.test(mixers, params, seed, TEST),
           'seconds': round(took)}
 
@@ -77,19 +81,25 @@ def main(argv):
   del argv
   steps, seeds, out = STEPS.value, SEEDS.value, OUT.value
   found = memories()
+  mixers_of = {name: mixers for name, (mixers, _) in found.items()}
   if SMOKE.value:
     steps, seeds, out = 20, 1, pathlib.Path('runs/equal_memories.json')
     out.unlink(missing_ok=True)
     found = {name: found[name] for name in ('slots', 'window')}
+  if NAMES.value:
+    found = {name: found[name] for name in NAMES.value}
   record = Record(
       out, f'python -m experiments.equal_memories --seeds={seeds} '
-      f'--steps={steps}', lambda key: event_models.settings(
-          found[key.split('/')[0]][0], steps))
+      f'--steps={steps} --names={",".join(NAMES.value)}',
+      functools.partial(rates.settings, mixers_of, steps))
   counts = {}
   for name, (mixers, size) in found.items():
+    rate = (rates.RATES[-1] if name.startswith('slots') else record.get(
+        f'rate/{name}', functools.partial(
+            rates.choose, mixers, steps))['rate'])
     for seed in range(seeds):
-      right = record.get(f'{name}/{seed}', functools.partial(
-          study, mixers, seed, steps))['right']
+      right = record.get(rates.cell(name, rate, seed), functools.partial(
+          study, mixers, seed, steps, rate))['right']
       counts.setdefault(name, []).append(right)
       print(f'{name}, {size:,} bytes, seed {seed}: {sum(right.values())} of '
             f'{TEST}')

@@ -10,11 +10,13 @@ import time
 
 from absl import logging
 
-from experiments import labels
+from experiments import labels, probes
 from experiments.record import digest
 from statejax import config as c
 
 WIDTH, ROWS, LABELLED, HIDDEN, LENGTH = 64, 64, 0.1, 4, 72
+# Seeds of the items of the test, and of those by which is chosen, begin here.
+TEST, DEV = 9000, 8000
 HEADS = c.AttentionConfig(heads=4, kv_heads=4, key=16, value=16, rope=None)
 RULES = c.SlotRules(slots=32, key=32, value=64, ring=1, span=1, key_span=1,
                     aliases=1, threshold=0.8)
@@ -112,7 +114,7 @@ def batches(size, seed, rows):
 
 
 def train(mixers, seed, steps, params=None, *, length=LENGTH, rows=ROWS,
-          rate=4e-3):
+          rate=4e-3, shuffled=False):
   """Trains a model.
 
   Args:
@@ -123,6 +125,7 @@ def train(mixers, seed, steps, params=None, *, length=LENGTH, rows=ROWS,
     length: events of an item.
     rows: of a batch, even.
     rate: the largest of the optimizer.
+    shuffled: whether each item has the answer and the labels of another.
 
   Returns:
     trained parameters, and the seconds it took.
@@ -135,24 +138,25 @@ def train(mixers, seed, steps, params=None, *, length=LENGTH, rows=ROWS,
     params = model.init(jax.random.key(seed))
   inputs = lambda batch: (batch['events'],)
   return fit(functools.partial(answers, model), params, inputs, seed, steps,
-             length=length, rows=rows, rate=rate)
+             length=length, rows=rows, rate=rate, shuffled=shuffled)
 
 
 def fit(answers, params, inputs, seed, steps, *, length=LENGTH, rows=ROWS,
-        rate=4e-3):
+        rate=4e-3, shuffled=False):
   """Fits parameters to items of `statejax.tasks.lifecycle_events`.
 
   Args:
     answers: (params, *inputs, hints) -> logits [B, 65] and own losses.
     params: where to begin; its memory is used.
     inputs: of a batch of `labels.batches`, a tuple of arrays.
-    seed, steps, length, rows, rate: as for `train`.
+    seed, steps, length, rows, rate, shuffled: as for `train`.
 
   Returns:
     the parameters, and the seconds it took.
   """
   import jax
   import jax.numpy as jnp
+  import numpy as np
   import optax
 
   from statejax.tasks import lifecycle_events as task
@@ -178,31 +182,80 @@ def fit(answers, params, inputs, seed, steps, *, length=LENGTH, rows=ROWS,
       task.LifecycleEventsSource(n, 1000 * (which + 1) + seed, length)
       for which, n in enumerate(labels.sizes(steps, rows, LABELLED)))
   for i, batch in enumerate(labels.batches(fresh, pool, rows, seed)):
+    # Items of a batch are independent: the next one's labels are any other's.
+    told = {n: np.roll(x, 1, axis=0) if shuffled else x
+            for n, x in batch.items()}
     params, moments, cost, right = update(
-        params, moments, inputs(batch), batch['answer'],
-        hinted(batch['events'], batch['known']))
+        params, moments, inputs(batch), told['answer'],
+        hinted(told['events'], batch['known']))
     if i % 100 == 0:
       logging.info('update %d: loss %.3f, right %.2f', i, cost, right)
   return jax.block_until_ready(params), time.perf_counter() - begin
 
 
-def test(mixers, params, seed, count=600, locks=True):
-  """Right answers per family, of `count` / 8 each."""
+def asked(mixers, params, seed, count=600, locks=True):
+  """Rows of `probes` of `count` items of the test.
+
+  Args:
+    mixers: of a `config`, and of `params`.
+    params: trained ones.
+    seed: of the test, `TEST` and on, or of the split by which is chosen, `DEV`.
+    count: items, a multiple of 60.
+    locks: whether those are locked which the events lock.
+  """
   import jax
   import numpy as np
 
+  from statejax import account
   from statejax.model import LanguageModel
   from statejax.tasks import lifecycle_events as task
-  model = LanguageModel(config(mixers))
-  run = jax.jit(lambda p, e, hints: answers(model, p, e, hints)[0])
-  right = dict.fromkeys(task.FAMILIES, 0)
-  for events, answer, family in batches(count, 9000 + seed, 60):
+  model, rows = LanguageModel(config(mixers)), []
+  size = account.total(account.account(model.config, 1 + task.EVENTS)).total
+  last = mixers[-1]
+
+  @jax.jit
+  def run(params, events, hints):
+    logits, _, _, lent = read(model, params, model.init_state(len(events), 0),
+                              events, hints)
+    if not isinstance(last, c.SlotsConfig):
+      return logits, None
+    return logits, lent[model.config.layers[-1].name]['fires'][:, -1]
+
+  for events, answer, _ in batches(count, seed, 60):
     force = np.where(events[..., 0] == task.LOCK, 0, -1)
-    hints = {} if locks else {'force': force}
-    found = np.argmax(run(params, events, hints), axis=-1) == answer
-    for i, name in enumerate(task.FAMILIES):
-      right[name] += int(found[family == i].sum())
-  return right
+    logits, fires = run(params, events, {} if locks else {'force': force})
+    missed = 'log' if getattr(last, 'fallback', None) else 'none'
+    route = (['state'] * len(answer) if fires is None else
+             ['slot' if f else missed for f in np.asarray(fires)])
+    rows += probes.rows(len(rows), answer, np.argmax(logits, axis=-1), route,
+                        [size] * len(answer))
+  return rows
+
+
+def test(mixers, params, seed, count=600):
+  """Right answers per family, of `count` / 8 each."""
+  from statejax.tasks import lifecycle_events as task
+  return probes.counted(probes.hits(asked(mixers, params, TEST + seed, count)),
+                        task.FAMILIES)
+
+
+def rules(seed, count=600):
+  """Hits [count] of rules that know no locks and keep no version:
+  {name: bool}."""
+  import numpy as np
+
+  from statejax.tasks import lifecycle_events as task
+  out = {'first mention': [], 'last mention': [], 'last set or delete': []}
+  for events, answers_, _ in batches(count, TEST + seed, count):
+    for (*log, (_, key, _)), answer in zip(events.tolist(), answers_):
+      mine = [(op, value) for op, k, value in log if k == key]
+      said = [value for _, value in mine if value != task.NONE]
+      done = [value for op, value in mine if op in (task.SET, task.DELETE)]
+      for name, found in (('first mention', said[:1]),
+                          ('last mention', said[-1:]),
+                          ('last set or delete', done[-1:])):
+        out[name].append(found == [answer])
+  return {name: np.array(hit) for name, hit in out.items()}
 
 
 def size(mixers):

@@ -5,7 +5,7 @@ import numpy as np
 from statejax.tasks import lifecycle_text
 from statejax.tasks import lifecycle_words as words
 
-LINES, TOKENS, DIGITS = 72, 32, 5
+LINES, TOKENS, DIGITS, SPELLED = 72, 32, 5, 4
 KINDS = (*words.CUES, 'filler', 'now', 'before')
 # Fields of an event; the first value of all but the kind is 'none'.
 SIZES = (len(KINDS), 49, 49, 11, 11, 27, 11, 11, *(11,) * DIGITS)
@@ -19,6 +19,18 @@ def event(kind, key=None, tag=None, value=None):
   out += [0] * 3 if tag is None else [1 + tag[0], *number(tag[1])]
   return out + ([0] * DIGITS if value is None else
                 [1 + int(d) for d in f'{value:05d}'])
+
+
+def _fields(name):
+  """The fields of an event that tell a name, or None, alone."""
+  which = 'tag' if name is not None and len(name) == 2 else 'key'
+  return event('filler', **{which: name})[1:8]
+
+
+def _tokens(name):
+  """The tokens of a name, or of None."""
+  found = [] if name is None else list(words.encode(words.name(name)))
+  return found + [-1] * (SPELLED - len(found))
 
 
 class LifecycleLinesSource:
@@ -41,11 +53,13 @@ class LifecycleLinesSource:
     return f'LifecycleLinesSource({self._way!r}, {self._text!r})'
 
   def __getitem__(self, index):
-    """Returns {lines, answer, want, object, alias, version, scenario}.
+    """Returns {lines, names, answer, want, object, alias, version, scenario}.
 
     lines: of the log, then of nothing, and last the question; events
-      [73, 13], or tokens [73, 32], -1 behind the last. answer: [5], 10 for
-      none. The hints are [73].
+      [73, 13], or tokens [73, 32], -1 behind the last. names: the name that a
+      line or a question is about and the other one that it gives, alone:
+      fields [73, 2, 7], or tokens [73, 2, 4]. answer: [5], 10 for none. The
+      hints are [73].
     """
     record = self._text.record(index)
     asked = record.questions[0]
@@ -63,8 +77,14 @@ class LifecycleLinesSource:
     answer = ([10] * DIGITS if asked.answer is None else
               [int(d) for d in f'{asked.answer:05d}'])
     make = self._events if self._way == 'events' else self._chunks
+    called = [(x.key, x.tag) for x in record.lines]
+    called += [(None, None)] * (LINES - len(called)) + [(asked.name, None)]
+    spell = _fields if self._way == 'events' else _tokens
     return hints | {
-        'lines': make(index, record), 'answer': np.array(answer, np.int32),
+        'lines': make(index, record),
+        'names': np.array([[spell(x) for x in pair] for pair in called],
+                          np.int32),
+        'answer': np.array(answer, np.int32),
         'scenario': np.int32(lifecycle_text.SCENARIOS.index(record.scenario))}
 
   def _events(self, index, record):

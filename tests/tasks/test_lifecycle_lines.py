@@ -20,7 +20,7 @@ def test_both_ways_tell_of_the_same_items(both):
   records = text.LifecycleTextSource(COUNT, 3, 'dev', length=1216)
   for i in range(COUNT):
     event, chunk = (source[i] for source in both)
-    for name in set(event) - {'lines'}:
+    for name in set(event) - {'lines', 'names'}:
       np.testing.assert_array_equal(event[name], chunk[name])
     record, asked = records.record(i), records.record(i).questions[0]
     assert event['lines'].shape == (73, 13) and (event['lines'] >= 0).all()
@@ -34,6 +34,25 @@ def test_both_ways_tell_of_the_same_items(both):
     held = ''.join(map(str, event['answer']))
     assert held == ('10' * 5 if asked.answer is None else
                     f'{asked.answer:05d}')
+
+
+def test_names_are_told_alone(both):
+  """Of a line its name and the other that it gives; of a question what it
+  asks for, in the place of the first."""
+  records = text.LifecycleTextSource(COUNT, 3, 'dev', length=1216)
+  for i in range(COUNT):
+    record = records.record(i)
+    event, chunk = (source[i]['names'] for source in both)
+    assert event.shape == (73, 2, 7) and chunk.shape == (73, 2, 4)
+    called = [(x.key, x.tag) for x in record.lines]
+    called += [(None, None)] * (72 - len(called))
+    called.append((record.questions[0].name, None))
+    for names, *pairs in zip(called, event, chunk, strict=True):
+      for name, fields, tokens in zip(names, *pairs, strict=True):
+        spelled = words.decode(tokens[tokens >= 0])
+        assert spelled == ('' if name is None else words.name(name))
+        where = 'key' if name is None or len(name) == 3 else 'tag'
+        assert fields.tolist() == lines.event('now', **{where: name})[1:8]
 
 
 def test_fields_of_an_event():
