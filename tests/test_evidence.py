@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from experiments import writer_auc
+from experiments import evidence
 from statejax.tasks import lifecycle_text as task
 
 
@@ -11,7 +11,7 @@ def test_evidence_says_the_answer():
   for i in range(24):
     record = source.record(i)
     asked = record.questions[0]
-    mine = [x for x, e in zip(record.lines, writer_auc.evidence(record)) if e]
+    mine = [x for x, e in zip(record.lines, evidence.evidence(record)) if e]
     alias = record.scenario == 'alias'
     assert sorted(x.kind for x in mine) == sorted(
         ['delete' if asked.answer is None else 'update', *['alias'] * alias])
@@ -20,7 +20,7 @@ def test_evidence_says_the_answer():
 
 
 def test_a_line_names_what_is_asked():
-  words, same, right, of = writer_auc.logs(12, 5, 'dev')
+  words, same, right, of = evidence.logs(12, 5, 'dev')
   assert words.shape == same.shape and len(of) == len(right) == len(words)
   named = same.any(axis=1)
   assert (words[named] == same[named]).all() and words.any(axis=1).all()
@@ -32,11 +32,11 @@ def test_a_line_names_what_is_asked():
 
 def test_area_and_what_is_held():
   right = np.array([1, 0, 1, 0, 0], bool)
-  assert writer_auc.area(np.array([3., 2, 1, 0, -1]), right) == 5 / 6
-  assert writer_auc.area(np.zeros(5), right) == 0.5
-  assert writer_auc.area(np.array([1., 0, 1, 1, 0]), right) == 5 / 6
+  assert evidence.area(np.array([3., 2, 1, 0, -1]), right) == 5 / 6
+  assert evidence.area(np.zeros(5), right) == 0.5
+  assert evidence.area(np.array([1., 0, 1, 1, 0]), right) == 5 / 6
   of, score = np.array([0, 0, 0, 1, 1]), np.array([1., 2, 1, 0, 0])
-  held = lambda right, kept: writer_auc.held(
+  held = lambda right, kept: evidence.held(
       score, np.array(right, bool), of, kept)
   assert held([1, 1, 0, 1, 0], 1) == 2 / 3  # the first of a tie
   assert held([1, 1, 0, 1, 0], 2) == 1
@@ -46,5 +46,5 @@ def test_area_and_what_is_held():
 def test_a_regression_tells_what_it_can():
   x = np.random.default_rng(0).integers(0, 2, (400, 3)).astype(np.float32)
   right = x[:, 1] > 0
-  weight, offset = writer_auc.fitted(x, right)
+  weight, offset = evidence.fitted(x, right)
   assert ((x @ weight + offset > 0) == right).all()
