@@ -13,8 +13,8 @@ same size without slots, each at that of three rates (`rates.RATES`) at
 which half as many updates of seed 0 answer most of 240 items of a split of
 their own. `shuffled` are slots, of one seed, whose every item has the answer
 and the labels of another. Rules see operations, keys and values; see
-`event_models.rules`. Each probe of new trainings leaves a row, see `probes`;
-where only counts are left, misses are paired as they count worst.
+`event_models.rules`. Each question to slots leaves a row, see `probes`; where a
+training has left counts only, its misses are paired as they count worst.
 
 Expected: 600 of 600 with slots; without fallback what was evicted or never
 written is lost and nothing else, without locks what was protected; with
@@ -111,22 +111,23 @@ def study(name, seed, steps, rate=rates.RATES[-1]):
   """Trains a system.
 
   Returns:
-    {'right': {variant: {family: right}}, 'rows': of `probes` of the first,
-    'rate', 'seconds'}.
+    {'right': {variant: {family: right}}, 'rate', 'seconds'} and, of slots,
+    'rows', see `probes`.
   """
   from statejax.tasks import lifecycle_events as task
   mixers, seed_of = MIXERS[name], event_models.TEST + seed
   params, took = event_models.train(mixers, seed, steps, rate=rate,
                                     shuffled=name == 'shuffled')
   found = {name: event_models.asked(mixers, params, seed_of, TEST)}
+  out = {'rate': rate, 'seconds': round(took)}
   if name == 'slots':
+    out['rows'] = found[name]
     off = (dataclasses.replace(SLOTS, fallback=None),)
     found['fallback off'] = event_models.asked(off, cut(params), seed_of, TEST)
     found['lock ignored'] = event_models.asked(mixers, params, seed_of, TEST,
                                                locks=False)
   return {'right': {which: probes.counted(probes.hits(x), task.FAMILIES)
-                    for which, x in found.items()},
-          'rows': found[name], 'rate': rate, 'seconds': round(took)}
+                    for which, x in found.items()}} | out
 
 
 def settings(steps, key):
