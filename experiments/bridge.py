@@ -165,7 +165,7 @@ def train(way, seed, steps):
       for which, size in enumerate(labels.sizes(steps, ROWS, LABELLED)))
   for i, batch in enumerate(labels.batches(fresh, pool, ROWS, seed)):
     params, moments, cost, right = update(params, moments, batch)
-    if i % 100 == 0:
+    if i % 50 == 0:
       logging.info('%s, update %d: loss %.3f, right %.2f, %.0f s', way, i,
                    *np.array([cost, right]), time.perf_counter() - begin)
   return jax.block_until_ready(params), time.perf_counter() - begin

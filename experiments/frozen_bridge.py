@@ -37,6 +37,7 @@ OUT = flags.DEFINE_string('out', 'experiments/results/frozen_bridge.json',
 SEEDS = flags.DEFINE_integer('seeds', 3, 'seeds', lower_bound=1)
 STEPS = flags.DEFINE_integer('steps', 800, 'updates of the memory')
 TEXT = flags.DEFINE_integer('text', 300, 'updates of the frozen model')
+FAMILIES = flags.DEFINE_list('families', [], 'families to run; none: all')
 SMOKE = flags.DEFINE_bool('smoke', False, 'one family and seed, a few updates')
 
 TEST, ENOUGH, WAYS = 60, 57, ('names', 'no names')
@@ -178,14 +179,14 @@ def main(argv):
   del argv
   from experiments import frozen_sentences as frozen
   steps, text, seeds, out = STEPS.value, TEXT.value, SEEDS.value, OUT.value
-  families = list(frozen.FAMILIES)
+  families = FAMILIES.value or list(frozen.FAMILIES)
   if SMOKE.value:
     steps, text, seeds, families = 10, 10, 1, families[:1]
     out = pathlib.Path('runs/frozen_bridge.json')
     out.unlink(missing_ok=True)
   record = Record(
       out, f'python -m experiments.frozen_bridge --seeds={seeds} '
-      f'--steps={steps} --text={text}',
+      f'--steps={steps} --text={text} --families={",".join(families)}',
       lambda key: digest([
           c.to_dict(frozen.config(key.split('/')[0])),
           *(c.to_dict(config(way)) for way in WAYS), text, steps]))
