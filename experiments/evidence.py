@@ -20,7 +20,7 @@ def evidence(record):
   said = [i for i, x in enumerate(record.lines)
           if (x.kind, x.key, x.value) == (kind, asked.key, asked.answer)]
   out = np.zeros(len(record.lines), bool)
-  out[said[-1:]] = True
+  out[said] = True
   if asked.name != asked.key:
     out |= np.array([x.tag == asked.name for x in record.lines])
   return out
