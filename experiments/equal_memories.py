@@ -7,11 +7,11 @@ one question, trained as in `lifecycle_events`. Slots are one layer; the others
 are two, which together hold as many bytes after the question as the slots and
 what their fallback keeps. `slots alone` has no fallback, and no more bytes for
 it. Labels help slots only: the others have nothing that they could name. Each
-of the others learns at that of three rates (`rates.RATES`) at which half
-as many updates of seed 0 answer most of 240 items of a split of their own; for
+of the others learns at that of three rates (`rates.RATES`) at which half as
+many updates of seed 0 answer most of 240 items of a split of their own; for
 slots the rate is that of `lifecycle_events`.
 
-Expected: slots answer more than any other memory of their size.
+Expected: slots answer more than any other memory of their size. Not run yet.
 """
 
 import dataclasses

@@ -17,7 +17,7 @@ Reported is each kind's gap to full attention in points, at each length. No
 attention here has positions, so that none of it ends at the length it learned.
 
 Expected: a window answers at most 'frequent' where haystacks are long. How many
-points the others lack is what this measures.
+points the others lack is what this measures. Not run yet.
 """
 
 import functools
