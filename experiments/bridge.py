@@ -20,9 +20,9 @@ test of `lifecycle_text`, in training too. Labels for one item of ten.
 Expected: of each scenario all but 1 % in each way, or 5 % of the harder ones;
 the three ways differ by a point of all at most. Not run to the end yet. When
 addresses were learned from all that a line says, and slots read at a cosine of
-0.6, events answered 56 (alias) to 97 (pressure) of 100; a training as it is now
-that was stopped after 350 updates had 23 or 24 of 24 right of the batches of its
-last 150 updates that were looked at, all of them items to learn from.
+0.6, events answered 56 (alias) to 97 (pressure) of 100. A training as it is now
+that was stopped after 350 updates had 23, 24, 23 and 24 of 24 items right in
+the batches of updates 200, 250, 300 and 350: items to learn from, not a test.
 """
 
 import dataclasses
