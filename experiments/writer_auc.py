@@ -14,7 +14,8 @@ lines are made by a rule, so only the order can agree. A writer of slots does
 not see the question: what it keeps of more lines than slots is chance.
 
 Expected: with the question more than without it, by AUC and by what is kept, on
-each seed; some seconds.
+each seed; some seconds. Obtained: AUC .68 to .70 and .94 to .96, of the
+evidence .86 to .88 and .98 to .99.
 """
 
 import pathlib
