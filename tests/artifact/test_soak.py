@@ -112,7 +112,8 @@ def test_nothing_grows(memory, rounds):
         f'files {soak.size()[0] - start[0]:+d}, bytes '
         f'{soak.size()[1] - start[1]:+d}')
   assert soak.size() == start
-  assert grown < 2 * MIB + rounds * 4096
+  # What reads the whole log, as `account` does, holds it for a moment.
+  assert grown < 2 * MIB + rounds * 40_000
   assert collect.check(soak.here) == collect.check(soak.there) == []
   assert access.owns(desk.examine(soak.here, 'chat', ALICE, 'inspect').about,
                      ALICE)
