@@ -13,6 +13,7 @@ from secrets import token_hex
 import example
 
 from statejax.artifact import (
+  access,
   canonical,
   layout,
   manifest,
@@ -84,7 +85,7 @@ def mint(shop, number, *, ref='', expect=0, mint_key='', parents=(),
       with sealing.scratch(shop) as clear:
         fill(clear, number)
         sealing.seal_tree(clear, folder, known['nonce'], key)
-    return shop.keep(folder, known, principal='alice',
+    return shop.keep(folder, known, principal=access.owner(known),
                      mint_key=mint_key or f'mint-{number}', action='mint',
                      ref=ref, expect=expect, vouch=vouch)
 
