@@ -186,10 +186,11 @@ class Catalog:
         f'select seq, hash from {table} order by seq desc limit 1')
     if not row:
       return Receipt(0, _GENESIS)
-    if not re.fullmatch('[0-9a-f]{64}', str(row[1])):
-      raise Refused('E_IO', f'{self.path}: {table} row {row[0]}: expected a '
-                    f'hash of 64 hex digits, got {str(row[1])[:80]!r}')
-    return Receipt(int(row[0]), str(row[1]))
+    seq, mark = int(row[0]), str(row[1])
+    if not re.fullmatch('[0-9a-f]{64}', mark):
+      raise Refused('E_IO', f'{self.path}: {table} row {seq}: expected a hash '
+                    f'of 64 hex digits, got {mark[:80]!r}')
+    return Receipt(seq, mark)
 
   def _append(self, table, row):
     with self.transaction():

@@ -48,7 +48,7 @@ def issue(shop, key: str, owner: Principal, holder: str, rights,
     rights: of `access.GRANTABLE`.
     signer: a key of the organisation that may grant.
     seconds: until it ends, at most a day.
-    max_uses: how often it may be shown.
+    max_uses: how often it may be used, see `use`.
 
   Raises:
     Refused: E_ACL: not the owner.

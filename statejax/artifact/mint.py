@@ -48,7 +48,7 @@ class Terms:
     org: organisation, '' for none.
     sensitivity: 'public', 'internal', 'confidential' or 'restricted'.
     acl: (who, rights) of members of the organisation; 'org:NAME' is all.
-    export: 'never', 'listed', 'org' or 'any'.
+    export: 'never', 'listed', 'org' or 'any': by whom; see `access.decide`.
     not_after: unix seconds, 0 for no end.
     revoke_scope: 'self', or 'descendants': revoking it revokes these.
     workflow: name for the accounts.

@@ -65,6 +65,11 @@ def _check(ref, about):
   access.owner(about)
 
 
+def request(principal: str, mint_key: str) -> str:
+  """Returns what a store knows a request by: nobody else's is the same."""
+  return json.dumps([principal, mint_key])
+
+
 @contextlib.contextmanager
 def said():
   """A disk that is full or broken becomes a refusal: E_NOSPACE or E_IO."""
@@ -366,7 +371,7 @@ class Store:
         deleted.
     """
     _check(ref, about)
-    mint_key = json.dumps([principal, mint_key])  # nobody else's
+    mint_key = request(principal, mint_key)
     with said():
       id = self._settle(folder, about, vouch)
       nbytes = self._install(folder, id)
@@ -447,11 +452,15 @@ class Store:
 
   def _owned(self, id, principal):
     """Whether an artifact is a principal's; not if its manifest is damaged."""
+    with said():
+      try:
+        data = layout.read(self.place(id), manifest.NAME)
+      except FileNotFoundError:  # on its way to the trash
+        return False
     try:
-      data = layout.read(self.place(id), manifest.NAME)
       return manifest.artifact_id(data) == id and (
           access.owner(manifest.parse(data)) == principal)
-    except (Refused, OSError):
+    except Refused:
       return False
 
   def _tree(self, id):

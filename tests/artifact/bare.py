@@ -90,6 +90,11 @@ def mint(shop, number, *, ref='', expect=0, mint_key='', parents=(),
                      ref=ref, expect=expect, vouch=vouch)
 
 
+def minted(shop, number):
+  """Returns the id of artifact `number` by its request, None for none."""
+  return shop.catalog.minted(objects.request('alice of acme', f'mint-{number}'))
+
+
 def read(shop, id):
   """Verifies an artifact under a lease; returns its number."""
   with objects.said(), shop.catalog.lease(id, token_hex(8)):
