@@ -124,6 +124,8 @@ def test_names_are_unambiguous(tmp_path):
   with pytest.raises(Refused, match='E_MANIFEST: governance.owner'):
     access.owner(about)
   shop = bare.store(tmp_path)
-  with pytest.raises(Refused, match='E_MANIFEST: governance.owner'):
-    bare.mint(shop, 1, governance={'owner': 'alice of acme', 'org': ''})
+  with shop.stage() as folder:
+    bare.fill(folder, 1)
+    with pytest.raises(Refused, match='E_MANIFEST: governance.owner'):
+      shop.keep(folder, about, principal='eve', mint_key='k', action='mint')
   assert not collect.orphans(shop) and not list((shop.path / 'tmp').iterdir())
