@@ -117,7 +117,7 @@ def _load(key, about, who):
   model, _, digest = asking.model()
   host = asking.host(asking.changed(model), digest, asking.room(
       about['state']['length']))
-  decision = load.load(shop, key, who, host).decision
+  decision = load.load(shop, who.granted_for or key, who, host).decision
   return {'load': str(decision), 'promise': decision.promise,
           'why': decision.detail}
 

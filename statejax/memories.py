@@ -301,7 +301,7 @@ def _artifact(key):
                        'store with --store.')
   model, params, digest = asking.model()
   ref, who = shop.catalog.ref(key), asking.who(shop, key)
-  found = load.load(shop, key, who, asking.host(
+  found = load.load(shop, who.granted_for or key, who, asking.host(
       model, digest, asking.room(asking.length(shop, key))))
   decision = found.decision
   print(f'{decision} promise={decision.promise} '

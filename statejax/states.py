@@ -233,7 +233,7 @@ def resume(key):
   host = asking.host(model, digest, asking.room(
       asking.length(shop, key) + steps))
   who = asking.who(shop, key)
-  found = load.load(shop, key, who, host, asking.ask())
+  found = load.load(shop, who.granted_for or key, who, host, asking.ask())
   decision = found.decision
   print(f'{decision} promise={decision.promise} '
         f'{" ".join(decision.warnings)} {decision.detail}'.rstrip(),

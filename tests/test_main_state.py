@@ -252,18 +252,36 @@ def test_only_a_file(state, monkeypatch, tmp_path):
   shown = ['--grant=bob.grant', '--holder_key=bob.pem']
   code, _, err = state('grant', 'chat', *sign)
   assert code == 2 and '--holder and --file' in err
-  assert state('grant', 'chat', *sign, '--holder=bob.pub',
+  assert state('grant', 'chat', *sign, '--holder=bob.pub', '--max_uses=2',
                '--file=bob.grant')[0] == 0
   out = state('grant', 'bob.grant', '--root=root.pub')[1]
-  assert 'rights: inspect, resume; 1 uses' in out and 'count here: yes' in out
+  assert 'rights: inspect, resume; 2 uses' in out and 'count here: yes' in out
   code, _, err = state('verify', 'chat', *bob)
   assert code == 2 and 'E_ACL' in err
   code, _, err = state('verify', 'chat', *bob, shown[0])
   assert code == 2 and 'expected both' in err
   code, out, _ = state('verify', 'chat', *bob, *shown, '--workdir=x')
   assert code == 0 and json.loads(out)['load'] == 'resumed(5)'
+  # What it is for is resumed, also where the name has moved since it was shown.
+  assert state('fork', 'chat', *org, '--ref=other')[0] == 0
+  names = objects.Store(tmp_path / 'store', objects.Secrets(
+      tmp_path / 'secrets')).catalog
+  real = asking.who
+  (one, at), (other, _) = names.ref('chat'), names.ref('other')
+  def who(shop, key):
+    found = real(shop, key)
+    assert names.move('chat', other, at)
+    return found
+  with monkeypatch.context() as patch:
+    patch.setattr(asking, 'who', who)
+    code, _, err = state('resume', 'chat', *bob, *shown, '--workdir=x',
+                         '--temperature=0', '--tokens=1')
+  assert code == 0 and err.startswith('resumed(5)') and names.move(
+      'chat', one, at + 1)
+  rows = [json.loads(line) for line in state('audit')[1].splitlines()]
+  assert [row['id'] for row in rows if row.get('action') == 'resume'][-1] == one
   code, _, err = state('resume', 'chat', *bob, *shown, '--workdir=x')
-  assert code == 2 and "E_ACL: expected an artifact or name of this" in err
+  assert code == 2 and 'E_GRANT: it was used 2 times' in err
   row = json.loads(state('audit')[1].splitlines()[-2])
   assert (row['principal'], row['code']) == ('bob of globex', 'E_GRANT')
   # A bucket.

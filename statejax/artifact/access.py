@@ -3,6 +3,7 @@
 import dataclasses
 import time
 
+from statejax.artifact import canonical, manifest
 from statejax.artifact.outcome import Refused
 
 RIGHTS = ('inspect', 'resume', 'fork', 'export', 'revoke', 'delete')
@@ -16,17 +17,31 @@ class Principal:
   """Whoever asks, as authenticated by the caller.
 
   Attributes:
-    name: e.g. 'alice'; '' is nobody.
+    name: e.g. 'alice', without spaces; '' is nobody.
     org: organisation; '' is none.
-    granted: rights of a grant that names this artifact and this holder, after
-      its signature and times were checked.
+    granted: rights of a grant to this holder, after its signature and times
+      were checked.
+    granted_for: id of the artifact that the grant is for; of any other one it
+      gives nothing.
     grant_fault: why a grant that was shown does not count, '' where none was.
+    uses: the grant's own id, and how often it may be used; see `grant.use`.
+
+  Raises:
+    ValueError: a name with spaces.
   """
 
   name: str
   org: str = ''
   granted: frozenset[str] = frozenset()
   grant_fault: str = ''
+  granted_for: str = ''
+  uses: tuple[str, int] = ('', 0)
+
+  def __post_init__(self):
+    # Else 'alice of acme' could be two in the log and the accounts.
+    if ''.join(self.name.split()) != self.name:
+      raise ValueError('principal: expected a name without spaces, got '
+                       f'{self.name[:80]!r}; write e.g. alice.smith.')
 
   def __str__(self):
     """The name in the log and the accounts, with the organisation."""
@@ -55,10 +70,11 @@ def decide(about: dict, principal: Principal, right: str, *,
   """Returns whether a principal has a right to an artifact.
 
   The owner has all; a member of the same organisation sees a redacted manifest
-  and else has what the list says; a stranger looks at it by any grant, and else
-  has what the grant says. What is
-  revoked, its owner may only look at, revoke and delete. Export needs besides
-  that the artifact may be exported at all.
+  and else has what the list says; a stranger looks at it by any grant for it,
+  and else has what the grant says. What is
+  revoked, its owner may only look at, revoke and delete. What is exported
+  'never', nobody exports; 'listed', besides its owner only whom the list lets;
+  'org', members by a grant too; 'any', whoever has a grant.
 
   Args:
     about: its manifest.
@@ -79,9 +95,13 @@ def decide(about: dict, principal: Principal, right: str, *,
                   f'{rules["not_after"]}, got {now}')
   if right == 'export' and rules['export'] == 'never':
     return Access(False, code='E_ACL', detail='the artifact is never exported')
-  if owner or right in GRANTABLE and right in principal.granted:
+  gives = principal.granted if _shown(about, principal) else frozenset()
+  if right == 'export' and rules['export'] != 'any' and not (
+      member and rules['export'] == 'org'):
+    gives = frozenset()
+  if owner or right in GRANTABLE and right in gives:
     return Access(True)
-  if right == 'inspect' and principal.granted:  # whatever it is that it gives
+  if right == 'inspect' and gives:  # whatever it is that it gives
     return Access(True)
   if member and right == 'inspect':
     return Access(True, redacted=True)
@@ -89,6 +109,9 @@ def decide(about: dict, principal: Principal, right: str, *,
     return Access(True)
   if principal.grant_fault:
     return Access(False, code='E_GRANT', detail=principal.grant_fault)
+  if principal.granted and not _shown(about, principal):
+    return Access(False, code='E_GRANT', detail='expected a grant for this '
+                  f'artifact, got one for {principal.granted_for or "none"}')
   return Access(False, code='E_ACL', detail=f'{principal.name or "nobody"} of '
                 f'{principal.org or "no organisation"} may not {right}')
 
@@ -103,9 +126,16 @@ def require(about: dict, principal: Principal, right: str, *,
 
 
 def owner(about: dict) -> str:
-  """Returns the name of an artifact's owner, as `Principal` says it."""
+  """Returns the name of an artifact's owner, as `Principal` says it.
+
+  Raises:
+    Refused: E_MANIFEST: no principal can have that name.
+  """
   rules = about['governance']
-  return str(Principal(rules['owner'], rules['org']))
+  try:
+    return str(Principal(rules['owner'], rules['org']))
+  except ValueError as error:
+    raise Refused('E_MANIFEST', f'governance.owner: {error}') from None
 
 
 def owns(about: dict, principal: Principal) -> bool:
@@ -118,16 +148,23 @@ def owns(about: dict, principal: Principal) -> bool:
 def sees(about: dict, principal: Principal) -> bool:
   """Whether a principal may know that an artifact is there at all.
 
-  Its owner, members of its organisation and who holds a grant that counts may;
-  to others it is told as one that is not there.
+  Its owner, members of its organisation and who holds a grant for it that
+  counts, or that is used up, may; to others it is told as one that is not
+  there.
   """
-  return owns(about, principal) or bool(principal.granted) or _belongs(
+  return owns(about, principal) or _shown(about, principal) or _belongs(
       about['governance'], principal)
 
 
 def redact(about: dict) -> dict:
   """Returns a manifest as a member sees it: without the list of files."""
   return {name: value for name, value in about.items() if name != 'files'}
+
+
+def _shown(about, principal):
+  """Whether the grant of a principal, if any, is for this artifact."""
+  return bool(principal.granted_for) and principal.granted_for == (
+      manifest.artifact_id(canonical.dumps(about)))
 
 
 def _belongs(rules, principal):

@@ -12,6 +12,7 @@ The rest can be rebuilt from the objects. Imports no jax.
 import contextlib
 import hashlib
 import json
+import re
 import sqlite3
 import time
 from collections.abc import Callable
@@ -183,7 +184,13 @@ class Catalog:
     """Returns the last row's number and hash; 0 and zeros where empty."""
     row = self._one(
         f'select seq, hash from {table} order by seq desc limit 1')
-    return Receipt(int(row[0]), str(row[1])) if row else Receipt(0, _GENESIS)
+    if not row:
+      return Receipt(0, _GENESIS)
+    seq, mark = int(row[0]), str(row[1])
+    if not re.fullmatch('[0-9a-f]{64}', mark):
+      raise Refused('E_IO', f'{self.path}: {table} row {seq}: expected a hash '
+                    f'of 64 hex digits, got {mark[:80]!r}')
+    return Receipt(seq, mark)
 
   def _append(self, table, row):
     with self.transaction():
@@ -198,8 +205,8 @@ class Catalog:
 
   def newest(self) -> int:
     """Returns the time of the last row of the audit log, 0 where empty."""
-    row = self._one('select body from audit order by seq desc limit 1')
-    return json.loads(row[0])['time'] if row else 0
+    found = self._one('select seq, body from audit order by seq desc limit 1')
+    return self._parsed('audit', *found)['time'] if found else 0
 
   def rows(self, table: str = 'audit') -> list[dict]:
     """Returns the rows of a chain, oldest first, after checking all of it.
@@ -210,8 +217,8 @@ class Catalog:
     rows, last = [], _GENESIS
     for seq, body, found in self._all(
         f'select seq, body, hash from {table} order by seq'):
-      row = json.loads(body)
-      if (seq != len(rows) + 1 or row.get('seq') != seq
+      row = self._parsed(table, seq, body)
+      if (seq != len(rows) + 1 or row['seq'] != seq
           or found != _link(table, last, body.encode())):
         raise Refused('E_IO', f'{self.path}: {table} row {seq}: expected a row '
                       'that follows the one before it, got a changed, lost or '
@@ -219,6 +226,17 @@ class Catalog:
       rows.append(row)
       last = found
     return rows
+
+  def _parsed(self, table, seq, body):
+    """A row of a chain by its text; raises E_IO where it cannot be one."""
+    try:
+      row = json.loads(body.encode())  # text, and no blob
+      if isinstance(row['seq'], int) and isinstance(row['time'], int):
+        return row
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+      pass
+    raise Refused('E_IO', f'{self.path}: {table} row {seq}: expected a row, got'
+                  f' {body[:80]!r}')
 
   def holds(self, receipt: Receipt) -> bool:
     """Whether the audit log still has the row of a receipt, unchanged."""
@@ -334,7 +352,11 @@ class Catalog:
   def revocations(self) -> dict | None:
     """Returns the newest revocation list, None where there is none."""
     row = self._one('select body from crl order by number desc limit 1')
-    return row and canonical.loads(row[0].encode())
+    try:
+      return row and canonical.loads(row[0].encode())
+    except (ValueError, AttributeError, RecursionError) as error:
+      raise Refused('E_IO', f'{self.path}: crl: expected a list, got {error}'
+                    ) from error
 
   def keep_revocations(self, body: dict):
     """Keeps a newer list; raises ValueError if it is not newer."""
@@ -364,14 +386,18 @@ class Catalog:
     with self.transaction():
       self._all('delete from condemned where name = ?', (name,))
 
+  def grant_uses(self, id: str) -> int:
+    """Returns how often a grant was used."""
+    row = self._one('select uses from grant_seen where id = ?', (id,))
+    return row[0] if row else 0
+
   def use_grant(self, id: str, most: int) -> bool:
     """Counts a use of a grant; False where it had `most` already."""
     with self.transaction():
-      row = self._one('select uses from grant_seen where id = ?', (id,))
-      if row and row[0] >= most:
+      uses = self.grant_uses(id)
+      if uses >= most:
         return False
-      self._all('replace into grant_seen values (?, ?)',
-                (id, (row[0] if row else 0) + 1))
+      self._all('replace into grant_seen values (?, ?)', (id, uses + 1))
     return True
 
 

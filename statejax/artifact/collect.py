@@ -149,7 +149,9 @@ def check(shop) -> list[str]:
       found, data, about, _ = verify.head(place, name=id)
       trust.vouch(shop, place, found, data, about)
       layout.check(place, found, about)
-      total += sum(found.files.values())
+      size = sum(found.files.values())
+      total += size
+      wrong += _unlike(shop, id, about, size)
     except (Refused, OSError) as error:
       wrong.append(f'{id}: {error}')
   wrong += [f'{id}: in no catalog; its mint was cut short' for id in
@@ -162,6 +164,18 @@ def check(shop) -> list[str]:
                    f'{live}')
     wrong += _unaccounted(shop)
   return wrong
+
+
+def _unlike(shop, id, about, size):
+  """Where the catalog's row of an artifact is not what it is."""
+  nbytes, kind, workflow, _ = shop.catalog.objects()[id]
+  parents = sorted({p['id'] for p in about['provenance']['parents']})
+  return [f'{id}: catalog: {name}: expected {expected!r}, as the artifact has '
+          f'it, got {got!r}' for name, expected, got in (
+              ('bytes', size, nbytes), ('kind', about['kind'], kind),
+              ('workflow', about['governance']['workflow'], workflow),
+              ('parents', parents, shop.catalog.parents(id)))
+          if expected != got]
 
 
 def _unaccounted(shop):

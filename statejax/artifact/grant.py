@@ -48,7 +48,7 @@ def issue(shop, key: str, owner: Principal, holder: str, rights,
     rights: of `access.GRANTABLE`.
     signer: a key of the organisation that may grant.
     seconds: until it ends, at most a day.
-    max_uses: how often it may be shown.
+    max_uses: how often it may be used, see `use`.
 
   Raises:
     Refused: E_ACL: not the owner.
@@ -80,7 +80,9 @@ def present(shop, data: bytes, about: dict, id: str, who: Principal,
             nonce: str, proof: bytes) -> Principal:
   """Returns the principal with what a grant gives, or with why it gives none.
 
-  Counts a use. The nonce must be fresh and of this process: see `secrets`.
+  Counts no use: what is done by it does, see `use`. The nonce must be fresh and
+  of this process: see `secrets`. Of a grant that is used up the holder, and
+  nobody else, hears that it is.
 
   Args:
     shop: `objects.Store`.
@@ -94,13 +96,38 @@ def present(shop, data: bytes, about: dict, id: str, who: Principal,
   try:
     body = read(shop, data, about, id)
     keys.check(body['holder'], CHALLENGE, _asked(nonce, data), proof)
-    if not shop.catalog.use_grant(body['id'], body['max_uses']):
-      raise Refused('E_GRANT', f'it was used {body["max_uses"]} times')
   except Refused as error:
-    return dataclasses.replace(who, granted=frozenset(),
-                               grant_fault=error.detail)
-  return dataclasses.replace(who, granted=frozenset(body['rights']),
-                             grant_fault='')
+    return dataclasses.replace(who, granted=frozenset(), granted_for='',
+                               grant_fault=error.detail, uses=('', 0))
+  over = shop.catalog.grant_uses(body['id']) >= body['max_uses']
+  return dataclasses.replace(
+      who, granted=frozenset(() if over else body['rights']), granted_for=id,
+      grant_fault=_used_up(body['max_uses']) if over else '',
+      uses=(body['id'], body['max_uses']))
+
+
+def use(shop, principal: Principal, id: str):
+  """Counts a use of the grant by which somebody got an artifact, if by one.
+
+  A resume, a fork or an export that has come to its end is a use; to look at an
+  artifact, to bring it here and to be refused is none.
+
+  Args:
+    shop: `objects.Store`.
+    principal: who got it.
+    id: of the artifact.
+
+  Raises:
+    Refused: E_GRANT: it was used up since it was shown.
+  """
+  grant, most = principal.uses
+  if principal.granted and principal.granted_for == id and grant and (
+      not shop.catalog.use_grant(grant, most)):
+    raise Refused('E_GRANT', _used_up(most))
+
+
+def _used_up(most):
+  return f'it was used {most} times'
 
 
 def read(shop, data: bytes, about: dict, id: str) -> dict:

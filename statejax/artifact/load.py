@@ -23,6 +23,7 @@ from statejax.artifact import (
   compat,
   desk,
   digest,
+  grant,
   identity,
   layout,
   manifest,
@@ -107,10 +108,15 @@ def load(shop, key: str, principal: Principal, host: identity.Host,
     loaded = Loaded(refusal(error), id)
   except OSError as error:
     loaded = Loaded(refusal(Refused('E_IO', str(error))), id)
-  decision = loaded.decision
-  saved = _avoided(loaded.about, host, decision.n) if (
-      decision.outcome == 'resumed') else {}
   with shop.catalog.transaction():
+    if loaded.decision.outcome != 'refused':
+      try:
+        grant.use(shop, principal, id)
+      except Refused as error:  # somebody else was faster with the last use
+        loaded = Loaded(refusal(error), id)
+    decision = loaded.decision
+    saved = _avoided(loaded.about, host, decision.n) if (
+        decision.outcome == 'resumed') else {}
     receipt = shop.catalog.audit(
         str(principal), ask.right, id or key[:80], str(decision),
         code=decision.code or decision.mark, promise=decision.promise)

@@ -33,6 +33,8 @@ from statejax.artifact.access import Principal
 from statejax.artifact.objects import Kept, said
 from statejax.artifact.outcome import Refused
 
+# Units of the ledger that whoever mints may name; the rest is counted here.
+SPENT = ('device_us',)
 # No sound leaf holds larger numbers, by role.
 CAPS = dict.fromkeys(manifest.ROLES[:8], 1e9)
 
@@ -46,7 +48,7 @@ class Terms:
     org: organisation, '' for none.
     sensitivity: 'public', 'internal', 'confidential' or 'restricted'.
     acl: (who, rights) of members of the organisation; 'org:NAME' is all.
-    export: 'never', 'listed', 'org' or 'any'.
+    export: 'never', 'listed', 'org' or 'any': by whom; see `access.decide`.
     not_after: unix seconds, 0 for no end.
     revoke_scope: 'self', or 'descendants': revoking it revokes these.
     workflow: name for the accounts.
@@ -166,8 +168,8 @@ def mint(shop, state, row: int, host: identity.Host, terms: Terms, *,
     state: `ServingState`.
     row: of it.
     host: what this process is; the state must be of its schema.
-    terms: see `Terms`. Of a parent they are its own, `Terms.of`, unless its
-      owner acts.
+    terms: see `Terms`; they name who acts as the owner. Of somebody else's
+      parent they are its own, `Terms.of`.
     principal: who acts: named in the log, and accounted for the tokens; the
       bytes are the owner's. None is the owner.
     transcript: what the row has absorbed; without it there is no chain key.
@@ -178,9 +180,10 @@ def mint(shop, state, row: int, host: identity.Host, terms: Terms, *,
       witness is taken as it is.
     account: tokens and times for the manifest's group `account`, of all that
       it took to come here.
-    spent: further units for the ledger, e.g. {'device_us': 5}: what it took
-      since the parent.
-    mint_key: of this request, so that a retry makes no second one.
+    spent: further units for the ledger, of `SPENT`, e.g. {'device_us': 5}:
+      what it took since the parent.
+    mint_key: of this request of the principal, so that a retry makes no second
+      one.
     ref, expect: see `objects.Store.keep`.
     vouch: `keys.Signer`; None vouches by the store's own code.
 
@@ -189,13 +192,15 @@ def mint(shop, state, row: int, host: identity.Host, terms: Terms, *,
 
   Raises:
     Refused: E_WITNESS, E_DIGEST, E_NONFINITE, E_BOUNDS: the state is not sound;
-      E_REVOKED: the parent is; E_ACL: other terms than the parent's, and not
-      by its owner; E_LIMIT: too many edits; E_NOSPACE, E_IO: it could not be
-      kept. Nothing is left then but a row of the log.
+      E_REVOKED: the parent is; E_ACL: in another's name, other terms than the
+      parent's and not by its owner, or no right to resume or fork the parent;
+      E_LIMIT: too many edits; E_NOSPACE, E_IO: it could not be kept. Nothing is
+      left then but a row of the log.
     ValueError: it is not a state of the host's model, or not all of it is in
-      this process.
+      this process; no such unit; the key of another request.
   """
   principal = principal or Principal(terms.owner, terms.org)
+  _check_spent(spent or {})
   decided = functools.partial(shop.catalog.refusals, str(principal), 'mint',
                               ref or (parent.id if parent else ''))
   schema = host.schema_of(st.rows(state), st.capacity(state) or 0,
@@ -206,6 +211,7 @@ def mint(shop, state, row: int, host: identity.Host, terms: Terms, *,
   with decided():
     check(live)
     terms.check(shop.catalog.clock())
+    _may(parent, principal, terms, shop.catalog.clock())
     if transcript is not None:
       _check_transcript(live, transcript)
       edited = dataclasses.replace(edited, edits=transcript.edits)
@@ -241,6 +247,31 @@ def mint(shop, state, row: int, host: identity.Host, terms: Terms, *,
         principal=str(principal), action='mint', ref=ref, expect=expect,
         vouch=vouch, code=host.mark,
         charges={'tokens_absorbed': max(0, tokens)} | (spent or {}))
+
+
+def _check_spent(spent):
+  for unit, n in spent.items():
+    if unit not in SPENT or type(n) is not int or not (
+        0 <= n <= canonical.MAX_INT):
+      raise ValueError(f'spent: expected integers from 0 on of {SPENT}, got '
+                       f'{unit!r}: {n!r}; the rest is counted by the store.')
+
+
+def _may(parent, principal, terms, now):
+  """Raises unless somebody may make an artifact in the name of an owner.
+
+  It is their own; or of another's, by a right to that, as `_keeps` sees to.
+  """
+  if parent is not None and not access.owns(parent.about, principal):
+    rights = [access.decide(parent.about, principal, right, now=now)
+              for right in ('resume', 'fork')]
+    if not any(found.allowed for found in rights):
+      raise Refused(rights[0].code, rights[0].detail)
+  elif not principal.name or (terms.owner, terms.org) != (
+      principal.name, principal.org):
+    raise Refused('E_ACL', f'owner: expected {str(principal) or "nobody"}, who '
+                  f'acts, got {terms.owner} of {terms.org or "no organisation"}'
+                  )
 
 
 def _require_here(state):

@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import errno
 import hashlib
+import json
 import os
 import pathlib
 import re
@@ -29,6 +30,7 @@ from statejax.artifact import (
   layout,
   manifest,
   names,
+  sealing,
   verify,
 )
 from statejax.artifact.outcome import Receipt, Refused, absent
@@ -46,13 +48,26 @@ class Kept:
     id: of the artifact.
     receipt: of the audit log.
     ref: the name that points to it, '' for none.
-    conflict: whether somebody else had moved the name in the meantime.
+    conflict: whether somebody else had moved the name in the meantime, or it
+      is not of whoever asked.
   """
 
   id: str
   receipt: Receipt
   ref: str
   conflict: bool
+
+
+def _check(ref, about):
+  """Raises unless what is to be kept can have its name and its owner."""
+  if ref:
+    check_ref(ref)
+  access.owner(about)
+
+
+def request(principal: str, mint_key: str) -> str:
+  """Returns what a store knows a request by: nobody else's is the same."""
+  return json.dumps([principal, mint_key])
 
 
 @contextlib.contextmanager
@@ -74,6 +89,15 @@ def check_ref(name: str):
                      f'id, got {name[:80]!r}.')
 
 
+def _secret(file):
+  """The 32 bytes in a file; half of them, or none, would be a key as well."""
+  data = file.read_bytes()
+  if not re.fullmatch(b'[0-9a-f]{64}', data):
+    raise Refused('E_IO', f'{file}: expected 64 hex digits, got {len(data)} '
+                  'bytes; put a copy of it there')
+  return bytes.fromhex(data.decode())
+
+
 class Secrets:
   """A directory of secrets, readable by its owner only; never in a store."""
 
@@ -81,10 +105,14 @@ class Secrets:
     self.path = pathlib.Path(path)
 
   def get(self, name: str) -> bytes:
-    """Returns 32 bytes, made at the first use of a name."""
+    """Returns 32 bytes, made at the first use of a name.
+
+    Raises:
+      Refused: E_IO: the file is damaged.
+    """
     file = self.path / f'{name}.secret'
     try:
-      return bytes.fromhex(file.read_text())
+      return _secret(file)
     except FileNotFoundError:
       pass
     self._make()
@@ -94,7 +122,7 @@ class Secrets:
       except FileExistsError:
         pass
     commit.sync(self.path)
-    return bytes.fromhex(file.read_text())
+    return _secret(file)
 
   def _make(self):
     """Makes the directory, so that no crash takes it away again."""
@@ -120,14 +148,20 @@ class Secrets:
       new.unlink(missing_ok=True)
 
   def find(self, name: str) -> bytes | None:
-    """Returns what is kept under a name, None for nothing; makes nothing."""
+    """Returns what is kept under a name, None for nothing; makes nothing.
+
+    Raises:
+      Refused: E_IO: the file is damaged.
+    """
     file = self.path / f'{name}.secret'
     if not re.fullmatch('[a-z0-9-]{1,64}', name) or not file.exists():
       return None
-    return bytes.fromhex(file.read_text())
+    return _secret(file)
 
   def put(self, name: str, value: bytes):
-    """Keeps 32 bytes that came from elsewhere."""
+    """Keeps 32 bytes that came from elsewhere; raises E_SEALED of others."""
+    if len(value) != 32:
+      raise Refused('E_SEALED', f'expected a key of 32 bytes, got {len(value)}')
     self._make()
     with self._written(name, value.hex()) as new:
       new.replace(self.path / f'{name}.secret')
@@ -318,12 +352,14 @@ class Store:
     Args:
       folder: of `stage`, holding all but the manifest.
       about: the manifest but for `files`.
-      mint_key: of this request; a repeated one gets what the first one made.
-      principal: who does it.
+      mint_key: of this request; where the same principal repeats it, they get
+        what the first one made, under the name asked for now.
+      principal: who does it, as text.
       action: for the audit log.
       ref: name that shall point to it, '' for none.
-      expect: version the name has, 0 for a new one. If it has another one, the
-        artifact gets a name of its own beside it: a fork.
+      expect: version the name has, 0 for a new one. If it has another one, or
+        names what is not the principal's, the artifact gets a name of its own
+        beside it: a fork.
       vouch: `keys.Signer`, which writes `manifest.sig`; None writes the
         store's own code.
       charges: further units for the ledger.
@@ -331,9 +367,11 @@ class Store:
 
     Raises:
       Refused: E_MANIFEST, E_NOSPACE, E_IO; nothing is kept then.
+      ValueError: the key of a request for another state, or for what was
+        deleted.
     """
-    if ref:
-      check_ref(ref)
+    _check(ref, about)
+    mint_key = request(principal, mint_key)
     with said():
       id = self._settle(folder, about, vouch)
       nbytes = self._install(folder, id)
@@ -351,8 +389,7 @@ class Store:
       principal: who brought it.
       ref: a new name that shall point to it, '' for none.
     """
-    if ref:
-      check_ref(ref)
+    _check(ref, about)
     with said():
       try:
         nbytes = self._install(folder, id)
@@ -367,12 +404,18 @@ class Store:
              charges, code=''):
     with self.catalog.transaction():
       earlier, there = self.catalog.minted(mint_key), self.catalog.objects()
-      if earlier in there and earlier != id:
-        # A retry of what was done: gc takes the second copy.
-        return Kept(earlier, self.catalog.head(), '', False)
       if earlier not in (None, id):
-        raise ValueError(f'mint_key: expected one not used yet, got that of '
-                         f'{earlier}, which was deleted; choose another one.')
+        if earlier not in there:
+          raise ValueError(f'mint_key: expected one not used yet, got that of '
+                           f'{earlier}, which was deleted; choose another one.')
+        with said():
+          same = self._tree(earlier) == self._tree(id)
+        if not same:
+          raise ValueError(f'mint_key: expected one not used yet, got that of '
+                           f'{earlier}, another state; choose another one.')
+        # A retry of what was done: gc takes the second copy.
+        return Kept(earlier, self.catalog.head(),
+                    *self._name(ref, earlier, expect, principal))
       if not self.place(id).exists():
         raise Refused('E_IO', f'{id}: expected it where it was put, got '
                       'nothing: a collection took it for abandoned')
@@ -386,12 +429,45 @@ class Store:
         self.catalog.charge(access.owner(about), id,
                             live_bytes=nbytes)
         self.catalog.charge(principal, id, **(charges or {}))
-      moved = bool(ref) and (self.catalog.move(ref, id, expect)
-                             or (self.catalog.ref(ref) or ('',))[0] == id)
-      if ref and not moved:
-        ref = f'{ref[:119]}~{token_hex(4)}'  # a name has 128 at most
-        self.catalog.move(ref, id, 0)
-    return Kept(id, receipt, ref, bool(ref) and not moved)
+      name, conflict = self._name(ref, id, expect, principal)
+    return Kept(id, receipt, name, conflict)
+
+  def _name(self, ref, id, expect, principal):
+    """Moves a name, '' for none; (the name it has now, whether another one).
+    """
+    found = self.catalog.ref(ref) if ref else None
+    if not ref or found and found[0] == id:
+      return ref, False
+    # A name moves with its owner only.
+    if (found is None or self._owned(found[0], principal)) and (
+        self.catalog.move(ref, id, expect)):
+      return ref, False
+    beside = f'{ref[:119]}~'  # a name has 128 at most
+    for name, (target, _) in self.catalog.refs().items():
+      if target == id and name.startswith(beside):  # of the first try
+        return name, True
+    name = beside + token_hex(4)
+    self.catalog.move(name, id, 0)
+    return name, True
+
+  def _owned(self, id, principal):
+    """Whether an artifact is a principal's; not if its manifest is damaged."""
+    with said():
+      try:
+        data = layout.read(self.place(id), manifest.NAME)
+      except FileNotFoundError:  # on its way to the trash
+        return False
+    try:
+      return manifest.artifact_id(data) == id and (
+          access.owner(manifest.parse(data)) == principal)
+    except Refused:
+      return False
+
+  def _tree(self, id):
+    """Digest of an artifact's state."""
+    about = manifest.parse(layout.read(self.place(id), manifest.NAME))
+    return manifest.parse_plain(sealing.read(
+        self, self.place(id), about, manifest.PLAIN), about)['tree']
 
   def _settle(self, folder, about, vouch):
     about = about | {'files': layout.listing(folder)}

@@ -182,6 +182,19 @@ def opened(shop, folder, about: dict):
     yield clear
 
 
+def read(shop, folder, about: dict, name: str) -> bytes:
+  """Returns one file of an artifact in clear.
+
+  Raises:
+    Refused: as `opened`.
+  """
+  data = layout.read(pathlib.Path(folder), name)
+  if about['sealed'] == 'none':
+    return data
+  id = manifest.artifact_id(manifest.dumps(about))
+  return unseal(data_key(shop, id, about), about['nonce'], name, data)
+
+
 @contextlib.contextmanager
 def scratch(shop):
   """Yields a private directory in memory, for what must not reach a disk."""

@@ -194,6 +194,7 @@ def pull(shop, url: str, id: str, principal: Principal, *,
 
 def _log(shop, principal, source, id, outcome):
   with shop.catalog.transaction():
+    grant.use(shop, principal, source)
     shop.catalog.audit(str(principal), 'export', id, outcome)
     shop.catalog.charge(str(principal), source, exports=1)
 

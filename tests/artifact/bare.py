@@ -13,6 +13,7 @@ from secrets import token_hex
 import example
 
 from statejax.artifact import (
+  access,
   canonical,
   layout,
   manifest,
@@ -84,9 +85,14 @@ def mint(shop, number, *, ref='', expect=0, mint_key='', parents=(),
       with sealing.scratch(shop) as clear:
         fill(clear, number)
         sealing.seal_tree(clear, folder, known['nonce'], key)
-    return shop.keep(folder, known, principal='alice',
+    return shop.keep(folder, known, principal=access.owner(known),
                      mint_key=mint_key or f'mint-{number}', action='mint',
                      ref=ref, expect=expect, vouch=vouch)
+
+
+def minted(shop, number):
+  """Returns the id of artifact `number` by its request, None for none."""
+  return shop.catalog.minted(objects.request('alice of acme', f'mint-{number}'))
 
 
 def read(shop, id):

@@ -220,7 +220,7 @@ def case(path, situation, step, number, rng):
 def judged(shop, step, said, expect, *, adopt):
   found = {'lost': [], 'accepted wrongly': [], 'wrong': []}
   there, refs = shop.catalog.objects(), shop.catalog.refs()
-  kept = shop.catalog.minted(f'mint-{VICTIM}')
+  kept = bare.minted(shop, VICTIM)
   latest = {}
   for ref, version, id in said:
     if latest.setdefault((ref, version), id) != id:

@@ -33,7 +33,7 @@ def expected(rules, name, org, granted, right, *, revoked=False, now=0):
   Args:
     rules: group `governance` of a manifest.
     name, org: of the principal.
-    granted: rights of a grant that counts; else ().
+    granted: rights of a grant for this artifact that counts; else ().
     right: of `RIGHTS`.
     revoked: whether the artifact is.
     now: unix seconds.
@@ -50,6 +50,10 @@ def expected(rules, name, org, granted, right, *, revoked=False, now=0):
       letter = 'y' if any(right in may for may in listed) else 'n'
     if letter == 'g':
       letter = 'y' if right in granted else 'n'
+      if right == 'export' and (rules['export'] == 'listed' or (
+          rules['export'] == 'org' and not (name and org == rules['org'] and
+                                            org))):
+        letter = 'n'  # a grant is no list, and makes nobody a member
     if right in ('resume', 'fork', 'export') and (revoked or over):
       letter = 'n'  # E_REVOKED, E_EXPIRED
     if right == 'export' and rules['export'] == 'never':

@@ -25,6 +25,7 @@ from statejax import model as lm
 from statejax.artifact import (
   access,
   background,
+  canonical,
   collect,
   desk,
   grant,
@@ -184,6 +185,12 @@ ACTORS = {
     'namesake': Principal('alice', 'globex'), 'nobody': NOBODY}
 
 
+def holding(who, about):
+  """Whoever has a grant, with one for this artifact."""
+  return who if not who.granted else dataclasses.replace(
+      who, granted_for=manifest.artifact_id(canonical.dumps(about)))
+
+
 def may(about, who, now):
   return {right for right in access.RIGHTS
           if access.decide(about, who, right, now=now).allowed}
@@ -193,6 +200,7 @@ def gains(about, child, now):
   """Rights to a child that somebody has and had not to its parent."""
   found = []
   for who in ACTORS.values():
+    who = holding(who, about)
     # A grant names the parent alone.
     alone = dataclasses.replace(who, granted=frozenset())
     found += [(who.name, right) for right in may(child, alone, now)
@@ -234,7 +242,7 @@ def test_nobody_gains_by_a_child(shop, signer, tmp_path, export):  # noqa: F811
   tried, made, wrong = 0, {}, []
   for (verb, act), (name, who) in itertools.product(verbs.items(),
                                                     ACTORS.items()):
-    tried += 1
+    tried, who = tried + 1, holding(who, about)
     right = {'migrate': 'fork'}.get(verb, verb)
     try:
       child = act(who)
@@ -286,6 +294,7 @@ def test_a_fork_by_a_grant_alone_is_refused_clearly(shop, signer,  # noqa: F811
                                                     private):  # noqa: F811
   parent = mint.mint(shop, small.state(), 0, small.host(), OPEN).id
   for who in (ACTORS['granted'], ACTORS['granted member']):
+    who = holding(who, about_of(shop, parent))
     found = desk.examine(shop, parent, who, 'fork')
     with pytest.raises(Refused, match='E_GRANT.*ends while a fork stays'):
       mint.fork(shop, mint.Parent(parent, found.about), who)
@@ -435,9 +444,17 @@ def drawn(rng):
            'export': rng.choice(manifest.EXPORT),
            'not_after': rng.choice((0, 0, 99, 100, 101))}
   gives = frozenset(rng.sample(access.GRANTABLE, rng.randint(1, 4))
-                    if rng.random() < .3 else ())
+                    if rng.random() < .4 else ())
   return rules, Principal(rng.choice(NAMES), rng.choice(ORGS), gives,
                           '' if gives else rng.choice(('', 'used up')))
+
+
+def given(rng, who, about):
+  """(principal, rights of their grant), whose grant may be for another one."""
+  if not who.granted or rng.random() < .3:
+    return dataclasses.replace(
+        who, granted_for=example.OTHER if who.granted else ''), ()
+  return holding(who, about), who.granted
 
 
 def decisions(count, rng, tries):
@@ -446,14 +463,14 @@ def decisions(count, rng, tries):
     rules, who = drawn(rng)
     right, revoked = rng.choice(access.RIGHTS), rng.random() < .3
     about = about | {'governance': about['governance'] | rules}
+    who, gives = given(rng, who, about)
     found = access.decide(about, who, right, revoked=revoked, now=100)
     got = 'n' if not found.allowed else 'r' if found.redacted else 'y'
     assert (got == 'n') == bool(found.code)
     count.compare((rules, who, right, revoked), got, rights.expected(
-        rules, who.name, who.org, who.granted, right, revoked=revoked,
-        now=100))
+        rules, who.name, who.org, gives, right, revoked=revoked, now=100))
     assert access.sees(about, who) == rights.seen(
-        rules, who.name, who.org, who.granted)
+        rules, who.name, who.org, gives)
 
 
 class World:
@@ -482,8 +499,9 @@ class World:
     about = about_of(self.shop, id)
     rules = about['governance']
     assert rules == self.origin[id]
+    who, gives = given(self.rng, who, about)
     wanted = rights.expected(
-        rules, who.name, who.org, who.granted, right,
+        rules, who.name, who.org, gives, right,
         revoked=id in self.revoked, now=self.shop.catalog.clock())
     if right == 'fork' and wanted == 'y' and rights.expected(
         rules, who.name, who.org, (), right, revoked=id in self.revoked,
@@ -505,7 +523,7 @@ class World:
         self.ids.remove(id)
     except Refused as error:
       got = 'n'
-      if not rights.seen(rules, who.name, who.org, who.granted):
+      if not rights.seen(rules, who.name, who.org, gives):
         assert 'expected an artifact or name' in str(error)
     count.compare((rules, who, right, id in self.revoked), got, wanted)
 

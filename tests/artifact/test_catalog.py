@@ -158,6 +158,25 @@ def test_a_damaged_catalog_is_refused(tmp_path):
     catalog.Catalog(tmp_path / 'index.db')
 
 
+@pytest.mark.parametrize('table, change', [
+    ('audit', "body='xx'"), ('audit', "body='[1]'"), ('audit', "body='{}'"),
+    ('audit', "body=x'ff'"), ('ledger', "body='[1]'"),
+    ('audit', "hash='xx'"), ('crl', "body='{'"), ('crl', "body=x'ff'")])
+def test_a_damaged_row_is_refused(book, table, change):
+  book.audit('alice', 'mint', 'a', 'allowed')
+  book.charge('alice', 'a', live_bytes=1)
+  book.keep_revocations({'number': 1, 'entries': []})
+  book._base.execute(f'update {table} set {change}')
+  asked = [book.revocations] if table == 'crl' else [
+      lambda: book.rows(table)] + (
+          [] if table == 'ledger' else [book.head] if 'hash' in change else
+          [book.newest])
+  for ask in asked:
+    with pytest.raises(Refused, match=f'E_IO: .*{table}'):
+      ask()
+  assert book.grant_uses('g') == 0
+
+
 # The store's directory.
 
 
@@ -183,6 +202,19 @@ def test_secrets_are_kept_apart_and_closed(tmp_path):
     assert os.stat(file).st_mode & 0o777 == 0o600
     for inside in one.path.rglob('*'):
       assert inside.is_dir() or file.read_bytes() not in inside.read_bytes()
+
+
+@pytest.mark.parametrize('text', ['', 'zz', '0' * 63, '0' * 66, 'zz' * 32])
+def test_a_damaged_secret_is_no_key(tmp_path, text):
+  one = store(tmp_path)
+  file = one.secrets.path / f'store-{one.id}.secret'
+  assert one.secret
+  file.write_text(text)
+  for ask in (lambda: one.secret, lambda: one.secrets.find(file.stem)):
+    with pytest.raises(Refused, match=f'E_IO: {file}: expected 64 hex digits'):
+      ask()
+  with pytest.raises(Refused, match='E_SEALED: expected a key of 32 bytes'):
+    one.secrets.put('data-x', b'short')
 
 
 @pytest.mark.parametrize('key', ['', 'nothing', 'sj1-', 'sj1-' + '0' * 64,

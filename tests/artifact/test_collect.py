@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import bare
 import pytest
 import small_store as small
 
@@ -78,6 +79,19 @@ def test_check_sees_damage_and_wrong_sums(shop):
   file.chmod(0o600)
   file.write_bytes(b'{}')
   assert 'E_FILES' in collect.check(shop)[0]
+
+
+@pytest.mark.parametrize('change, name', [
+    ('art set bytes = bytes - 1', 'bytes'), ("art set kind = 'tuned'", 'kind'),
+    ("art set workflow = 'x'", 'workflow'),
+    ("kin set parent = 'sj1-'", 'parents')])
+def test_check_sees_a_changed_catalog(shop, change, name):
+  one = bare.mint(shop, 1).id
+  two = bare.mint(shop, 2, parents=[one]).id
+  assert collect.check(shop) == []
+  shop.catalog._base.execute(f'update {change}')
+  wrong = [text for text in collect.check(shop) if two in text]
+  assert len(wrong) == 1 and f'catalog: {name}: expected' in wrong[0]
 
 
 def test_a_request_whose_artifact_was_deleted(shop):

@@ -1,9 +1,11 @@
 """The matrix of rights and what lists revoke, without any array."""
 
+import dataclasses
+
 import example
 import pytest
 
-from statejax.artifact import access, names, revoke
+from statejax.artifact import access, canonical, manifest, names, revoke
 from statejax.artifact.access import Principal
 from statejax.artifact.outcome import Refused
 
@@ -34,16 +36,21 @@ MATRIX = {'owner': 'yyyyyy', 'listed member': 'ryyynn',
 
 @pytest.mark.parametrize('who', PRINCIPALS)
 def test_matrix(who):
-  for export in ('any', 'never'):
+  for export in ('any', 'org', 'listed', 'never'):
     about = example.make(governance={'acl': LISTED, 'export': export})
+    asks = PRINCIPALS[who]
+    if asks.granted:
+      asks = dataclasses.replace(asks, granted_for=manifest.artifact_id(
+          canonical.dumps(about)))
     for right, letter in zip(access.RIGHTS, MATRIX[who]):
-      if right == 'export' and export == 'never':
+      if right == 'export' and (export == 'never' or (
+          export != 'any' and asks.granted)):
         letter = 'n'
-      found = access.decide(about, PRINCIPALS[who], right)
+      found = access.decide(about, asks, right)
       assert found.allowed == (letter != 'n'), right
       assert found.redacted == (letter == 'r'), right
       assert bool(found.code) == (letter == 'n')
-      revoked = access.decide(about, PRINCIPALS[who], right, revoked=True)
+      revoked = access.decide(about, asks, right, revoked=True)
       if right in ('resume', 'fork', 'export'):
         assert not revoked.allowed
       elif who == 'owner':

@@ -80,7 +80,7 @@ class Mint(Case):
 
   def undone(self):
     assert (self.shop.catalog.ref('chat') or ('', 0))[1] == self.version
-    assert self.shop.catalog.minted(f'mint-{self.number}') is None
+    assert bare.minted(self.shop, self.number) is None
 
   def done(self):
     assert self.shop.catalog.ref('chat') == (self.id, self.version + 1)

@@ -14,8 +14,10 @@ from test_trust import ALICE, OPEN, code_of, private, signer  # noqa: F401
 from statejax.artifact import (
   access,
   canonical,
+  desk,
   grant,
   keys,
+  layout,
   load,
   manifest,
   mint,
@@ -68,8 +70,19 @@ def test_shown_and_used_up(shop, kept, about, signer, private):  # noqa: F811
     assert str(load.load(shop, kept, bad, small.host()).decision) == (
         'refused(E_ACL)')
     assert shop.catalog.rows()[-1]['code'] == 'E_GRANT'
-  assert shown().granted
-  assert 'used 2 times' in shown().grant_fault
+  # To show it, to look and to be refused is no use; a resume is one.
+  assert desk.examine(shop, kept, who, 'inspect').plain
+  other = small.host(params='1' * 64)
+  assert str(load.load(shop, kept, who, other).decision) == (
+      'refused(E_WEIGHTS)')
+  last = shown()
+  assert last.granted and load.load(shop, kept, last, small.host()).state
+  # Also where it was shown in time: another one was faster.
+  for late in (last, shown()):
+    found = load.load(shop, kept, late, small.host())
+    assert (found.decision.code, found.state, found.about) == (
+        'E_GRANT', None, {}) and 'used 2 times' in found.decision.detail
+  assert 'used 2 times' in shown().grant_fault and not shown().granted
   # Beyond its time.
   late = issue(shop, signer, private, seconds=10)
   shop.catalog.clock.now += 11
@@ -106,7 +119,7 @@ def test_to_another_organisation(shop, kept, signer, private,  # noqa: F811
                             transfer.issue_revocations(shop, signer))
   one = transfer.receive(shop, tmp_path / 'one.tar', ALICE, ref='sent').id
   data = grant.issue(shop, 'sent', ALICE, keys.public(private['other']),
-                     ['inspect', 'resume'], signer, max_uses=3)
+                     ['inspect', 'resume'], signer)
   theirs = objects.Store(
       tmp_path / 'theirs', objects.Secrets(tmp_path / 'keys'),
       clock=shop.catalog.clock, root=keys.public(private['root']))
@@ -127,6 +140,34 @@ def test_to_another_organisation(shop, kept, signer, private,  # noqa: F811
       'refused(E_ACL)')
   # The key for one artifact opens no other.
   assert len(list((tmp_path / 'keys').glob('data-*'))) == 1
+
+
+def test_a_grant_is_for_one_artifact(shop, kept, about, signer,  # noqa: F811
+                                     private, tmp_path):  # noqa: F811
+  """Also where the name it was asked by names another one by then."""
+  secret = mint.mint(shop, small.state(), 0, small.host(),
+                     dataclasses.replace(OPEN, export='any'), ref='chat').id
+  data = grant.issue(shop, 'chat', ALICE, keys.public(private['other']),
+                     access.GRANTABLE, signer)
+  who = grant.present(
+      shop, data, manifest.parse(layout.read(shop.place(secret), manifest.NAME)
+                                 ), secret, DAVE, NONCE,
+      grant.prove(private['other'], NONCE, data))
+  assert who.granted_for == secret
+  mint.mint(shop, small.state(), 0, small.host(), OPEN, ref='chat', expect=1)
+  for key in ('chat', kept):
+    assert str(load.load(shop, key, who, small.host()).decision) == (
+        'refused(E_ACL)')
+    assert shop.catalog.rows()[-1]['code'] == 'E_GRANT'
+    for right in ('inspect', 'fork', 'export'):
+      assert code_of(desk.examine, shop, key, who, right) == 'E_ACL'
+  assert code_of(transfer.export, shop, kept, who, signer,
+                 tmp_path / 'no.tar') == 'E_ACL'
+  # An export is a use as well.
+  transfer.export(shop, secret, who, signer, tmp_path / 'yes.tar')
+  assert code_of(transfer.export, shop, secret, who, signer,
+                 tmp_path / 'again.tar') == 'E_GRANT'
+  assert not (tmp_path / 'again.tar').exists()
 
 
 def test_keys_sealed_to_a_holder(private):  # noqa: F811
