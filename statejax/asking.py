@@ -387,18 +387,31 @@ def host(model, digest, capacity):
 
 
 def room(tokens):
-  """Capacity for so many tokens, in steps: equal ones are equal programs."""
-  return flag('capacity') or -(-tokens // 256) * 256
+  """Capacity for so many tokens, in steps: equal ones are equal programs.
+
+  Raises:
+    ValueError: --capacity is less, or more than any state can have.
+  """
+  from statejax.artifact import manifest
+  given = flag('capacity')
+  if given is None:
+    return -(-tokens // 256) * 256
+  if not max(1, tokens) <= given <= manifest.MAX_LENGTH:
+    raise ValueError(f'--capacity={given}: expected at least {max(1, tokens)}, '
+                     'the tokens that the state may have then, and at most '
+                     f'{manifest.MAX_LENGTH}.')
+  return given
 
 
-def length(shop, key):
+def length(shop, key, who):
   """Tokens an artifact says it has; 0 where the load will refuse it."""
-  from statejax.artifact import verify
+  from statejax.artifact import access, verify
   from statejax.artifact.outcome import Refused
   try:
-    return verify.head(shop.place(shop.find(key)))[2]['state']['length']
+    about = verify.head(shop.place(shop.find(key)))[2]
   except Refused:
     return 0
+  return about['state']['length'] if access.sees(about, who) else 0
 
 
 def say(kept, mark=''):

@@ -307,8 +307,9 @@ def _artifact(key, charged):
                        'store with --store.')
   model, params, digest = asking.model()
   ref, who = shop.catalog.ref(key), asking.who(shop, key)
-  found = load.load(shop, key, who, asking.host(
-      model, digest, asking.room(asking.length(shop, key))), charged=charged)
+  room = asking.room(asking.length(shop, key, who))
+  found = load.load(shop, key, who, asking.host(model, digest, room),
+                    charged=charged)
   decision = found.decision
   print(f'{decision} promise={decision.promise} '
         f'{" ".join(decision.warnings)} {decision.detail}'.rstrip(),

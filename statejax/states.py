@@ -276,9 +276,9 @@ def resume(key):
     asking.vacant(shop, REF.value)
   model, params, digest = asking.model()
   model, ref = asking.changed(model), shop.catalog.ref(key)
-  host = asking.host(model, digest, asking.room(
-      asking.length(shop, key) + steps))
   who = asking.who(shop, key)
+  host = asking.host(model, digest, asking.room(
+      asking.length(shop, key, who) + steps))
   found = load.load(shop, key, who, host, asking.ask())
   decision = found.decision
   print(f'{decision} promise={decision.promise} '
@@ -290,18 +290,17 @@ def resume(key):
     print(f'{key}: has no name, and what comes of it gets none without --ref: '
           'the next gc may delete it', file=sys.stderr)
   resumed, meter = decision.outcome == 'resumed', Meter()
-  begin = found.state if resumed else model.init_state(1, asking.room(
-      found.about['state']['length'] + steps))
+  length = found.about['state']['length']
+  begin = found.state if resumed else model.init_state(
+      1, asking.room(length + steps))
   _warm(model, params, begin, np.array(
-      [] if resumed else found.tokens[:found.about['state']['length']],
-      np.int32))
+      found.tokens[:length] if found.tokens and not resumed else (), np.int32))
   with meter.running():
     state = begin if resumed else jax.block_until_ready(
         _absorb_again(model, params, begin, found))
     emitted, state = _emit(model, params, state, steps)
   transcript = None
   if found.tokens is not None:
-    length = found.about['state']['length']
     transcript = minting.Transcript((*found.tokens[:length], *emitted),
                                     found.edited.edits, keep=True)
   before = found.about['account'] if resumed else {}
@@ -359,7 +358,8 @@ def migrate(key):
   shop = asking.shop()
   asking.vacant(shop, REF.value)
   model, _, digest = asking.model()
-  sides = (asking.host(one, digest, asking.room(asking.length(shop, key)))
+  room = asking.room(asking.length(shop, key, asking.principal()))
+  sides = (asking.host(one, digest, room)
            for one in (model, asking.changed(model)))
   asking.say(migrate.migrate(shop, key, asking.principal(), *sides,
                              cast=CAST.value, ref=REF.value))

@@ -163,14 +163,28 @@ def test_nothing_is_compiled_while_it_is_measured(
   assert found == [[], []]
 
 
-def test_more_room_than_there_is(state, shop):  # noqa: F811
-  for room in (1 << 40, (1 << 31) - 1):
-    code, _, err = state('resume', 'chat', *GO, '--tokens=1',
+def test_more_room_than_there_is(
+    state, shop, monkeypatch):  # noqa: F811
+  host = asking.host(MODEL, model()[2], 256)
+  for room in (1 << 40, 9, 0):  # 7 and 3 are 10
+    code, _, err = state('resume', 'chat', *GO, '--tokens=3',
                          f'--capacity={room}')
-    assert code == 2 and 'refused(E_LIMIT)' in err
+    assert code == 2 and f'--capacity={room}: expected at least 10' in err
+  # Of what they may not see they do not hear how long it is.
+  code, _, err = state('resume', 'chat', *GO, '--tokens=3', '--capacity=9',
+                       '--principal=eve')
+  assert code == 2 and 'refused(E_ACL)' in err
+  for room in (1 << 40, -1):
+    found = load.load(shop, 'chat', ME, host, capacity=room)
+    assert str(found.decision) == 'refused(E_LIMIT)'
+  def full(leaf):
+    raise MemoryError(leaf.nbytes)
+  monkeypatch.setattr(load, '_aligned', full)
+  found = load.load(shop, 'chat', ME, host)
+  assert str(found.decision) == 'refused(E_LIMIT)'
   assert list(shop.catalog.rows())[-1]['code'] == 'E_LIMIT'
   with pytest.raises(ValueError, match='key: expected text'):
-    load.load(shop, None, ME, asking.host(MODEL, model()[2], 256))
+    load.load(shop, None, ME, host)
 
 
 def test_sums_of_meters():

@@ -231,7 +231,8 @@ def test_a_name_is_not_taken_by_mistake(state):
 
 
 def test_texts_that_hold_here(state):
-  kind, go = '--system=be kind', ['--workdir=x', '--temperature=0', '--tokens=1']
+  kind = '--system=be kind'
+  go = ['--workdir=x', '--temperature=0', '--tokens=1']
   assert state('mint', 'ruled', *go, '--prompt=ab', kind, '--persona=a pirate',
                '--org=acme', '--acl=org:acme:resume')[0] == 0
   go.append('--org=acme')
