@@ -177,6 +177,7 @@ def test_more_room_than_there_is(
   for room in (1 << 40, -1):
     found = load.load(shop, 'chat', ME, host, capacity=room)
     assert str(found.decision) == 'refused(E_LIMIT)'
+    assert 'and at most 2147483647' in found.decision.detail
   def full(leaf):
     raise MemoryError(leaf.nbytes)
   monkeypatch.setattr(load, '_aligned', full)
