@@ -46,6 +46,18 @@ REPLACE = flags.DEFINE_bool(
     'replace', False, 'state mint: the name may be one of your own artifacts, '
     'which then goes without')
 
+EPOCH = flags.DEFINE_integer(
+    'epoch', 0, 'state: of the policies of here; trust rules: what it must be '
+    'at least to meet them', 0)
+SYSTEM = flags.DEFINE_string(
+    'system', '', 'state: text of the policy that holds here; a keyed digest '
+    'of it is kept')
+SAFETY = flags.DEFINE_string(
+    'safety', '', 'state: text of the safety policy that holds here')
+PERSONA = flags.DEFINE_string(
+    'persona', '', 'state mint, resume: who the model plays')
+
+TEXTS = {flag.name for flag in (EPOCH, SYSTEM, SAFETY, PERSONA)}
 USED = {flag.name for flag in (MISMATCH, UPGRADE, CHAT, CROSS, HORIZON)}
 
 
@@ -70,10 +82,25 @@ def taken(shop, name, who) -> int:
   about = verify.head(shop.place(found[0]))[2]
   if REPLACE.value and access.owns(about, who):
     return found[1]
-  raise ValueError(f'{name}: expected a free name, got one that is taken; '
-                   'choose another one' + (
-                       f', or say --replace to take it from {found[0]}.'
-                       if access.owns(about, who) else '.'))
+  raise _taken(name, f', or say --replace to take it from {found[0]}'
+               if access.owns(about, who) else '')
+
+
+def vacant(shop, name):
+  """Says before the work that a name is taken.
+
+  Raises:
+    ValueError: it is; or it can be no name.
+  """
+  from statejax.artifact import objects
+  objects.check_ref(name)
+  if shop.catalog.ref(name) is not None:
+    raise _taken(name)
+
+
+def _taken(name, more=''):
+  return ValueError(f'{name}: expected a free name, got one that is taken; '
+                    f'choose another one{more}.')
 
 
 def free(path):
@@ -88,6 +115,71 @@ def free(path):
   if not path.absolute().parent.is_dir():
     raise ValueError(f'--save={path}: expected {path.parent} to be a directory;'
                      ' make it first.')
+
+
+def acl(entries) -> tuple[tuple[str, tuple[str, ...]], ...]:
+  """Returns (who, rights) of each --acl.
+
+  Raises:
+    ValueError: one of another form, or rights that nobody could have.
+  """
+  from statejax.artifact import access
+  found = []
+  for entry in entries:
+    who, _, may = entry.rpartition(':')
+    rights = tuple(may.split(','))
+    if not who or not {*rights} <= {*access.GRANTABLE}:
+      raise ValueError(f'--acl={entry}: expected WHO:RIGHT,... with rights of '
+                       f'{", ".join(access.GRANTABLE)}, and as WHO a name or '
+                       'org:NAME, e.g. bob:inspect,resume.')
+    if not ORG.value:
+      raise ValueError(f'--acl={entry}: expected an --org: only its members '
+                       'have rights by a list.')
+    found.append((who, rights))
+  return tuple(found)
+
+
+def require(terms, shop):
+  """Raises unless what is minted with `mint.Terms` could be resumed.
+
+  Raises:
+    ValueError: the terms have another form; see `current`.
+    Refused: E_EXPIRED.
+  """
+  from statejax.artifact.outcome import Refused
+  try:
+    terms.check(shop.catalog.clock())
+  except Refused as error:
+    if error.code != 'E_MANIFEST':
+      raise
+    # Of flags, not of a manifest, of which there could be another copy.
+    raise ValueError(f'{error.detail}; look at the flags of state mint.'
+                     ) from None
+  current(shop)
+
+
+def current(shop) -> int:
+  """Returns --epoch.
+
+  Raises:
+    ValueError: what is minted under it could not be resumed in this store.
+  """
+  from statejax.artifact import trust
+  oldest = trust.oldest_epoch(shop)
+  if EPOCH.value < oldest:
+    raise ValueError(f'--epoch={EPOCH.value}: expected at least {oldest}, the '
+                     'oldest whose states this store resumes; say of which '
+                     'epoch the policies of here are.')
+  return EPOCH.value
+
+
+def _texts():
+  from statejax.artifact import identity, objects
+  words = {'system': SYSTEM.value, 'safety': SAFETY.value,
+           'persona': PERSONA.value}
+  secret = objects.Secrets(_secrets()).org(ORG.value) if any(
+      words.values()) else b''
+  return identity.Texts(secret, epoch=EPOCH.value, **words)
 
 
 def horizon() -> int:
@@ -290,23 +382,36 @@ def host(model, digest, capacity):
       model.config, model.state_schema, digest,
       program=identity.Program(capacity=capacity),
       tokenizer={'bytes': b'%d ids' % text.VOCAB}, special={'end': text.END},
-      active_horizon=horizon(),
+      active_horizon=horizon(), texts=_texts(),
       work=lambda tokens: account.mflop(model.config, tokens))
 
 
 def room(tokens):
-  """Capacity for so many tokens, in steps: equal ones are equal programs."""
-  return flag('capacity') or -(-tokens // 256) * 256
+  """Capacity for so many tokens, in steps: equal ones are equal programs.
+
+  Raises:
+    ValueError: --capacity is less, or more than any state can have.
+  """
+  from statejax.artifact import manifest
+  given = flag('capacity')
+  if given is None:
+    return -(-tokens // 256) * 256
+  if not max(1, tokens) <= given <= manifest.MAX_LENGTH:
+    raise ValueError(f'--capacity={given}: expected at least {max(1, tokens)}, '
+                     'the tokens that the state may have then, and at most '
+                     f'{manifest.MAX_LENGTH}.')
+  return given
 
 
-def length(shop, key):
+def length(shop, key, who):
   """Tokens an artifact says it has; 0 where the load will refuse it."""
-  from statejax.artifact import verify
+  from statejax.artifact import access, verify
   from statejax.artifact.outcome import Refused
   try:
-    return verify.head(shop.place(shop.find(key)))[2]['state']['length']
+    about = verify.head(shop.place(shop.find(key)))[2]
   except Refused:
     return 0
+  return about['state']['length'] if access.sees(about, who) else 0
 
 
 def say(kept, mark=''):

@@ -7,11 +7,14 @@ revoked, and with a key that may revoke also what will come:
 
   python -m statejax.main state trust acme.pub --org=acme --retire \
       --signing_key=root.pem
-  python -m statejax.main state trust rules --min_epoch=5 \
+  python -m statejax.main state trust rules --min_epoch=5 --epoch=5 \
       --classes=public,internal --signing_key=root.pem
   python -m statejax.main state revoke chat --by=family
   python -m statejax.main state revoke stolen.pub --by=key --since=1700000000 \
       --org=acme --root=root.pub --signing_key=acme.pem
+
+Where all that was minted under the --epoch of here would end by a rule or a
+revocation, it must be said: with the epoch that holds here from now on.
 """
 
 import json
@@ -29,7 +32,7 @@ RIGHTS = flags.DEFINE_list(
 SECONDS = flags.DEFINE_integer(
     'seconds', 24 * 3600, 'state grant: until it ends, a day at most')
 MAX_USES = flags.DEFINE_integer(
-    'max_uses', 1, 'state grant: how often it may be shown')
+    'max_uses', 1, 'state grant: how often it may be used')
 RETIRE = flags.DEFINE_bool(
     'retire', False, 'state trust: nothing that this key has signed counts')
 MIN_EPOCH = flags.DEFINE_integer(
@@ -113,6 +116,7 @@ def trust(path):
   if RETIRE.value and not key:
     raise ValueError('--retire: name the file of the public key.')
   shop = asking.shop(make=True)
+  older = _older(shop, '--min_epoch', MIN_EPOCH.value)
   if not rules and not key:
     if envelope.kind_of(data) == 'trust':
       print(json.dumps({'trust': trust.install(shop, data).number}))
@@ -131,9 +135,24 @@ def trust(path):
     body = change(old, data.decode(), org)
   found = trust.install(shop, root.document('trust', body))
   print(json.dumps({'trust': found.number, **(
-      {'min_epoch': found.min_epoch, 'classes': list(found.classes)} if rules
+      {'min_epoch': found.min_epoch, 'classes': list(found.classes),
+       'older': older} if rules
       else {'org': org, 'key': keys.hint(data.decode()),
             'status': 'retired' if RETIRE.value else 'active'})}))
+
+
+def _older(shop, what, epoch):
+  """How many artifacts are of an older epoch, which must not be that of here.
+  """
+  from statejax.artifact import withdraw
+  older = 0 if epoch is None else len(withdraw.hits(shop, 'epoch', str(epoch)))
+  if epoch is not None and epoch > asking.EPOCH.value:
+    raise ValueError(
+        f'{what}={epoch}: expected at most {asking.EPOCH.value}, the --epoch of'
+        f' here: nothing minted here could be resumed any more, and {older} '
+        f'artifacts are older; say --epoch={epoch} if that is meant, and mint '
+        'with it from then on.')
+  return older
 
 
 def revoke(what):
@@ -151,6 +170,8 @@ def revoke(what):
     what = f'key:{keys.hint(file.read_text())}'
   elif by == 'persona' and not what.startswith('hmac:'):
     what = shop.keyed(who.org, 'governance.persona', what)
+  elif by == 'epoch' and what.isdecimal():  # else it is refused as a value
+    _older(shop, 'epoch', int(what))
   for kind, value in withdraw.withdraw(shop, what, who, by, signer=signer,
                                        since=SINCE.value):
     print(json.dumps({'revoked': kind, 'value': value}))

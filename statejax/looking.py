@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import sys
 
 from statejax import asking
 
@@ -36,13 +37,13 @@ def verify(key):
 
   Who vouches for it only a store knows. Where none is asked, as of a file and
   without a store, all files may match and the whole may yet be forged: it says
-  that it is not verified.
+  that it is not verified, and exits with 3.
   """
   from statejax.artifact import verify
   own = not asking.elsewhere(key)
   who = asking.who(asking.shop(), key) if own else None
   with _examined(key, who) as (found, folder):
-    result = verify.said(found.vouched)
+    result = verify.said(found.vouched, found.why)
     if asking.flag('workdir') is not None:
       result |= (_load(key, found.about, who) if own
                  else _arrays(folder, found.about))
@@ -55,6 +56,10 @@ def verify(key):
     raise ValueError(f'{key}: expected one for which somebody vouches whom '
                      f'{asking.STORE.value} knows, got files that match and '
                      'nobody; see "resume"')
+  if not found.vouched:
+    print(f'{key}: files that match, and nobody was asked who vouches for them;'
+          ' name a store with --store', file=sys.stderr)
+    sys.exit(3)
 
 
 @contextlib.contextmanager
@@ -117,7 +122,8 @@ def _load(key, about, who):
   model, _, digest = asking.model()
   host = asking.host(asking.changed(model), digest, asking.room(
       about['state']['length']))
-  decision = load.load(shop, who.granted_for or key, who, host).decision
+  decision = load.load(shop, who.granted_for or key, who, host,
+                       charged=False).decision
   return {'load': str(decision), 'promise': decision.promise,
           'why': decision.detail}
 

@@ -82,7 +82,8 @@ BOOKS = {'journal': ((), {'journal_head'})}
 # What every look reads, what every edit besides, and what artifacts want.
 _LOOK = {'workdir', 'resume', 'row'}
 _EDIT = {'save', 'expect', 'journal', 'reason', 'tenant', 'host'}
-_STORE = {'store', 'secrets', 'principal', 'org', 'root', 'grant', 'holder_key'}
+_STORE = {'store', 'secrets', 'principal', 'org', 'root', 'grant', 'holder_key',
+          *asking.TEXTS}
 _VERBS = LOOKS | EDITS | BOOKS
 ALL = (_LOOK | _EDIT | _STORE).union(*(
     {*needs, *may} for needs, may in _VERBS.values()))
@@ -261,7 +262,7 @@ def _open(target, verb):
   if asking.flag('save') is not None:
     raise ValueError('--save: an edit of an artifact makes an artifact of the '
                      'store, nothing beside it.')
-  return _artifact(target)
+  return _artifact(target, verb in EDITS)
 
 
 def _is_saved(target):
@@ -287,8 +288,13 @@ def _saved(path, verb):
                  mint.UNEDITED)
 
 
-def _artifact(key):
-  """Loads an artifact as `state resume` does, with all its checks."""
+def _artifact(key, charged):
+  """Loads an artifact as `state resume` does, with all its checks.
+
+  Args:
+    key: of the artifact.
+    charged: see `load.load`.
+  """
   from statejax.artifact import access, load, verify
   from statejax.artifact import mint as minting
   from statejax.artifact.outcome import Refused
@@ -301,8 +307,9 @@ def _artifact(key):
                        'store with --store.')
   model, params, digest = asking.model()
   ref, who = shop.catalog.ref(key), asking.who(shop, key)
-  found = load.load(shop, who.granted_for or key, who, asking.host(
-      model, digest, asking.room(asking.length(shop, key))))
+  room = asking.room(asking.length(shop, key, who))
+  found = load.load(shop, who.granted_for or key, who,
+                    asking.host(model, digest, room), charged=charged)
   decision = found.decision
   print(f'{decision} promise={decision.promise} '
         f'{" ".join(decision.warnings)} {decision.detail}'.rstrip(),

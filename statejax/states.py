@@ -59,6 +59,13 @@ put back; a copy of what is signed may be kept elsewhere:
   python -m statejax.main state keygen ~/.config/statejax/head
   python -m statejax.main state audit --signed_head=copy.json
 
+A state goes on under the texts that it was minted under: --system, --safety,
+--persona and --epoch say which hold here, to mint, resume, show and verify.
+
+`audit`, `account`, `fsck` and `gc` are for the host of a store, who may write
+to its directory anyhow. They ask nobody's rights: the log and the accounts name
+all principals and artifacts, and `gc` deletes what nothing names, whosever.
+
 A model is loaded only where one runs.
 """
 
@@ -70,9 +77,11 @@ from absl import flags
 
 from statejax import asking, exchange, looking
 
-REF = flags.DEFINE_string('ref', None, 'state fork, migrate: name of the child')
+REF = flags.DEFINE_string(
+    'ref', None, 'state fork, migrate, resume: name of the child')
 ACL = flags.DEFINE_multi_string(
-    'acl', [], 'state mint: who may what, e.g. bob:resume,fork')
+    'acl', [], 'state mint: which members of --org may what, e.g. '
+    'bob:resume,fork or org:acme:inspect')
 SENSITIVITY = flags.DEFINE_enum(
     'sensitivity', 'internal',
     ['public', 'internal', 'confidential', 'restricted'], 'state mint: class')
@@ -106,20 +115,23 @@ SHOWN = {'grant', 'holder_key'}
 USES = {
     'mint': SAMPLING | {'prompt', 'seed', 'resume', 'row', 'acl', 'sensitivity',
                         'workflow', 'scope', 'transcript', 'export', 'horizon',
-                        'not_after', 'replace'},
-    'resume': SAMPLING | asking.USED | {'set'} | SHOWN,
-    'show': {'workdir', 'set'}, 'verify': {'workdir', 'set'} | SHOWN,
-    'fork': {'ref'} | SHOWN, 'migrate': {'workdir', 'set', 'cast', 'ref'},
+                        'not_after', 'replace'} | asking.TEXTS,
+    'resume': SAMPLING | asking.USED | asking.TEXTS | {'set', 'ref'} | SHOWN,
+    'show': {'workdir', 'set'} | asking.TEXTS,
+    'verify': {'workdir', 'set'} | asking.TEXTS | SHOWN,
+    'fork': {'ref'} | SHOWN,
+    'migrate': {'workdir', 'set', 'cast', 'ref'} | asking.TEXTS,
     'diff': set(), 'lineage': set(),
-    'transfer': {'signing_key', 'file', 'ref', 'workdir'} | SHOWN,
+    'transfer': {'signing_key', 'file', 'ref', 'workdir'} | asking.TEXTS | (
+        SHOWN),
     'push': {'url'}, 'pull': {'ref'},
     'grant': {'signing_key', 'file', 'holder', 'rights', 'seconds',
               'max_uses'},
-    'revoke': {'by', 'since', 'signing_key'}, 'delete': set(),
+    'revoke': {'by', 'since', 'signing_key', 'epoch'}, 'delete': set(),
     'audit': {'signed_head'}, 'account': set(), 'fsck': {'adopt'},
     'gc': {'grace', 'generations'},
     'keygen': set(),
-    'trust': {'signing_key', 'retire', 'min_epoch', 'classes'},
+    'trust': {'signing_key', 'retire', 'min_epoch', 'classes', 'epoch'},
     'crl': {'signing_key'}}
 # Which of them take no target, and which two.
 WHOLE, PAIRS = ('audit', 'account', 'fsck', 'gc'), ('diff',)
@@ -129,7 +141,9 @@ ALL = OWN.union(*USES.values())
 def usage() -> str:
   """One line that says how the command is called."""
   return (f'state takes one of {", ".join(USES)} and, but for '
-          f'{", ".join(WHOLE)}, a target; {", ".join(PAIRS)} takes two')
+          f'{", ".join(WHOLE)}, a target; {", ".join(PAIRS)} takes two; those '
+          'without a target are for the host of the store, and ask nobody\'s '
+          'rights')
 
 
 def run(verb: str, *target: str):
@@ -148,6 +162,24 @@ def _sampling():
   from statejax import generate as gen
   return gen.Sampling(*(asking.flag(name) for name in (
       'temperature', 'top_k', 'top_p')))
+
+
+def _steps():
+  """Returns --tokens; said before the work, as what else is wrong with it."""
+  _sampling()
+  if asking.flag('tokens') < 1:
+    raise ValueError(f'--tokens={asking.flag("tokens")}: expected at least 1.')
+  return asking.flag('tokens')
+
+
+def _warm(model, params, state, tokens):
+  """Runs each program once: the accounts are of their time when compiled."""
+  from statejax import generate as gen
+  from statejax.tasks import text
+  if len(tokens):  # as many as a step of all of them takes
+    state = gen.prefill(model, params, state, tokens[None, :256],
+                        sampling=_sampling())
+  gen.generate(model, params, state, 1, sampling=_sampling(), stop=(text.END,))
 
 
 def _emit(model, params, state, steps):
@@ -181,14 +213,17 @@ def mint(name):
     raise ValueError('--resume, --prompt: expected one of them: a saved state, '
                      'or text to begin with.')
   objects.check_ref(name)
-  acl = tuple((who, tuple(may.split(','))) for who, _, may in (
-      entry.partition(':') for entry in ACL.value))
   terms = minting.Terms(
-      asking.PRINCIPAL.value, asking.ORG.value, SENSITIVITY.value, acl,
-      EXPORT.value, NOT_AFTER.value, workflow=WORKFLOW.value,
-      revoke_scope=SCOPE.value)
+      asking.PRINCIPAL.value, asking.ORG.value, SENSITIVITY.value,
+      asking.acl(ACL.value), EXPORT.value, NOT_AFTER.value,
+      workflow=WORKFLOW.value, revoke_scope=SCOPE.value)
+  # Before the work, not after it.
+  steps, ids = 0, text.encode(prompt or '')
+  if saved is None:
+    steps = _steps()
+    _within_horizon(len(ids) + steps)
   shop, transcript, row = asking.shop(make=True), None, 0
-  terms.check(shop.catalog.clock())  # before the work, not after it
+  asking.require(terms, shop)
   version = asking.taken(shop, name, asking.principal())
   model, params, digest = asking.model()
   took, meter = (), Meter()
@@ -197,12 +232,12 @@ def mint(name):
       raise ValueError('--transcript=keep: a saved state does not have its '
                        'tokens; mint it from a --prompt.')
     state, row = serving.load_state(saved, model, params), asking.flag('row')
+    _within_horizon(int(state.length[row]))
   else:
-    ids = text.encode(prompt)
-    steps = asking.flag('tokens')
     state = model.init_state(1, asking.room(len(ids) + steps),
                              key=jax.random.key(asking.flag('seed')))
     sys.stdout.write(prompt)
+    _warm(model, params, state, ids)
     with meter.running():
       state = jax.block_until_ready(gen.prefill(
           model, params, state, ids[None], sampling=_sampling()))
@@ -219,20 +254,31 @@ def mint(name):
   asking.say(kept)
 
 
+def _within_horizon(tokens):
+  if tokens > asking.horizon():
+    raise ValueError(f'--horizon={asking.horizon()}: expected at least {tokens}'
+                     ', the tokens that the state may have then; nobody under '
+                     'this horizon could resume it.')
+
+
 def resume(key):
   """Goes on from an artifact, and mints what came of it under its name."""
   import jax
+  import numpy as np
 
   from statejax.artifact import access, load
   from statejax.artifact import mint as minting
   from statejax.artifact.outcome import Refused
   from statejax.meter import Meter
-  shop, steps = asking.shop(), asking.flag('tokens')
+  shop, steps = asking.shop(), _steps()
+  asking.current(shop)
+  if REF.value is not None:
+    asking.vacant(shop, REF.value)
   model, params, digest = asking.model()
   model, ref = asking.changed(model), shop.catalog.ref(key)
-  host = asking.host(model, digest, asking.room(
-      asking.length(shop, key) + steps))
   who = asking.who(shop, key)
+  host = asking.host(model, digest, asking.room(
+      asking.length(shop, key, who) + steps))
   found = load.load(shop, who.granted_for or key, who, host, asking.ask())
   decision = found.decision
   print(f'{decision} promise={decision.promise} '
@@ -240,14 +286,21 @@ def resume(key):
         file=sys.stderr)
   if decision.outcome == 'refused':
     raise Refused(decision.code, decision.detail)
+  if ref is None and REF.value is None:
+    print(f'{key}: has no name, and what comes of it gets none without --ref: '
+          'the next gc may delete it', file=sys.stderr)
   resumed, meter = decision.outcome == 'resumed', Meter()
+  length = found.about['state']['length']
+  begin = found.state if resumed else model.init_state(
+      1, asking.room(length + steps))
+  _warm(model, params, begin, np.array(
+      found.tokens[:length] if found.tokens and not resumed else (), np.int32))
   with meter.running():
-    state = found.state if resumed else jax.block_until_ready(
-        _absorb_again(model, params, found))
+    state = begin if resumed else jax.block_until_ready(
+        _absorb_again(model, params, begin, found))
     emitted, state = _emit(model, params, state, steps)
   transcript = None
   if found.tokens is not None:
-    length = found.about['state']['length']
     transcript = minting.Transcript((*found.tokens[:length], *emitted),
                                     found.edited.edits, keep=True)
   before = found.about['account'] if resumed else {}
@@ -257,13 +310,15 @@ def resume(key):
       shop, state, 0, found.host, minting.Terms.of(found.about),
       principal=who, transcript=transcript, edited=found.edited, **spent,
       stands=found.stands and found.stands.after(emitted),
-      parent=minting.Parent(found.id, found.about), ref=key if ref else '',
+      parent=minting.Parent(found.id, found.about),
+      ref=REF.value or (key if ref else ''),
       # A name that is not theirs stays: what they made is named after it.
-      expect=ref[1] if ref and access.owns(found.about, who) else 0)
+      expect=ref[1] if ref and not REF.value and access.owns(
+          found.about, who) else 0)
   asking.say(kept, decision.mark)
 
 
-def _absorb_again(model, params, found):
+def _absorb_again(model, params, state, found):
   """The state after the kept tokens, the last of them pending as it was."""
   import dataclasses
 
@@ -273,7 +328,6 @@ def _absorb_again(model, params, found):
   from statejax import generate as gen
   length = found.about['state']['length']
   tokens = np.array(found.tokens, np.int32)
-  state = model.init_state(1, asking.room(length + asking.flag('tokens')))
   state = gen.prefill(model, params, state, tokens[None, :length],
                       sampling=_sampling())
   if len(tokens) == length:
@@ -284,12 +338,12 @@ def _absorb_again(model, params, found):
 
 def fork(key):
   """Makes a second child of an artifact under a name of its own."""
-  from statejax.artifact import desk, objects
+  from statejax.artifact import desk
   from statejax.artifact import mint as minting
   if REF.value is None:
     raise ValueError('--ref: name the child.')
-  objects.check_ref(REF.value)
   shop = asking.shop()
+  asking.vacant(shop, REF.value)
   who = asking.who(shop, key)
   found = desk.examine(shop, key, who, 'fork')
   asking.say(minting.fork(shop, minting.Parent(found.id, found.about), who,
@@ -298,13 +352,14 @@ def fork(key):
 
 def migrate(key):
   """Makes a new artifact for the run's model with other settings, of --set."""
-  from statejax.artifact import migrate, objects
+  from statejax.artifact import migrate
   if REF.value is None:
     raise ValueError('--ref: name the child.')
-  objects.check_ref(REF.value)
   shop = asking.shop()
+  asking.vacant(shop, REF.value)
   model, _, digest = asking.model()
-  sides = (asking.host(one, digest, asking.room(asking.length(shop, key)))
+  room = asking.room(asking.length(shop, key, asking.principal()))
+  sides = (asking.host(one, digest, room)
            for one in (model, asking.changed(model)))
   asking.say(migrate.migrate(shop, key, asking.principal(), *sides,
                              cast=CAST.value, ref=REF.value))

@@ -3,12 +3,14 @@
 import dataclasses
 import json
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from test_main import run  # noqa: F401
 from test_main_state import MODEL, model, state  # noqa: F401
 
-from statejax import account, asking
-from statejax.artifact import identity, load, mint, objects
+from statejax import account, asking, meter
+from statejax.artifact import identity, load, mint, names, objects
 from statejax.artifact.access import Principal
 from statejax.meter import Meter
 
@@ -113,6 +115,77 @@ def test_what_it_took_and_saved(state, shop):  # noqa: F811
   assert (three['prefill_tokens'], three['decode_tokens']) == (10, 3)
   row, = (json.loads(line) for line in state('account')[1].splitlines())
   assert row['device_us'] == two['device_us'] + three['device_us']
+
+
+def test_edits_are_not_undone(state, shop, monkeypatch):  # noqa: F811
+  edits, host = ((2, 'ab' * 32),), asking.host(MODEL, model()[2], 256)
+  found = load.load(shop, 'chat', ME, host)
+  mark = np.frombuffer(bytes.fromhex(names.witness(
+      list(found.tokens[:7]), edits)), '<u4')
+  one = mint.mint(
+      shop, dataclasses.replace(found.state, witness=jnp.asarray(
+          mark, jnp.uint32)[None]), 0, host, mint.Terms('local'), ref='ed',
+      transcript=mint.Transcript(found.tokens[:7], edits, keep=True)).id
+  monkeypatch.setattr(asking, 'model', lambda: model(1))
+  code, _, err = state('resume', 'ed', *GO, '--tokens=2',
+                       '--on_mismatch=reprefill')
+  assert code == 2 and 'refused(E_WEIGHTS)' in err and 'edited 1 times' in err
+  assert shop.find('ed') == one
+  # Where it fits it goes on, edits and transcript with it.
+  monkeypatch.setattr(asking, 'model', model)
+  assert state('resume', 'ed', *GO, '--tokens=2')[0] == 0
+  again = load.load(shop, 'ed', ME, host)
+  assert again.decision.n == 9 and again.edited.edits == edits
+  assert again.tokens[:7] == found.tokens[:7]
+
+
+def test_what_saves_nothing_is_not_counted(state, shop):  # noqa: F811
+  before = state('account')[1]
+  assert 'resumed(7)' in state('verify', 'chat', '--workdir=x')[1]
+  for wrong in ('--tokens=0', '--temperature=-1', '--top_p=2'):
+    assert state('resume', 'chat', '--workdir=x', wrong)[0] == 2
+  assert 'tokens_skipped' not in before and state('account')[1] == before
+  rows = [(row['action'], row['outcome']) for row in shop.catalog.rows()]
+  assert ('verify', 'resumed(7)') in rows
+  assert 'resume' not in {action for action, _ in rows}
+  assert state('fsck')[0] == 0
+
+
+def test_nothing_is_compiled_while_it_is_measured(
+    state, shop, monkeypatch):  # noqa: F811
+  found = []
+  monkeypatch.setattr(meter, 'covered', lambda spans, begin: found.append(
+      spans) or 0.0)
+  # Of another capacity are other programs.
+  assert state('mint', 'more', *GO, '--prompt=abc', '--tokens=3',
+               '--capacity=9')[0] == 0
+  assert state('resume', 'chat', *GO, '--tokens=3', '--capacity=10')[0] == 0
+  assert found == [[], []]
+
+
+def test_more_room_than_there_is(
+    state, shop, monkeypatch):  # noqa: F811
+  host = asking.host(MODEL, model()[2], 256)
+  for room in (1 << 40, 9, 0):  # 7 and 3 are 10
+    code, _, err = state('resume', 'chat', *GO, '--tokens=3',
+                         f'--capacity={room}')
+    assert code == 2 and f'--capacity={room}: expected at least 10' in err
+  # Of what they may not see they do not hear how long it is.
+  code, _, err = state('resume', 'chat', *GO, '--tokens=3', '--capacity=9',
+                       '--principal=eve')
+  assert code == 2 and 'refused(E_ACL)' in err
+  for room in (1 << 40, -1):
+    found = load.load(shop, 'chat', ME, host, capacity=room)
+    assert str(found.decision) == 'refused(E_LIMIT)'
+    assert 'and at most 2147483647' in found.decision.detail
+  def full(leaf):
+    raise MemoryError(leaf.nbytes)
+  monkeypatch.setattr(load, '_aligned', full)
+  found = load.load(shop, 'chat', ME, host)
+  assert str(found.decision) == 'refused(E_LIMIT)'
+  assert list(shop.catalog.rows())[-1]['code'] == 'E_LIMIT'
+  with pytest.raises(ValueError, match='key: expected text'):
+    load.load(shop, None, ME, host)
 
 
 def test_sums_of_meters():

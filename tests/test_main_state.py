@@ -116,7 +116,7 @@ def test_life_of_an_artifact(state, monkeypatch):
   accounts = [json.loads(x) for x in state('account')[1].splitlines()]
   demo = next(row for row in accounts if row['workflow'] == 'demo' and
               row['principal'] == 'local of acme')
-  assert demo['tokens_skipped'] == 7 + 14 and demo['tokens_reprefilled'] == 7
+  assert demo['tokens_skipped'] == 7 and demo['tokens_reprefilled'] == 7
   assert json.loads(state('gc')[1])['objects'] == []
   assert len(json.loads(state('gc', '--grace=0')[1])['objects']) >= 1
   assert state('audit')[0] == 0
@@ -141,7 +141,16 @@ def test_life_of_an_artifact(state, monkeypatch):
     (['resume', 'nothing', '--workdir=w'], 'refused(E_ACL)'),
     (['mint', 'a b', '--prompt=a', '--tokens=1', '--workdir=w'],
      'ref: expected'),
-    (['mint', 'x', '--prompt=a', '--acl=b:fly'], 'governance.acl'),
+    (['mint', 'x', '--prompt=a', '--acl=b:fly', '--org=acme'],
+     '--acl=b:fly: expected WHO:RIGHT'),
+    (['mint', 'x', '--prompt=a', '--acl=b', '--org=acme'], '--acl=b: expected'),
+    (['mint', 'x', '--prompt=a', '--acl=b:resume'], 'expected an --org'),
+    (['mint', 'x', '--prompt=a', '--workflow=A B'], 'flags of state mint'),
+    (['mint', 'x', '--prompt=a', '--tokens=0'], '--tokens=0: expected'),
+    (['mint', 'x', '--prompt=a', '--temperature=-1'], 'temperature: expected'),
+    (['mint', 'x', '--prompt=a', '--tokens=4', '--horizon=4'],
+     '--horizon=4: expected at least 5'),
+    (['resume', 'x', '--tokens=0', '--workdir=w'], '--tokens=0: expected'),
     (['mint', 'x', '--prompt=a', '--not_after=5'], 'E_EXPIRED'),
     (['mint', 'x', '--resume=b', '--transcript=keep'], 'does not have its')])
 def test_mistakes(state, tmp_path, argv, message):
@@ -204,6 +213,42 @@ def test_a_name_is_not_taken_by_mistake(state):
     assert code == 2 and not out and text in err
   code, _, err = state('mint', 'chat', *mint, '--replace')
   assert code == 0 and json.loads(err)['ref'] == 'chat'
+  one = json.loads(err)['id']
+  # Nor one for a child.
+  for verb in (['fork', 'chat'], ['migrate', 'chat', '--workdir=x'],
+               ['resume', one, *mint[:1], '--tokens=1']):
+    code, _, err = state(*verb, '--ref=chat')
+    assert code == 2 and 'chat: expected a free name' in err
+  # What goes on from an id is nameless, which is said, unless it is named.
+  code, _, err = state('resume', one, '--workdir=x', '--tokens=1')
+  assert code == 0 and f'{one}: has no name, and what comes of it' in err
+  for key, ref in ((one, 'more'), ('chat', 'most')):
+    code, _, err = state('resume', key, '--workdir=x', '--tokens=1',
+                         f'--ref={ref}')
+    assert code == 0 and 'has no name' not in err
+    assert json.loads(err.splitlines()[-1])['ref'] == ref
+  assert one in state('show', 'chat')[1]
+
+
+def test_texts_that_hold_here(state):
+  kind = '--system=be kind'
+  go = ['--workdir=x', '--temperature=0', '--tokens=1']
+  assert state('mint', 'ruled', *go, '--prompt=ab', kind, '--persona=a pirate',
+               '--org=acme', '--acl=org:acme:resume')[0] == 0
+  go.append('--org=acme')
+  for more, code, text in (
+      ([], 2, 'E_POLICY'), (['--system=be rude'], 2, 'E_POLICY'),
+      ([kind, '--safety=do no harm'], 2, 'E_POLICY'), ([kind], 0, 'resumed(3)'),
+      ([kind, '--principal=bob'], 0, 'resumed(4)')):
+    got, _, err = state('resume', 'ruled', *go, *more)
+    assert got == code and text in err
+  assert 'yes, promise bit' in state('show', 'ruled', '--workdir=x',
+                                     '--org=acme', kind)[1]
+  assert 'resumed(4)' in state('verify', 'ruled', '--workdir=x', '--org=acme',
+                               kind)[1]
+  # Of both that were minted under it; what went on without it is not.
+  assert state('revoke', 'a pirate', '--by=persona', '--org=acme')[0] == 0
+  assert state('revoke', 'a parrot', '--by=persona', '--org=acme')[0] == 2
 
 
 def test_only_a_file(state, monkeypatch, tmp_path):
@@ -247,6 +292,10 @@ def test_only_a_file(state, monkeypatch, tmp_path):
     data[archive.getmember('plain.json').offset_data] ^= 1
   (tmp_path / 'bad.tar').write_bytes(data)
   assert 'E_FILES' in state('show', 'bad.tar')[2]
+  # Who was asked, and does not vouch.
+  out = state('show', 'chat.tar')[1]
+  assert 'vouched for by: nobody who counts here: E_TRUST: expected a' in out
+  assert 'E_TRUST' in json.loads(state('verify', 'chat.tar')[1])['signature']
   # For another organisation, by a grant.
   bob = ['--root=root.pub', '--org=globex', '--principal=bob']
   shown = ['--grant=bob.grant', '--holder_key=bob.pem']
@@ -309,7 +358,7 @@ def test_only_what_somebody_vouches_for_is_verified(
   assert not found['verified'] and found['resume'].startswith('no, E_SIG')
   code, out, _ = state('verify', forged, '--store=nowhere')
   found = json.loads(out)
-  assert code == 0 and not found['verified']
+  assert code == 3 and not found['verified']
   assert found['signature'] == 'not checked'
   # A name is what has it in the store, not a file beside it.
   (tmp_path / 'chat').mkdir()
@@ -345,7 +394,9 @@ def test_revoking_and_deleting(state, monkeypatch, tmp_path):
   assert revoke(*lost, *root, *sign)[:2] == (0, ['key'])
   assert revoke('a pirate', '--by=persona', *root, *sign)[:2] == (
       0, ['persona'])
-  assert revoke('4', '--by=epoch', *root, *sign)[:2] == (0, ['epoch'])
+  assert 'the --epoch of here' in revoke('4', '--by=epoch', *root, *sign)[2]
+  assert revoke('4', '--by=epoch', '--epoch=4', *root, *sign)[:2] == (
+      0, ['epoch'])
   assert revoke('x', '--by=epoch', *root, *sign)[0] == 2
   # The trust document.
   def trust(*argv, code=0):
@@ -355,14 +406,23 @@ def test_revoking_and_deleting(state, monkeypatch, tmp_path):
   assert trust('lost.pub', '--retire', *org)['status'] == 'retired'
   assert 'expected one that is trusted' in trust('root.pub', '--retire', *org,
                                                  code=2)
-  found = trust('rules', '--min_epoch=5', '--classes=public,internal')
-  assert (found['trust'], found['min_epoch']) == (4, 5)
-  assert 'never go back' in trust('rules', '--min_epoch=4', code=2)
+  rules = ['rules', '--min_epoch=5', '--classes=public,internal']
+  assert '4 artifacts are older; say --epoch=5' in trust(*rules, code=2)
+  found = trust(*rules, '--epoch=5')
+  assert (found['trust'], found['min_epoch'], found['older']) == (4, 5, 4)
+  assert 'never go back' in trust('rules', '--min_epoch=4', '--epoch=4',
+                                code=2)
   assert 'state trust rules' in trust('acme.pub', '--min_epoch=6', code=2)
   assert 'state trust rules' in trust('rules', code=2)
   assert '--retire' in trust('rules', '--min_epoch=6', '--retire', code=2)
-  assert state('mint', 'late', *go)[0] == 0
-  assert 'E_EPOCH' in state('resume', 'late', '--workdir=x', *org)[2]
+  # What is older ends; nothing is minted that could not be resumed.
+  assert '--epoch=0: expected at least 5' in state('mint', 'late', *go)[2]
+  for verb in ('resume', 'show'):
+    out = state(verb, 'c', '--workdir=x', '--epoch=5', *org)
+    assert 'E_EPOCH' in out[1] + out[2]
+  assert state('mint', 'late', *go, '--epoch=5')[0] == 0
+  assert state('resume', 'late', '--workdir=x', '--epoch=5', '--tokens=1',
+               *org)[0] == 0
   # Whoever may not see it deletes nothing, and hears of nothing.
   code, _, err = state('delete', 'late', '--org=globex')
   assert code == 2 and "name of this store, got 'late'" in err

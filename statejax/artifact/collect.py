@@ -16,7 +16,7 @@ from statejax.artifact import (
   trust,
   verify,
 )
-from statejax.artifact.outcome import Refused, absent
+from statejax.artifact.outcome import LOOK, Refused, absent
 
 # How a load that has saved or spent tokens stands in the audit log, and the
 # unit of the ledger that it is charged in.
@@ -183,7 +183,7 @@ def _unaccounted(shop):
   replied = dict.fromkeys(_REPLIED.values(), 0) | {'resumes': 0}
   for row in shop.catalog.rows():
     found = _ENDS.fullmatch(row['outcome'])
-    if found:
+    if found and row['action'] != LOOK:
       replied[_REPLIED[found[1]]] += int(found[2])
       replied['resumes'] += found[1] == 'resumed'
   charged = dict.fromkeys(replied, 0)

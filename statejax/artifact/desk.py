@@ -3,10 +3,7 @@
 Each answer is a decision, and stands in the audit log of the store.
 """
 
-import contextlib
 import dataclasses
-import pathlib
-import tempfile
 import time
 from secrets import token_hex
 
@@ -15,7 +12,6 @@ from statejax.artifact import (
   collect,
   layout,
   manifest,
-  portable,
   sealing,
   trust,
   verify,
@@ -90,16 +86,7 @@ def unseen(shop, id: str, principal: Principal) -> bool:
   return manifest.artifact_id(data) == id and not access.sees(about, principal)
 
 
-@contextlib.contextmanager
-def opened(path):
-  """Yields the directory of an artifact given as a directory or as a file."""
-  path = pathlib.Path(path)
-  if path.is_dir():
-    yield path
-    return
-  with tempfile.TemporaryDirectory() as folder:
-    portable.unpack(path, folder)
-    yield pathlib.Path(folder)
+opened = verify.opened
 
 
 def known(shop, folder) -> verify.Verified:
@@ -122,7 +109,7 @@ def known(shop, folder) -> verify.Verified:
   except Refused as error:
     if walk.voucher == layout.SIG and error.code == 'E_SIG':
       raise
-    return found
+    return dataclasses.replace(found, why=str(error))
   return dataclasses.replace(found, vouched=vouched)
 
 
@@ -212,7 +199,7 @@ def describe(found: verify.Verified) -> list[str]:
       f'  policies: system {_short(about["policy"]["system"])}, safety '
       f'{_short(about["policy"]["safety"])}, epoch {about["policy"]["epoch"]}; '
       f'{len(about["tools"]["items"])} tools',
-      f'  vouched for by: {found.vouched or "nobody asked"}']
+      f'  vouched for by: {found.vouched or _nobody(found)}']
   lines += [f'  {name}: {value}' for name, value in about.items()
             if name.startswith('x-')]
   return lines
@@ -316,6 +303,10 @@ def _date(seconds):
   """A time for a person, '' for none."""
   return seconds and time.strftime('%Y-%m-%d %H:%M:%S UTC',
                                    time.gmtime(seconds))
+
+
+def _nobody(found):
+  return f'nobody who counts here: {found.why}' if found.why else 'nobody asked'
 
 
 def _short(keyed):

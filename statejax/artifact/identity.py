@@ -28,6 +28,17 @@ SCHEMA = 'statejax.serving.v1'
 # Whose text decides what a program computes.
 _SOURCES = ('statejax/ops', 'statejax/layers', 'statejax/model.py',
             'statejax/generate.py', 'statejax/state.py', 'pallas_kernels')
+# Settings of jax, and of what it stands on, under which equal programs may
+# give other numbers, random ones too.
+_SETTINGS = (
+    'jax_threefry_partitionable', 'jax_threefry_gpu_kernel_lowering',
+    'jax_default_prng_impl', 'jax_random_seed_offset',
+    'jax_high_dynamic_range_gumbel', 'jax_disable_jit',
+    'jax_allow_f16_reductions', 'jax_use_shardy_partitioner',
+    'jax_optimization_level', 'jax_exec_time_optimization_effort',
+    'jax_memory_fitting_level', 'jax_memory_fitting_effort',
+    'jax_compiler_enable_remat_pass')
+_VARIABLES = ('LIBTPU_INIT_ARGS', 'NVIDIA_TF32_OVERRIDE')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,7 +293,10 @@ def numerics(program: Program) -> dict:
   hidden = {
       'flags': sorted(os.environ.get('XLA_FLAGS', '').split()),
       'unoptimized': bool(_setting('jax_disable_most_optimizations')),
-      'x64': bool(_setting('jax_enable_x64')), 'kernels': kernels()}
+      'x64': bool(_setting('jax_enable_x64')), 'kernels': kernels(),
+      'settings': {name: str(_setting(name)) for name in _SETTINGS
+                   if name in jax.config.values},  # not each jax has all
+      'variables': {name: os.environ.get(name, '') for name in _VARIABLES}}
   shapes = {'batch_slots': program.batch_slots, 'chunks': [program.chunk]}
   return {'id': names.document({**facts, **hidden, **shapes}), **facts,
           'code': __version__, **shapes}
@@ -319,7 +333,14 @@ def _device(device):
   if info.exists():
     found = re.search(r'^model name\s*:\s*(.*)$', info.read_text(), re.M)
     model = found[1] if found else ''
-  return f'cpu {platform.machine()} {model} x{os.cpu_count()}'
+  return f'cpu {platform.machine()} {model} x{_cpus()}'
+
+
+def _cpus():
+  # Those that this process may use: as many threads share the work.
+  if hasattr(os, 'sched_getaffinity'):
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count()
 
 
 def _window(config):

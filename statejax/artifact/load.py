@@ -37,7 +37,7 @@ from statejax.artifact import (
 )
 from statejax.artifact.access import Principal
 from statejax.artifact.compat import ASK, Ask
-from statejax.artifact.outcome import Decision, Refused, absent, refusal
+from statejax.artifact.outcome import LOOK, Decision, Refused, absent, refusal
 
 # As the library of the payload tells of a failed call of the system.
 _SYSTEM = re.compile(r"os_error_code='(?!2')|OS error (?!2:)")
@@ -75,7 +75,8 @@ class Loaded:
 
 
 def load(shop, key: str, principal: Principal, host: identity.Host,
-         ask: Ask = ASK, *, capacity: int | None = None, mesh=None) -> Loaded:
+         ask: Ask = ASK, *, capacity: int | None = None, mesh=None,
+         charged: bool = True) -> Loaded:
   """Ends in `resumed(n)`, `reprefilled(n, reason)` or `refused(code)`.
 
   Args:
@@ -89,14 +90,19 @@ def load(shop, key: str, principal: Principal, host: identity.Host,
     mesh: onto whose devices the state is restored, of `sharding.make_mesh`; see
       `sharding.row_shardings`. None is the first device. If it is not that of
       the host's program, the promise is `tolerance` at most.
+    charged: whether the accounts count what it saved, and a grant its use; not where the load is
+      only to see whether it would, which stands as such in the log.
 
   Returns:
     `Loaded`. Never raises what an artifact can cause: that is the decision.
     Who may not see the artifact is told that there is none; the log tells why.
 
   Raises:
-    ValueError: the mesh does not divide the leaves of the host's model.
+    ValueError: the mesh does not divide the leaves of the host's model; a key
+      that is no text.
   """
+  if not isinstance(key, str):
+    raise ValueError(f'key: expected text, an id or name, got {key!r}.')
   id = ''
   if mesh is not None:  # with all leaves there can be, before anything is read
     sharding.row_shardings(host.schema_of(1, 0, identity.Carried(True)), mesh)
@@ -109,7 +115,7 @@ def load(shop, key: str, principal: Principal, host: identity.Host,
   except OSError as error:
     loaded = Loaded(refusal(Refused('E_IO', str(error))), id)
   with shop.catalog.transaction():
-    if loaded.decision.outcome != 'refused':
+    if charged and loaded.decision.outcome != 'refused':
       try:
         grant.use(shop, principal, id)
       except Refused as error:  # somebody else was faster with the last use
@@ -118,12 +124,13 @@ def load(shop, key: str, principal: Principal, host: identity.Host,
     saved = _avoided(loaded.about, host, decision.n) if (
         decision.outcome == 'resumed') else {}
     receipt = shop.catalog.audit(
-        str(principal), ask.right, id or key[:80], str(decision),
-        code=decision.code or decision.mark, promise=decision.promise)
-    if decision.outcome == 'resumed':
+        str(principal), ask.right if charged else LOOK, id or key[:80],
+        str(decision), code=decision.code or decision.mark,
+        promise=decision.promise)
+    if charged and decision.outcome == 'resumed':
       shop.catalog.charge(str(principal), id, **saved, resumes=1,
                           tokens_skipped=decision.n)
-    elif decision.outcome == 'reprefilled':
+    elif charged and decision.outcome == 'reprefilled':
       shop.catalog.charge(str(principal), id, tokens_reprefilled=decision.n)
   if decision.outcome == 'refused' and desk.unseen(shop, id, principal):
     loaded = Loaded(refusal(absent(key)))
@@ -173,6 +180,10 @@ def _opened(folder, id, about, host, capacity, mesh, verdict, warnings):
   tokens = None if tokens is None else tuple(tokens)
   length = about['state']['length']
   if verdict.action == 'replay':
+    if plain['edits']:
+      raise Refused(verdict.code, f'{verdict.detail}, and the state was edited '
+                    f'{len(plain["edits"])} times, which absorbing its tokens '
+                    'again would undo')
     if any(f.code == 'E_TOKENIZER' for f in verdict.findings):
       _same_ids(host, about, tokens)
     return Loaded(Decision('reprefilled', length, verdict.code, 'none',
@@ -235,11 +246,16 @@ def restore(folder, about: dict, plain: dict, host: identity.Host,
   sampler = _other_sampler(about, schema)
   target = _target(about, schema, length, sampler)
   stored = _open(folder, target)
-  if _has_stores(schema) and capacity < length:
+  if _has_stores(schema) and not length <= capacity <= manifest.MAX_LENGTH:
     raise Refused('E_LIMIT', f'expected a capacity of at least {length}, the '
-                  f'tokens absorbed, got {capacity}')
+                  f'tokens absorbed, and at most {manifest.MAX_LENGTH}, got '
+                  f'{capacity}')
   wide = host.schema_of(1, capacity, carried)
-  state, live = _room(wide, target)
+  try:
+    state, live = _room(wide, target)
+  except MemoryError as error:
+    raise Refused('E_LIMIT', f'expected memory for a capacity of {capacity} '
+                  f'tokens, got none: {error}') from None
   try:
     store.fill(stored, {path: x for path, x in live.items() if x.size})
   except Exception as error:  # of any type: the library promises none

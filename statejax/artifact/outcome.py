@@ -62,6 +62,10 @@ CODES = {
                   'tolerance',
 }
 
+# The action of a load that is only to see whether it would: the accounts count
+# nothing of it.
+LOOK = 'verify'
+
 OUTCOMES = ('resumed', 'reprefilled', 'refused')
 # From the strongest to none.
 PROMISES = ('bit', 'tolerance', 'none')

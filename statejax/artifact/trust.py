@@ -202,8 +202,8 @@ def load(shop) -> Trust | None:
   return parse(path.read_bytes(), _root(shop)) if path.exists() else None
 
 
-def _epoch(shop):
-  """Oldest epoch that is trusted, 0 where nothing says.
+def oldest_epoch(shop) -> int:
+  """Returns the oldest epoch that is trusted, 0 where nothing says.
 
   By the document that `install` has verified: for what is the store's own no
   root key need be pinned again.
@@ -370,7 +370,8 @@ def valid(shop, id: str, about: dict, vouched: str) -> tuple[str, ...]:
   if now < last:
     raise Refused('E_CLOCK', f'expected a time after {last}, the newest in the '
                   f'audit log, got {now}')
-  org, own, oldest = about['governance']['org'], vouched == 'mac', _epoch(shop)
+  org, own = about['governance']['org'], vouched == 'mac'
+  oldest = oldest_epoch(shop)
   if about['policy']['epoch'] < oldest:
     raise Refused('E_EPOCH', f'policy.epoch: expected at least {oldest}, got '
                   f'{about["policy"]["epoch"]}')

@@ -1,6 +1,6 @@
 """Verifies an artifact without JAX, before anything of its payload is read.
 
-    python -m statejax.artifact.verify DIRECTORY [--secret=FILE]
+    python -m statejax.artifact.verify PATH [--secret=FILE]
         [--root=PEM --trust=FILE [--crl=FILE]] [--leaves]
 
 Steps V1 to V3, V9 and V11 of a load: names and sizes, manifest, name, every
@@ -9,20 +9,22 @@ that a signature is over just these files; that it is valid and by whom needs
 the pinned root key and a trust document (V4, V5, with a revocation list V6, and
 of V7 the expiry), or the secret of its store. `--leaves` reads the arrays, too
 (V14). The output says of each what was not checked. Whoever has a right to it
-is not asked. Needs the standard library; signatures the extra [sign], leaves
-numpy and tensorstore.
+is not asked. PATH is a directory, or the file of a transfer. Needs the standard
+library; signatures the extra [sign], leaves numpy and tensorstore.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import hmac
 import json
 import pathlib
 import re
 import sys
+import tempfile
 import time
 
-from statejax.artifact import envelope, layout, manifest, names
+from statejax.artifact import envelope, layout, manifest, names, portable
 from statejax.artifact.outcome import Refused
 
 
@@ -36,7 +38,9 @@ class Verified:
     plain: digests of its leaves; None where it is sealed and stays so.
     tokens: its transcript, absorbed tokens then pending ones; None where it is
       not kept, or sealed.
-    vouched: by whom: 'mac', 'signature', or '' where nobody was asked.
+    vouched: by whom: 'mac', 'key:' and the hint of who has signed, or '' where
+      nobody was asked, or nobody does.
+    why: why nobody does, '' where nobody was asked.
   """
 
   id: str
@@ -44,6 +48,7 @@ class Verified:
   plain: dict | None
   tokens: list[int] | None
   vouched: str
+  why: str = ''
 
 
 def mac(secret: bytes, data: bytes) -> bytes:
@@ -195,28 +200,44 @@ def verify(folder, *, name: str | None = None, secret: bytes | None = None,
   return Verified(got, about, plain, tokens, vouched)
 
 
-def said(vouched: str) -> dict:
+def said(vouched: str, why: str = '') -> dict:
   """Returns in words who vouches for an artifact, for a line of output.
 
   Args:
-    vouched: 'mac', 'key:' and the hint of who has signed, or '' where nobody
-      was asked.
+    vouched, why: see `Verified`.
   """
+  nobody = f'does not count here: {why}' if why else 'not checked'
   return {'signature': 'none, its store vouches' if vouched == 'mac' else
-          vouched or 'not checked'}
+          vouched or nobody}
 
 
-def _by_trust(given, found) -> dict:
+@contextlib.contextmanager
+def opened(path):
+  """Yields the directory of an artifact given as a directory or as a file.
+
+  Raises:
+    Refused: E_LAYOUT, E_LIMIT: a file that is none of an artifact.
+  """
+  path = pathlib.Path(path)
+  if path.is_dir():
+    yield path
+    return
+  with tempfile.TemporaryDirectory() as folder:
+    portable.unpack(path, folder)
+    yield pathlib.Path(folder)
+
+
+def _by_trust(given, folder, found) -> dict:
   """V4 to V7 without a store: returns in words what was checked."""
   from statejax.artifact import revoke, trust
-  data = layout.read(given.directory, manifest.NAME)
-  if layout.walk(given.directory).voucher != layout.SIG:
+  data = layout.read(folder, manifest.NAME)
+  if layout.walk(folder).voucher != layout.SIG:
     raise Refused('E_UNSIGNED', f'expected {layout.SIG}, got {layout.MAC}, '
                   'which needs the --secret of its store')
   root, now = pathlib.Path(given.root).read_text(), int(time.time())
   known = trust.parse(pathlib.Path(given.trust).read_bytes(), root)
   about = found.about
-  words = said(trust.signed(known, given.directory, data, about))
+  words = said(trust.signed(known, folder, data, about))
   if about['policy']['epoch'] < known.min_epoch:
     raise Refused('E_EPOCH', f'policy.epoch: expected at least '
                   f'{known.min_epoch}, got {about["policy"]["epoch"]}')
@@ -229,6 +250,14 @@ def _by_trust(given, found) -> dict:
   if 0 < end <= now:
     raise Refused('E_EXPIRED', f'expected a time until {end}, got {now}')
   return words | {'expired': 'no'}
+
+
+def _check_arrays(folder, found):
+  from statejax.artifact import leaves
+  if found.plain is None:
+    raise Refused('E_SEALED', '--leaves: expected arrays in clear, got a '
+                  'sealed artifact; load it in a store that has its key')
+  leaves.check(folder, found.about, found.plain)
 
 
 def _secret(path) -> bytes:
@@ -245,11 +274,13 @@ def main(argv=None) -> int:
   It is verified where all files match and who vouches for them was checked.
 
   Returns:
-    0 where all that was asked for holds, 1 where it is refused, 2 where it
-    cannot be asked: flags that do not go together, a missing package.
+    0 where all that was asked for holds and somebody vouches, 1 where it is
+    refused, 2 where it cannot be asked: flags that do not go together, a
+    missing package; 3 where all that was asked for holds, but nobody was asked
+    who vouches: anybody can make such files.
   """
   parser = argparse.ArgumentParser(prog='python -m statejax.artifact.verify')
-  parser.add_argument('directory')
+  parser.add_argument('path', help='directory of an artifact, or a file')
   parser.add_argument('--secret', help='file with the secret of its store')
   parser.add_argument('--root', help='file of the pinned public key')
   parser.add_argument('--trust', help='trust document, signed by --root')
@@ -265,17 +296,14 @@ def main(argv=None) -> int:
            'rights': 'not checked', 'arrays': 'not checked'}
   try:
     secret = _secret(given.secret) if given.secret else None
-    found = verify(given.directory, secret=secret)
-    words = said(found.vouched) | words
-    if given.root:
-      words |= _by_trust(given, found)
-    if given.leaves:
-      from statejax.artifact import leaves
-      if found.plain is None:
-        raise Refused('E_SEALED', '--leaves: expected arrays in clear, got a '
-                      'sealed artifact; load it in a store that has its key')
-      leaves.check(given.directory, found.about, found.plain)
-      words['arrays'] = 'match their digests'
+    with opened(given.path) as folder:
+      found = verify(folder, secret=secret)
+      words = said(found.vouched) | words
+      if given.root:
+        words |= _by_trust(given, folder, found)
+      if given.leaves:
+        _check_arrays(folder, found)
+        words['arrays'] = 'match their digests'
   except (Refused, OSError) as error:
     code = error.code if isinstance(error, Refused) else 'E_IO'
     print(json.dumps({'verified': False, 'code': code, 'why': str(error)}))
@@ -284,13 +312,14 @@ def main(argv=None) -> int:
     parser.error(f'--leaves: expected numpy and tensorstore, got: {error}')
   except ValueError as error:  # no key, or nothing to check it with
     parser.error(str(error))
+  verified = words['signature'] != 'not checked'
   print(json.dumps({
-      'verified': words['signature'] != 'not checked', 'id': found.id,
+      'verified': verified, 'id': found.id,
       'files': 'match their digests', **words,
       'length': found.about['state']['length'],
       'owner': found.about['governance']['owner'],
       'sealed': found.about['sealed']}))
-  return 0
+  return 0 if verified else 3
 
 
 if __name__ == '__main__':

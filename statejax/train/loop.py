@@ -15,7 +15,7 @@ import jax
 from statejax import config as cfg
 from statejax import sharding
 from statejax.model import LanguageModel
-from statejax.train import checkpoint
+from statejax.train import checkpoint, optimizer
 from statejax.train import step as train_step
 
 
@@ -91,6 +91,8 @@ class _Run:
     self.model = LanguageModel(config.model)
     t = config.train
     _check_vocabulary(config)
+    # Refuses what cannot be, before anything is read or written.
+    optimizer.make_optimizer(t, self.model.axes())
     self.mesh = sharding.make_mesh(data=t.data, fsdp=t.fsdp, tensor=t.tensor)
     parts = self.mesh.shape['data'] * self.mesh.shape['fsdp']
     if t.rows % t.accumulate or t.rows % parts:

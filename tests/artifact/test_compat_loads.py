@@ -74,6 +74,25 @@ def test_another_tokenizer_of_the_same_ids(shop, kept):  # noqa: F811
       'refused(E_TOKENIZER)')
 
 
+def test_what_else_decides_on_numbers(monkeypatch):
+  mine = lambda: identity.numerics(identity.Program())['id']
+  before, found = mine(), []
+  for change in (jax.threefry_partitionable(False), jax.disable_jit(True),
+                 jax.default_prng_impl('rbg'),
+                 jax.default_matmul_precision('float32')):
+    with change:
+      found.append(mine())
+  for name in ('XLA_FLAGS', 'LIBTPU_INIT_ARGS', 'NVIDIA_TF32_OVERRIDE'):
+    with monkeypatch.context() as patch:
+      patch.setenv(name, '0')
+      found.append(mine())
+  with monkeypatch.context() as patch:
+    patch.setattr(identity, '_cpus', lambda: 99)
+    found.append(mine())
+  assert before not in found and len({*found}) == len(found) == 8
+  assert mine() == before
+
+
 def test_fewer_ids_than_the_transcript_has(shop, kept):  # noqa: F811
   config = dataclasses.replace(small.CONFIG, vocab=max(ALL))
   model = small.lm.LanguageModel(config)
