@@ -99,18 +99,21 @@ def joined(lists) -> dict | None:
       -body['next_update'], -body['number'])):
     if not any(covers(other, body) for other in left):
       left = [*(x for x in left if not covers(body, x)), body]
-  if not left:
-    return None
-  since: dict[tuple[str, str], int] = {}
-  for body in left:
-    for entry in body['entries']:
-      one = entry['kind'], entry['value']
-      since[one] = min(since.get(one, entry['from']), entry['from'])
   return {'number': max(body['number'] for body in left),
           'this_update': min(body['this_update'] for body in left),
           'next_update': min(body['next_update'] for body in left),
-          'entries': [{'kind': kind, 'value': value, 'from': when}
-                      for (kind, value), when in since.items()]}
+          'entries': together(left)} if left else None
+
+
+def together(lists) -> list[dict]:
+  """Returns the entries of all lists, each since the earliest of its times."""
+  since: dict[tuple[str, str], int] = {}
+  for body in lists:
+    for entry in body['entries']:
+      one = entry['kind'], entry['value']
+      since[one] = min(since.get(one, entry['from']), entry['from'])
+  return [{'kind': kind, 'value': value, 'from': when}
+          for (kind, value), when in since.items()]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -256,7 +256,6 @@ def issue_revocations(shop, signer: keys.Signer) -> bytes:
             if any(f'key:{keys.hint(entry["pem"])}' == signer.name
                    and entry['status'] == 'active' and 'revoke' in entry['may']
                    for entry in entries)]
-  whole = revoke.joined([own, *filter(None, theirs)])
-  body = own | {'entries': whole['entries']}
+  body = own | {'entries': revoke.together([own, *filter(None, theirs)])}
   revoke.check(body)
   return signer.document('crl', canonical.dumps(body))

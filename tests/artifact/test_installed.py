@@ -15,11 +15,14 @@ from statejax.artifact import (
   canonical,
   collect,
   desk,
+  envelope,
+  grant,
   installed,
   keys,
   manifest,
   mint,
   names,
+  objects,
   revoke,
   transfer,
   trust,
@@ -148,7 +151,6 @@ def test_the_list_of_every_store_must_be_fresh(
 
 
 def _payload(data):
-  from statejax.artifact import envelope
   return canonical.dumps([entry['value'] for entry in revoke.parse(
       envelope.open_document('crl', data)[0])['entries']])
 
@@ -156,7 +158,7 @@ def _payload(data):
 def test_too_many_stores(make, signer, monkeypatch):  # noqa: F811
   here = make('here')
   monkeypatch.setattr(installed, 'MOST', 2)
-  for i, value in enumerate('ab'):
+  for value in 'ab':
     trust.install_revocations(here, 'acme', listed(signer, 1, value))
   more = listed(signer, 1, 'c')
   assert code_of(trust.install_revocations, here, 'acme', more) == 'E_LIMIT'
@@ -393,15 +395,14 @@ def test_what_is_no_public_key(make, signer, private):  # noqa: F811
   known = trust.load(shop)
   for bad in (private['other'].decode(), pem + private['other'].decode(),
               'garbage', '', pem.replace('M', 'N', 1)):
-    for call in (lambda: keys.normal(bad),
-                 lambda: trust.extended(known, bad, 'acme'),
-                 lambda: trust.retired(known, bad, 'acme'),
-                 lambda: trust_of_root(shop, private, bad)):
+    for call, *args in ((keys.normal, bad),
+                        (trust.extended, known, bad, 'acme'),
+                        (trust.retired, known, bad, 'acme'),
+                        (trust_of_root, shop, private, bad),
+                        (grant.issue, shop, id, ALICE, bad, ['inspect'],
+                         signer)):
       with pytest.raises(ValueError, match='key: '):
-        call()
-    from statejax.artifact import grant
-    with pytest.raises(ValueError, match='key: '):
-      grant.issue(shop, id, ALICE, bad, ['inspect'], signer)
+        call(*args)
   # What an earlier release has taken in stands in the way of nothing.
   legacy = make('legacy')
   (legacy.path / 'trust' / trust.FILE).unlink()
@@ -467,7 +468,6 @@ def test_exports_are_signed_by_a_key_that_may(
   assert shop.catalog.rows()[-1]['code'] == 'E_TRUST'
   transfer.export(shop, id, ALICE, signer, tmp_path / 'x')
   # Where nobody has said whose signatures count, any key does.
-  from statejax.artifact import objects
   free = objects.Store(tmp_path / 'free', shop.secrets,
                        clock=shop.catalog.clock)
   transfer.export(free, add(free, 2), ALICE, other, tmp_path / 'y')
