@@ -124,6 +124,10 @@ def test_what_is_not_newer_in_any_way(make, signer):  # noqa: F811
   assert len(installed.lists(here, 'acme')) == 2
   # An entry counts since the earliest time.
   take(9, 'a', now=1_699_999_000)
+  for times in ((5, 7), (7, 5)):
+    lists = [{'entries': [{'kind': 'org', 'value': 'a', 'from': time}]}
+             for time in times]
+    assert revoke.together(lists)[0]['from'] == 5
   crl = trust.installed_revocations(here, 'acme')
   assert {e['value']: e['from'] for e in crl['entries']} == {
       'a': 1_699_999_000, 'b': 1_700_000_000, 'c': 1_700_000_000}
@@ -189,6 +193,21 @@ def test_exported_twice(make, signer, tmp_path):  # noqa: F811
   source = parent_of(here, last.id).about['provenance']['parents']
   assert [parent['role'] for parent in source] == 2 * ['exported']
   assert source[1]['id'] == other
+
+
+def test_exported_twice_by_an_earlier_release(make, signer):  # noqa: F811
+  """It names only what it was exported from last, which is here."""
+  here, ids = make('here'), ['sj1-' + 'a' * 64]
+  for i in range(2):
+    ids.append(add(here, i, provenance={
+        'root': ids[0], 'depth': i + 1, 'how': 'exported',
+        'parents': [{'id': ids[-1], 'role': 'exported'}]}))
+  body = revoke.extended(None, [('artifact', ids[0])],
+                         now=here.catalog.clock())
+  assert says(here, ids[2]) == ''
+  trust.install_revocations(here, 'acme', signer.document(
+      'crl', canonical.dumps(body)))
+  assert says(here, ids[1]) == says(here, ids[2]) == 'E_REVOKED'
 
 
 def test_exported_very_often():
