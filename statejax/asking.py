@@ -283,6 +283,14 @@ def heads(shop) -> list[dict]:
   return [head.parse(data, pem) for data in found]
 
 
+def unasked(shop) -> dict:
+  """What of a store was not checked, for a line of output; {} for nothing."""
+  from statejax.artifact import collect
+  found = collect.unasked(shop)
+  return {'signatures not checked': found, 'why': 'name the root key with '
+          '--root'} if found else {}
+
+
 def close():
   """Signs the head of the log as a verb leaves it, where there is a key."""
   if is_store() and (_secrets() / 'head.pem').is_file():

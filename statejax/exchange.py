@@ -49,8 +49,6 @@ SINCE = flags.DEFINE_integer(
 ADOPT = flags.DEFINE_bool(
     'adopt', False, 'state fsck: enter what no catalog knows, if it is whole')
 
-_PEM = b'-----BEGIN PUBLIC KEY'
-
 
 def push(key):
   """Copies an artifact to a bucket as it is."""
@@ -72,7 +70,7 @@ def pull(target):
 
 def grant(target):
   """Writes a grant of an artifact, or prints what the file of one says."""
-  from statejax.artifact import grant
+  from statejax.artifact import grant, keys
   shop = asking.shop()
   if asking.elsewhere(target):
     print('\n'.join(grant.describe(shop, asking.read('target', target))))
@@ -83,7 +81,7 @@ def grant(target):
                      'and --file a name or id to write one of.')
   asking.write(file, grant.issue(
       shop, target, asking.principal(),
-      asking.read('--holder', HOLDER.value).decode(), RIGHTS.value,
+      keys.normal(asking.read('--holder', HOLDER.value)), RIGHTS.value,
       asking.signer(), seconds=SECONDS.value, max_uses=MAX_USES.value))
   print(file)
 
@@ -112,7 +110,7 @@ def trust(path):
     raise ValueError('--min_epoch, --classes: they are for state trust rules, '
                      'which needs one of them.')
   data = b'' if rules else asking.read('target', path)
-  org, key = asking.ORG.value, data.startswith(_PEM)
+  org, key = asking.ORG.value, b'-----BEGIN ' in data
   if RETIRE.value and not key:
     raise ValueError('--retire: name the file of the public key.')
   shop = asking.shop(make=True)
@@ -125,6 +123,7 @@ def trust(path):
     print(json.dumps({'crl': found['number'], 'until': found['next_update'],
                       'entries': len(found['entries'])}))
     return
+  pem = keys.normal(data) if key else ''
   root = asking.signer()
   shop.root = shop.root or keys.public(root.private)
   old = trust.load(shop)
@@ -132,12 +131,12 @@ def trust(path):
     body = trust.ruled(old, min_epoch=MIN_EPOCH.value, classes=CLASSES.value)
   else:
     change = trust.retired if RETIRE.value else trust.extended
-    body = change(old, data.decode(), org)
+    body = change(old, pem, org)
   found = trust.install(shop, root.document('trust', body))
   print(json.dumps({'trust': found.number, **(
       {'min_epoch': found.min_epoch, 'classes': list(found.classes),
        'older': older} if rules
-      else {'org': org, 'key': keys.hint(data.decode()),
+      else {'org': org, 'key': keys.hint(pem),
             'status': 'retired' if RETIRE.value else 'active'})}))
 
 
@@ -167,7 +166,7 @@ def revoke(what):
   signer = asking.signer() if asking.SIGNING_KEY.value else None
   by, file = BY.value, pathlib.Path(what)
   if by == 'key' and file.is_file():
-    what = f'key:{keys.hint(file.read_text())}'
+    what = f'key:{keys.hint(keys.normal(file.read_bytes()))}'
   elif by == 'persona' and not what.startswith('hmac:'):
     what = shop.keyed(who.org, 'governance.persona', what)
   elif by == 'epoch' and what.isdecimal():  # else it is refused as a value
@@ -211,4 +210,5 @@ def fsck():
     print(json.dumps({'wrong': text}))
   if wrong:
     raise ValueError(f'{shop.path}: {len(wrong)} faults, e.g. {wrong[0]}')
-  print(json.dumps({'artifacts': len(shop.catalog.objects()), 'wrong': []}))
+  print(json.dumps({'artifacts': len(shop.catalog.objects()), 'wrong': [],
+                    **asking.unasked(shop)}))

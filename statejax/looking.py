@@ -167,7 +167,7 @@ def audit():
       print(json.dumps(row))
   last = shop.catalog.head()
   print(json.dumps({'rows': last.seq, 'head': last.head, 'signed': signed,
-                    'wrong': wrong}))
+                    'wrong': wrong, **asking.unasked(shop)}))
   if wrong:
     raise ValueError(f'{asking.STORE.value}: {len(wrong)} faults, e.g. '
                      f'{wrong[0]}')

@@ -201,6 +201,22 @@ def test_from_store_to_store(state, monkeypatch, tmp_path):
   code, out, _ = state('verify', 'chat', *there, '--workdir=x')
   assert code == 0 and json.loads(out)['load'] == 'resumed(5)'
   assert state('audit', *there)[0] == 0
+  # Without the root key nobody knows whose signatures count: that is no fault.
+  for verb, *argv in (('audit',), ('audit', *there), ('fsck', *org),
+                      ('fsck', *there)):
+    code, out, _ = state(verb, *argv)
+    last = json.loads(out.splitlines()[-1])
+    assert code == 0 and last['wrong'] == []
+    assert last.get('signatures not checked') == (
+        None if '--root=root.pub' in argv else [one])
+  # A private key is nobody's to see, and names nothing.
+  key = ['--signing_key=acme.pem', '--root=root.pub', *org]
+  for argv in (['trust', 'acme.pem', '--signing_key=root.pem', *org],
+               ['revoke', 'acme.pem', '--by=key', *key],
+               ['grant', 'chat', '--holder=root.pem', '--file=g', *key]):
+    code, out, err = state(*argv)
+    assert code == 2 and not out and 'one with a private key' in err, argv
+  assert not (tmp_path / 'g').exists()
 
 
 def test_a_name_is_not_taken_by_mistake(state):

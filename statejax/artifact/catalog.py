@@ -38,6 +38,9 @@ create table if not exists grant_seen (
   id text primary key, uses integer not null);
 create table if not exists crl (number integer primary key, body text not null);
 create table if not exists condemned (name text primary key);
+create table if not exists installed (
+  file text primary key, number integer not null, digest text not null,
+  body text not null);
 create table if not exists audit (
   seq integer primary key, body text not null, hash text not null);
 create table if not exists ledger (
@@ -293,6 +296,21 @@ class Catalog:
           union select child from kin join below on kin.parent = below.id)
         select id from below order by id''', (id,))]
 
+  def ancestors(self, id: str) -> list[str]:
+    """Returns an object's parents and theirs, as far as they are known; of one
+    that is not here its parents' are not.
+    """
+    return [row[0] for row in self._all('''
+        with recursive above(id) as (
+          select parent from kin where child = ?
+          union select parent from kin join above on kin.child = above.id)
+        select id from above order by id''', (id,))]
+
+  def entered(self, id: str) -> int | None:
+    """Returns when an object came, unix seconds; None where it is not here."""
+    row = self._one('select created from art where id = ? and not gone', (id,))
+    return row and row[0]
+
   def ref(self, name: str) -> tuple[str, int] | None:
     """Returns (id, version) of a name, None where it is free."""
     return self._one('select id, version from ref where name = ?', (name,))
@@ -369,6 +387,27 @@ class Catalog:
       self._all('delete from crl')
       self._all('insert into crl values (?, ?)', (
           body['number'], canonical.dumps(body).decode()))
+
+  def install(self, file: str, number: int, digest: str, body: str):
+    """Notes a document that is to be there, in place of an earlier one.
+
+    Args:
+      file: its name.
+      number: its own.
+      digest: of its bytes.
+      body: what it says, which so outlives the file.
+    """
+    self._all('replace into installed values (?, ?, ?, ?)',
+              (file, number, digest, body))
+
+  def installed(self) -> dict[str, tuple[int, str, str]]:
+    """Returns {file: (number, digest, body)} of the documents noted."""
+    return {row[0]: tuple(row[1:]) for row in self._all(
+        'select file, number, digest, body from installed order by file')}
+
+  def uninstall(self, file: str):
+    """Notes that a document need not be there any more."""
+    self._all('delete from installed where file = ?', (file,))
 
   def condemn(self, names):
     """Writes down secrets to be destroyed, before any of them is."""

@@ -152,7 +152,9 @@ def withdraw(shop, key: str, principal: Principal) -> list[tuple[str, str]]:
   found = examine(shop, key, principal, 'revoke')
   entries = [('artifact', found.id)]
   if found.about['governance']['revoke_scope'] == 'descendants':
-    entries += [('artifact', id) for id in shop.catalog.descendants(found.id)]
+    # By name those of here; by what they stem from those of other stores.
+    entries += [('root', found.id), *(
+        ('artifact', id) for id in shop.catalog.descendants(found.id))]
   trust.withdraw(shop, entries, str(principal))
   return entries
 

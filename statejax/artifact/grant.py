@@ -52,8 +52,10 @@ def issue(shop, key: str, owner: Principal, holder: str, rights,
 
   Raises:
     Refused: E_ACL: not the owner.
-    ValueError: longer than a day, or no such right.
+    ValueError: longer than a day, no such right, or the holder's is no public
+      key.
   """
+  holder = keys.normal(holder)
   if not 0 < seconds <= LONGEST:
     raise ValueError(f'seconds: expected 1..{LONGEST}, got {seconds}.')
   found = examine(shop, key, owner, 'revoke')  # which only its owner may
@@ -141,6 +143,13 @@ def read(shop, data: bytes, about: dict, id: str) -> dict:
   pem = trust.require(shop).key(hint, org, 'grant', now)
   keys.check(pem, envelope.media('grant'), payload, signature)
   body = parse(payload)
+  try:
+    fault = keys.normal(body['holder']) != body['holder'] and 'another text'
+  except ValueError as error:
+    fault = str(error)
+  if fault:
+    raise Refused('E_GRANT', 'holder: expected a public key as state keygen '
+                  f'writes it, got {fault}')
   if (body['target'], body['org']) != (id, org):
     raise Refused('E_GRANT', f'expected a grant for {id} of {org}, got one for '
                   f'{body["target"]} of {body["org"]}')

@@ -25,6 +25,26 @@ def public(private: bytes) -> str:
       serialization.PublicFormat.SubjectPublicKeyInfo).decode()
 
 
+def normal(pem: str | bytes) -> str:
+  """Returns a public key from elsewhere as SPKI PEM text, as `public` does.
+
+  Its name is a hash of that text: ends of lines or a remark before it would
+  make it that of a key which nobody has.
+
+  Raises:
+    ValueError: none, or on no known curve, or a private key.
+  """
+  _, serialization, _ = _library()
+  data = pem if isinstance(pem, bytes) else pem.encode()
+  if b'PRIVATE KEY' in data:
+    raise ValueError('key: expected the PEM of a public key, got one with a '
+                     'private key, which is nobody else\'s to see; name the '
+                     'file of the public one, e.g. NAME.pub.')
+  return _public(serialization.load_pem_public_key, data).public_bytes(
+      serialization.Encoding.PEM,
+      serialization.PublicFormat.SubjectPublicKeyInfo).decode()
+
+
 def hint(pem: str) -> str:
   """Returns the name of a public key: hex of H(SPKI PEM)."""
   return hashlib.sha256(pem.encode()).hexdigest()

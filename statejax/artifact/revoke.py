@@ -3,6 +3,7 @@
 A list holds everything revoked so far; a newer one replaces it. Imports no jax.
 """
 
+import dataclasses
 import time
 
 from statejax.artifact import canonical, grammar, manifest
@@ -70,41 +71,108 @@ def extended(old: dict | None, entries, *, now: int, valid: int = 7 * 86400,
   return body
 
 
-def match(crl: dict | None, about: dict, id: str) -> str:
+def covers(new: dict, old: dict) -> bool:
+  """Whether a list revokes all that another one does, and since as early."""
+  since = {(e['kind'], e['value']): e['from'] for e in new['entries']}
+  never = manifest.U.high + 1
+  return all(since.get((e['kind'], e['value']), never) <= e['from']
+             for e in old['entries'])
+
+
+def joined(lists) -> dict | None:
+  """Returns what several lists of an organisation say together.
+
+  Numbers are those of one store: of lists by two stores neither is the newer
+  one. So an entry counts that any of them has, since the earliest time. One
+  that another covers says nothing more. Of the others each must be fresh: what
+  one store has revoked lately another's list does not tell.
+
+  Args:
+    lists: as parsed.
+
+  Returns:
+    A list like any other; None of none.
+  """
+  left: list[dict] = []
+  # Of two that say the same the later one stays.
+  for body in sorted(lists, key=lambda body: (
+      -body['next_update'], -body['number'])):
+    if not any(covers(other, body) for other in left):
+      left = [*(x for x in left if not covers(body, x)), body]
+  return {'number': max(body['number'] for body in left),
+          'this_update': min(body['this_update'] for body in left),
+          'next_update': min(body['next_update'] for body in left),
+          'entries': together(left)} if left else None
+
+
+def together(lists) -> list[dict]:
+  """Returns the entries of all lists, each since the earliest of its times."""
+  since: dict[tuple[str, str], int] = {}
+  for body in lists:
+    for entry in body['entries']:
+      one = entry['kind'], entry['value']
+      since[one] = min(since.get(one, entry['from']), entry['from'])
+  return [{'kind': kind, 'value': value, 'from': when}
+          for (kind, value), when in since.items()]
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+  """What a store knows of an artifact beside its manifest.
+
+  Attributes:
+    same: ids under which it was exported from elsewhere before.
+    above: ids of all from which it stems.
+    seen: unix seconds when the store first had it, 0 where none has: then the
+      manifest's own time counts, which is its producer's word.
+  """
+
+  same: frozenset[str] = frozenset()
+  above: frozenset[str] = frozenset()
+  seen: int = 0
+
+
+ALONE = Known()
+
+
+def match(crl: dict | None, about: dict, id: str, known: Known = ALONE) -> str:
   """Returns what revokes an artifact, '' where nothing does.
 
   Args:
     crl: a list, None for none.
     about: the artifact's manifest.
     id: its name.
+    known: what the store knows besides.
   """
   if crl is None:
     return ''
   source, rules = about['provenance'], about['governance']
   root = id if source['root'] == 'self' else source['root']
-  above = {role: {p['id'] for p in source['parents'] if p['role'] == role}
-           for role in {p['role'] for p in source['parents']}}
+  parents = {role: {p['id'] for p in source['parents'] if p['role'] == role}
+             for role in {p['role'] for p in source['parents']}}
   facts = {
       # What was exported is the same, under another name.
-      'artifact': {id, *above.get('exported', ())},
-      'root': {root, id}.union(*above.values()),
+      'artifact': {id, *parents.get('exported', ()), *known.same},
+      'root': {root, id}.union(known.above, *parents.values()),
       'org': {rules['org']}, 'params': {about['model']['params']},
       'persona': {rules['persona']}, 'workflow': {rules['workflow']},
       'key': {source['producer']}}
+  made = max(about['created'], known.seen)
   for entry in crl['entries']:
     kind, value = entry['kind'], entry['value']
     if kind == 'epoch':
       hit = about['policy']['epoch'] < int(value)
     else:
       hit = value in facts[kind]
-    # A key is bad from some time on; what it made before stays good.
-    if hit and (kind != 'key' or about['created'] >= entry['from']):
+    # A key is bad from some time on; what was there before stays good. Whoever
+    # has stolen it can write an earlier time into a manifest.
+    if hit and (kind != 'key' or made >= entry['from']):
       return f'{kind} {value}'
   return ''
 
 
 def require(crl: dict | None, about: dict, id: str, *, foreign: bool,
-            now: int | None = None) -> tuple[str, ...]:
+            now: int | None = None, known: Known = ALONE) -> tuple[str, ...]:
   """V6: raises where an artifact is revoked; returns warnings.
 
   Args:
@@ -113,11 +181,12 @@ def require(crl: dict | None, about: dict, id: str, *, foreign: bool,
     id: its name.
     foreign: whether it comes from another store: then an old list is refused.
     now: unix seconds; None is the clock.
+    known: see `match`.
 
   Raises:
     Refused: E_REVOKED, E_CRL_STALE.
   """
-  why = match(crl, about, id)
+  why = match(crl, about, id, known)
   if why:
     raise Refused('E_REVOKED', f'the revocation list names {why}')
   now = int(time.time()) if now is None else now

@@ -43,12 +43,15 @@ def export(shop, key: str, principal: Principal, signer: keys.Signer,
       in it, see `bucket`.
 
   Raises:
-    Refused: not allowed, or not whole.
+    Refused: not allowed, or not whole; E_TRUST: the trust document of the store
+      does not let the signer vouch for it, so that nobody would take it in.
   """
   if not bucket.is_url(path) and pathlib.Path(path).exists():
     raise ValueError(f'{path}: exists already, and nothing is overwritten; '
                      'choose another name.')
   found = desk.examine(shop, key, principal, 'export')
+  with shop.catalog.refusals(str(principal), 'export', found.id):
+    _may_sign(shop, signer, found.about['governance']['org'], 'mint')
   source = found.about['provenance']
   about = found.about | {
       'created': shop.catalog.clock(), 'nonce': token_hex(16),
@@ -56,7 +59,7 @@ def export(shop, key: str, principal: Principal, signer: keys.Signer,
       'state': found.about['state'] | {'transcript': 'none'},
       'provenance': {
           'root': found.id if source['root'] == 'self' else source['root'],
-          'parents': [{'id': found.id, 'role': 'exported'}],
+          'parents': _exported(found),
           'depth': source['depth'] + 1, 'producer': signer.name,
           'how': 'exported'}}
   wrapped, about['seal'] = sealing.new_key(
@@ -209,10 +212,50 @@ def _shown(shop, about, id, principal, data, private):
   return principal
 
 
+def _exported(found):
+  """Parents of what is exported: it, and what it was itself exported from.
+
+  All of them are the same by other names, by any of which it can be revoked.
+  Of more than a manifest can name the first one stays, its owner's.
+  """
+  parents = [{'id': found.id, 'role': 'exported'}, *(
+      parent for parent in found.about['provenance']['parents']
+      if parent['role'] == 'exported')]
+  return parents[:7] + parents[7:][-1:]
+
+
+def _may_sign(shop, signer, org, role):
+  """Raises E_TRUST where the store's trust document does not let a key do it.
+  """
+  known = trust.believed(shop)
+  if known is not None:
+    known.key(signer.name.removeprefix('key:'), org, role, shop.catalog.clock())
+
+
 def issue_revocations(shop, signer: keys.Signer) -> bytes:
-  """Returns the store's revocation list as a signed document for others."""
-  now = shop.catalog.clock()
+  """Returns the store's revocation list as a signed document for others.
+
+  It also has what other stores of the signer's organisations have revoked, as
+  far as their lists are installed here: so it can take the place of the list of
+  a store that is there no more.
+
+  Args:
+    shop: `objects.Store`.
+    signer: a key that may revoke.
+
+  Raises:
+    Refused: E_TRUST: a list that was installed here is not there as it was.
+    ValueError: more entries than a list has room for.
+  """
+  now, known = shop.catalog.clock(), trust.believed(shop)
   with shop.catalog.transaction():
-    body = revoke.extended(shop.catalog.revocations(), (), now=now)
-    shop.catalog.keep_revocations(body)
+    own = revoke.extended(shop.catalog.revocations(), (), now=now)
+    shop.catalog.keep_revocations(own)
+  theirs = [trust.installed_revocations(shop, org)
+            for org, entries in (known.orgs if known else {}).items()
+            if any(f'key:{keys.hint(entry["pem"])}' == signer.name
+                   and entry['status'] == 'active' and 'revoke' in entry['may']
+                   for entry in entries)]
+  body = own | {'entries': revoke.together([own, *filter(None, theirs)])}
+  revoke.check(body)
   return signer.document('crl', canonical.dumps(body))

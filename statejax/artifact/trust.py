@@ -6,12 +6,11 @@ replaces an older one and never the other way round. Needs the extra [sign].
 """
 
 import dataclasses
-import pathlib
 
 from statejax.artifact import (
   canonical,
-  commit,
   envelope,
+  installed,
   keys,
   layout,
   manifest,
@@ -32,7 +31,7 @@ GRAMMAR = Record({
         'pem': PEM, 'status': OneOf(('active', 'retired')),
         'not_before': Int(), 'not_after': Int(),
         'may': Items(OneOf(ROLES), 3)}), 64), 1024)})
-FILE, CRL = 'trust.dsse.json', 'crl.dsse.json'
+FILE = installed.TRUST
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +87,10 @@ def parse(data: bytes, root: str) -> Trust:
     raise Refused('E_SIG', f'trust: expected a signature of the pinned key '
                   f'{keys.hint(root)[:16]}, got one of {hint[:16]}')
   keys.check(root, envelope.media('trust'), payload, signature)
-  value = parse_body(payload)
+  return _of(parse_body(payload))
+
+
+def _of(value):
   return Trust(value['number'], value['min_epoch'], tuple(value['classes']),
                value['orgs'])
 
@@ -120,9 +122,12 @@ def extended(old: Trust | None, pem: str, org: str, *, may=ROLES, not_before=0,
     org: whose it is.
     may: of `ROLES`.
     not_before, not_after: unix seconds.
+
+  Raises:
+    ValueError: it is no public key.
   """
   return _with_key(old or FIRST, org, {
-      'pem': pem, 'status': 'active', 'not_before': not_before,
+      'pem': keys.normal(pem), 'status': 'active', 'not_before': not_before,
       'not_after': not_after, 'may': list(may)})
 
 
@@ -138,9 +143,9 @@ def retired(old: Trust | None, pem: str, org: str) -> bytes:
     org: whose it is.
 
   Raises:
-    ValueError: there is no such key.
+    ValueError: there is no such key, or it is no public key.
   """
-  old = old or FIRST
+  old, pem = old or FIRST, keys.normal(pem)
   for entry in old.orgs.get(org, ()):
     if entry['pem'] == pem:
       return _with_key(old, org, entry | {'status': 'retired'})
@@ -186,59 +191,128 @@ def install(shop, data: bytes) -> Trust:
   """Keeps a trust document in a store; returns it.
 
   Raises:
-    Refused: E_SIG, E_TRUST; also where its number is not above the present one.
+    Refused: E_SIG, E_TRUST; also where its number is not above the present one,
+      or what it names is no public key.
   """
-  new, old = parse(data, _root(shop)), load(shop)
-  if old is not None and new.number <= old.number:
-    raise Refused('E_TRUST', f'trust: expected a number above {old.number}, '
+  new, note = parse(data, _root(shop)), shop.catalog.installed().get(FILE)
+  present = installed.found(shop.path / 'trust' / FILE)
+  try:
+    old = load(shop) or FIRST
+    last = old.number
+  except Refused:
+    if note is None or not installed.fault(FILE, note, present):
+      raise
+    # It was put back, or lost: the one that was noted may come again.
+    old = _of(parse_body(note[2].encode()))
+    last = old.number - (names.sha256(data) == note[1])
+  if new.number <= last:
+    raise Refused('E_TRUST', f'trust: expected a number above {last}, '
                   f'got {new.number}')
-  _replace(shop.path / 'trust' / FILE, data)
+  had = {entry['pem'] for entries in old.orgs.values() for entry in entries}
+  for org, entries in new.orgs.items():
+    for entry in entries:
+      if entry['pem'] not in had:  # by an earlier release, which took any
+        _check_key(org, entry['pem'])
+  installed.keep(shop, FILE, 'trust', new.number, data)
   return new
 
 
+def _check_key(org, pem):
+  try:
+    if keys.normal(pem) == pem:
+      return
+    fault = 'expected a public key as state keygen writes it, got another text'
+  except ValueError as error:
+    fault = str(error)
+  raise Refused('E_TRUST', f'trust: a key of {org or "no organisation"}: '
+                f'{fault}')
+
+
 def load(shop) -> Trust | None:
-  """Returns the trust that is kept in a store; None where there is none."""
-  path = shop.path / 'trust' / FILE
-  return parse(path.read_bytes(), _root(shop)) if path.exists() else None
+  """Returns the trust that is kept in a store; None where there is none.
+
+  Raises:
+    Refused: E_SIG; E_TRUST: no root key is pinned, or it is not the document
+      that was installed last.
+  """
+  data, note = _present(shop)
+  if data is None:
+    return None
+  known = parse(data, _root(shop))
+  if note is not None and known.number <= note[0]:
+    # Not so where a kill has left a newer one unnoted.
+    if wrong := installed.fault(FILE, note, data):
+      raise Refused('E_TRUST', wrong)
+  return known
+
+
+def believed(shop) -> Trust | None:
+  """Returns the trust that `install` has verified; None where there is none.
+
+  For what is the store's own no root key need be pinned again.
+
+  Raises:
+    Refused: E_TRUST: it is not the document that was installed last.
+  """
+  data, note = _present(shop)
+  if data is None:
+    return None
+  known = _of(parse_body(envelope.open_document('trust', data)[0]))
+  if note is None or not (wrong := installed.fault(FILE, note, data)):
+    return known
+  if known.number > note[0]:  # as above; nobody has verified it here
+    return _of(parse_body(note[2].encode()))
+  raise Refused('E_TRUST', wrong)
+
+
+def _present(shop):
+  """The document that is there, and what was noted; None for neither."""
+  note = shop.catalog.installed().get(FILE)
+  data = installed.found(shop.path / 'trust' / FILE)
+  if data is None and note is not None:
+    raise Refused('E_TRUST', installed.fault(FILE, note, None))
+  return data, note
 
 
 def oldest_epoch(shop) -> int:
-  """Returns the oldest epoch that is trusted, 0 where nothing says.
-
-  By the document that `install` has verified: for what is the store's own no
-  root key need be pinned again.
-  """
-  data = _found(shop.path / 'trust' / FILE)
-  return 0 if data is None else parse_body(
-      envelope.open_document('trust', data)[0])['min_epoch']
+  """Returns the oldest epoch that is trusted, 0 where nothing says."""
+  known = believed(shop)
+  return 0 if known is None else known.min_epoch
 
 
 def _root(shop):
   if not shop.root:
     raise Refused('E_TRUST', 'expected a pinned root key, got none; open the '
                   'store with the public key of whoever decides on trust')
-  return shop.root
+  try:
+    return keys.normal(shop.root)
+  except ValueError as error:
+    raise Refused('E_TRUST', f'root: {error}') from None
 
 
 def install_revocations(shop, org: str, data: bytes) -> dict:
   """Keeps an organisation's signed revocation list; returns it.
 
+  An organisation may have several stores, and a list of each comes here. Their
+  numbers are each store's own, so that none tells which list is newer: an entry
+  counts that any of them has. A list takes the place of those all of whose
+  entries it has, as a store's next one does; others stay beside it, and all of
+  them must be fresh for what comes from elsewhere, see `revoke.joined`. One
+  that has no entry of its own is refused where it is not newer in any way.
+
   Destroys the keys of what it names; see `shred`.
 
   Raises:
-    Refused: E_SIG, E_TRUST; also where its number is below the present one.
+    Refused: E_SIG, E_TRUST, E_LIMIT.
   """
   known = require(shop)
   new = signed_revocations(known, org, data, now=shop.catalog.clock())
-  old = _kept(shop, org)
-  if old is not None and new['number'] < old['number']:
-    raise Refused('E_TRUST', f'crl: expected a number of at least '
-                  f'{old["number"]}, got {new["number"]}')
+  installed.check_newer(shop, org, new, data)
   # Written down first: a kill that leaves the old list loses no key that this
   # one, which is signed, would let live.
   shred.condemn(shop, lambda id, about: about['governance']['org'] == org and (
-      revoke.match(new, about, id)))
-  _replace(_crl_path(shop, org), data)
+      revoke.match(new, about, id, _known(shop, id, about))))
+  installed.add(shop, org, new, data)
   shop.shred()
   return new
 
@@ -263,7 +337,8 @@ def withdraw(shop, entries, principal: str, *, since: int | None = None):
     shop.catalog.keep_revocations(new)
     for kind, value in entries:
       shop.catalog.audit(principal, 'revoked', value, kind)
-    shred.condemn(shop, lambda id, about: revoke.match(new, about, id))
+    shred.condemn(shop, lambda id, about: revoke.match(
+        new, about, id, _known(shop, id, about)))
   try:
     shop.shred()
   except Refused as error:
@@ -280,27 +355,72 @@ def destroy_revoked(shop):
 
 def revoked(shop, id: str, about: dict) -> str:
   """Returns what revokes an artifact here by any list, '' where nothing does.
+
+  Also what revokes all from which it stems, as far as its manifest or those of
+  what is or was here tell.
   """
-  return revoke.match(shop.catalog.revocations(), about, id) or revoke.match(
-      _kept(shop, about['governance']['org']), about, id)
+  known = _known(shop, id, about)
+  theirs = installed_revocations(shop, about['governance']['org'])
+  return revoke.match(shop.catalog.revocations(), about, id, known) or (
+      revoke.match(theirs, about, id, known))
+
+
+def refuse_revoked(shop, id: str, about: dict):
+  """Raises E_REVOKED where an artifact is revoked here by any list."""
+  if why := revoked(shop, id, about):
+    raise Refused('E_REVOKED', f'the revocation list names {why}')
+
+
+def _known(shop, id, about):
+  """What the store knows of an artifact, which need not be here."""
+  source = about['provenance']
+  above = {parent['id'] for parent in source['parents']} | (
+      {source['root']} - {'self'})
+  for one in (id, *above):
+    above |= {*shop.catalog.ancestors(one)}
+  return revoke.Known(_same(shop, about), frozenset(above), _seen(shop, id))
+
+
+def _same(shop, about):
+  """What it was exported from, and what that was, as far as it is here."""
+  same: set[str] = set()
+  edge = [about]
+  while edge:
+    fresh = {parent['id'] for one in edge
+             for parent in one['provenance']['parents']
+             if parent['role'] == 'exported'} - same
+    same |= fresh
+    edge = []
+    for id in fresh:
+      try:
+        edge.append(manifest.parse(layout.read(shop.place(id), manifest.NAME)))
+      except (Refused, OSError):
+        continue  # it is not here; its child names it all the same
+  return frozenset(same)
+
+
+def _seen(shop, id):
+  """When the store first had an artifact; now where it has not."""
+  came = shop.catalog.entered(id)
+  return shop.catalog.clock() if came is None else came
 
 
 def revocations(shop, known: Trust, org: str) -> dict | None:
-  """Returns the signed list kept of an organisation, None for none."""
-  path = _crl_path(shop, org)
-  return signed_revocations(known, org, path.read_bytes(), now=shop.catalog
-                            .clock()) if path.exists() else None
+  """Returns what the signed lists kept of an organisation say together, None
+  for none.
+
+  Raises:
+    Refused: E_SIG, E_TRUST: of one of them.
+  """
+  now = shop.catalog.clock()
+  return revoke.joined([signed_revocations(known, org, data, now=now)
+                        for data in installed.lists(shop, org).values()])
 
 
-def _kept(shop, org):
-  """The same, as it was when it was installed: its key may have ended since."""
-  data = _found(_crl_path(shop, org))
-  return None if data is None else revoke.parse(
-      envelope.open_document('crl', data)[0])
-
-
-def _crl_path(shop, org):
-  return shop.path / 'trust' / f'{names.sha256(org.encode())[7:23]}-{CRL}'
+def installed_revocations(shop, org: str) -> dict | None:
+  """The same, as they were when installed: their keys may have ended since."""
+  return revoke.joined([revoke.parse(envelope.open_document('crl', data)[0])
+                        for data in installed.lists(shop, org).values()])
 
 
 def require(shop) -> Trust:
@@ -340,13 +460,26 @@ def vouch(shop, folder, found: layout.Walk, data: bytes, about: dict) -> str:
   """
   if found.voucher == layout.MAC:
     return verify.vouch(folder, found, data, shop.secret)
-  return signed(require(shop), folder, data, about)
+  return signed(require(shop), folder, data, about,
+                _seen(shop, manifest.artifact_id(data)))
 
 
-def signed(known: Trust, folder, data: bytes, about: dict) -> str:
-  """As `vouch`, of a signed artifact, by a trust document at hand."""
+def signed(known: Trust, folder, data: bytes, about: dict,
+           seen: int = 0) -> str:
+  """As `vouch`, of a signed artifact, by a trust document at hand.
+
+  When it was made is its producer's word, also of one whose key was stolen: so
+  the key must be valid as well when the store first had it.
+
+  Args:
+    known: the trust document.
+    folder, data, about: see `vouch`.
+    seen: unix seconds when the store first had it, 0 where there is none.
+  """
   payload, signature, hint = verify.bundle(folder, data, about)
-  pem = known.key(hint, about['governance']['org'], 'mint', about['created'])
+  org = about['governance']['org']
+  pem = known.key(hint, org, 'mint', about['created'])
+  known.key(hint, org, 'mint', max(seen, about['created']))
   keys.check(pem, envelope.STATEMENT, payload, signature)
   if about['provenance']['producer'] != f'key:{hint}':
     raise Refused('E_TRUST', f'provenance.producer: expected key:{hint}, got '
@@ -375,29 +508,13 @@ def valid(shop, id: str, about: dict, vouched: str) -> tuple[str, ...]:
   if about['policy']['epoch'] < oldest:
     raise Refused('E_EPOCH', f'policy.epoch: expected at least {oldest}, got '
                   f'{about["policy"]["epoch"]}')
+  known = _known(shop, id, about)
   warnings = revoke.require(shop.catalog.revocations(), about, id,
-                            foreign=False, now=now)
-  crl = _kept(shop, org) if own else revocations(shop, require(shop), org)
+                            foreign=False, now=now, known=known)
+  crl = installed_revocations(shop, org) if own else revocations(
+      shop, require(shop), org)
   if crl is None and not own:
     raise Refused('E_CRL_STALE', f'expected a signed revocation list of '
                   f'{org or "no organisation"}, got none')
   return tuple(dict.fromkeys(warnings + revoke.require(
-      crl, about, id, foreign=not own, now=now)))
-
-
-def _found(path: pathlib.Path) -> bytes | None:
-  """A file's content, None for no such file; what cannot be read is no such
-  answer.
-  """
-  try:
-    return path.read_bytes()
-  except FileNotFoundError:
-    return None
-
-
-def _replace(path: pathlib.Path, data: bytes):
-  new = path.with_suffix('.new')
-  new.write_bytes(data)
-  commit.sync(new)
-  new.replace(path)
-  commit.sync(path.parent)
+      crl, about, id, foreign=not own, now=now, known=known)))

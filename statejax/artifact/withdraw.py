@@ -1,7 +1,7 @@
 """Revoking by more than one artifact's name. Imports no jax.
 
     by             revokes
-    artifact       it, and what stems from it here if its scope says so
+    artifact       it, and all that stems from it if its scope says so
     descendants    it and all that stems from it here
     family         its root and all that stems from that, also what will come
     key, org, params, persona, workflow, epoch
@@ -130,8 +130,16 @@ def _own(shop, by, value, principal):
 
 
 def _signed(shop, by, value, principal, signer):
-  trust.require(shop).key(signer.name.removeprefix('key:'), principal.org,
-                          'revoke', shop.catalog.clock())
+  known = trust.require(shop)
+  known.key(signer.name.removeprefix('key:'), principal.org, 'revoke',
+            shop.catalog.clock())
+  if by == 'key' and value.removeprefix('key:') not in {
+      keys.hint(entry['pem']) for entry in known.orgs.get(principal.org, ())}:
+    # Else a mistake in it would look as if the key could do nothing any more.
+    raise Refused('E_TRUST', f'{value[:20]}: expected a key that the trust '
+                  f'document names for {principal.org or "no organisation"}, '
+                  'also one that is retired, got none; name the file of the '
+                  'public key')
   found = hits(shop, by, value)
   others = {about['governance']['org'] for about in found.values()} | (
       {value} if by == 'org' else set())
@@ -143,10 +151,14 @@ def _signed(shop, by, value, principal, signer):
 
 
 def _closure(shop, found):
-  """What stems from those whose scope is wide, and no entry names yet."""
+  """What stems from those whose scope is wide, and no entry names yet.
+
+  Here by name, and in other stores by what it stems from.
+  """
   wide = [id for id, about in found.items()
           if about['governance']['revoke_scope'] == 'descendants']
-  return [(kind, id) for kind, id in _below(shop, wide) if id not in found]
+  return [('root', id) for id in wide] + [
+      (kind, id) for kind, id in _below(shop, wide) if id not in found]
 
 
 def _below(shop, ids):

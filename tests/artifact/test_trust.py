@@ -325,7 +325,7 @@ def test_what_is_not_taken(file, other, place, private, tmp_path, shop, kept):
   assert other.catalog.objects() == {}
   assert not list((other.path / 'tmp').iterdir())
   assert [row['code'] for row in other.catalog.rows()] == [
-      'E_ACL', 'E_SCHEMA', 'E_UNSIGNED']
+      '', '', 'E_ACL', 'E_SCHEMA', 'E_UNSIGNED']  # first its trust and its list
 
 
 def test_what_may_not_leave(shop, signer, tmp_path):

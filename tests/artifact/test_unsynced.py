@@ -12,7 +12,15 @@ import bare
 import crash
 import pytest
 
-from statejax.artifact import catalog, collect, commit, objects, revoke, trust
+from statejax.artifact import (
+  catalog,
+  collect,
+  commit,
+  installed,
+  objects,
+  revoke,
+  trust,
+)
 from statejax.artifact.outcome import Refused
 
 
@@ -59,10 +67,10 @@ def life(recorder, elsewhere):
   shop.catalog.keep_revocations(revoke.extended(None, [('org', 'x')],
                                                 now=clock.now))
   say(('revoked', 'org'))
-  trust._replace(shop.path / 'trust' / trust.FILE, b'one')
+  installed.replace(shop.path / 'trust' / trust.FILE, b'one')
   say(('trust', b'one'))
   say(('trust', b'two'))  # from here on it may be either
-  trust._replace(shop.path / 'trust' / trust.FILE, b'two')
+  installed.replace(shop.path / 'trust' / trust.FILE, b'two')
   say(('secret', 'data-0', 'any'))  # while it is being destroyed
   shop.secrets.destroy('data-0')
   say(('secret', 'data-0', 'is not'))
