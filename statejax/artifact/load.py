@@ -90,8 +90,9 @@ def load(shop, key: str, principal: Principal, host: identity.Host,
     mesh: onto whose devices the state is restored, of `sharding.make_mesh`; see
       `sharding.row_shardings`. None is the first device. If it is not that of
       the host's program, the promise is `tolerance` at most.
-    charged: whether the accounts count what it saved, and a grant its use; not where the load is
-      only to see whether it would, which stands as such in the log.
+    charged: whether the accounts count what it saved, and a grant its use; not
+      where the load is only to see whether it would, which stands as such in
+      the log.
 
   Returns:
     `Loaded`. Never raises what an artifact can cause: that is the decision.
