@@ -13,6 +13,9 @@ again. Medians of interleaved rounds; random weights. On a busy machine look at
 the ratios. What was measured is kept: a run that was stopped goes on there.
 Five minutes on one core that is free.
 
+Obtained on two cores: all but the claims about 64 MiB beside a loop, see the
+results.
+
 Expected: a restore takes at most twice what Orbax alone does; a mint keeps the
 loop 10 ms in 99 of 100 cases at most; from 1,024 tokens on a restore is the
 faster way, the more so the longer.
