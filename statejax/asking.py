@@ -428,3 +428,17 @@ def say(kept, mark=''):
   print(json.dumps({'id': kept.id, 'ref': kept.ref, 'conflict': kept.conflict,
                     'seq': kept.receipt.seq, 'head': kept.receipt.head,
                     **marked}), file=sys.stderr)
+
+
+def told(decision):
+  """Prints how a load has ended.
+
+  Raises:
+    Refused: it was refused.
+  """
+  from statejax.artifact.outcome import Refused
+  print(f'{decision} promise={decision.promise} '
+        f'{" ".join(decision.warnings)} {decision.detail}'.rstrip(),
+        file=sys.stderr)
+  if decision.outcome == 'refused':
+    raise Refused(decision.code, decision.detail)

@@ -21,7 +21,6 @@ Loads jax only where a model runs.
 import dataclasses
 import json
 import pathlib
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -297,7 +296,6 @@ def _artifact(key, charged):
   """
   from statejax.artifact import access, load, verify
   from statejax.artifact import mint as minting
-  from statejax.artifact.outcome import Refused
   shop = asking.shop()
   if asking.elsewhere(key):
     folder, key = key, verify.head(key)[3]
@@ -310,12 +308,7 @@ def _artifact(key, charged):
   room = asking.room(asking.length(shop, key, who))
   found = load.load(shop, who.granted_for or key, who,
                     asking.host(model, digest, room), charged=charged)
-  decision = found.decision
-  print(f'{decision} promise={decision.promise} '
-        f'{" ".join(decision.warnings)} {decision.detail}'.rstrip(),
-        file=sys.stderr)
-  if decision.outcome == 'refused':
-    raise Refused(decision.code, decision.detail)
+  asking.told(found.decision)
   def keep(state, edited):
     # Without the transcript: what absorbs it again would undo the edit.
     asking.say(minting.mint(

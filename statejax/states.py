@@ -268,7 +268,6 @@ def resume(key):
 
   from statejax.artifact import access, load
   from statejax.artifact import mint as minting
-  from statejax.artifact.outcome import Refused
   from statejax.meter import Meter
   shop, steps = asking.shop(), _steps()
   asking.current(shop)
@@ -281,11 +280,7 @@ def resume(key):
       asking.length(shop, key, who) + steps))
   found = load.load(shop, who.granted_for or key, who, host, asking.ask())
   decision = found.decision
-  print(f'{decision} promise={decision.promise} '
-        f'{" ".join(decision.warnings)} {decision.detail}'.rstrip(),
-        file=sys.stderr)
-  if decision.outcome == 'refused':
-    raise Refused(decision.code, decision.detail)
+  asking.told(decision)
   if ref is None and REF.value is None:
     print(f'{key}: has no name, and what comes of it gets none without --ref: '
           'the next gc may delete it', file=sys.stderr)
