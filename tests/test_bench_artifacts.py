@@ -49,18 +49,17 @@ def ends(bench, capsys):
   return end.value.code, [r['claim'] for r in facts['rows'] if not r['ok']]
 
 
-def invent(bench, monkeypatch, p99=9.9, more=9.9):
-  """Times, all within the limits, which a mint may exceed at 64 MiB."""
+def invent(bench, monkeypatch, p99=9.9, p50=2.):
+  """Times, all within the limits, which a mint may exceed at 32 MiB."""
   asked = []
   def restored(mib, rounds):
     asked.append(('restore', mib))
     return {'bytes': mib << 20, 'verified': 2., 'orbax': 1., 'numpy': 1.}
   def looped(mib, starts):
     asked.append(('loop', mib, starts))
-    large = mib == 64
-    return {'alone': [1., 5., 200],
-            'beside': [1., 5. + (more if large else 0), 200],
-            'start': [1., p99 if large else 0.5, starts]}
+    return {'alone': [1., 5., 200], 'beside': [1., 5., 200],
+            'start': [p50, p99 if mib <= 32 else 99., starts],
+            'copy': [1., 2., starts]}
   def ways(name, length, rounds):
     asked.append((name, length))
     return {'restore': 10., 'prefill': length / 64}
@@ -78,11 +77,13 @@ def test_what_was_measured_is_kept(bench, monkeypatch, capsys):
   assert ends(bench, capsys) == (0, []) and len(asked) == count
   bench.OUT.value += '.other'
   invent(bench, monkeypatch, p99=10.1)
-  assert ends(bench, capsys) == (1, ['64 MiB: a mint keeps the loop, p99'])
+  assert ends(bench, capsys) == (1, [
+      f'{mib} MiB: a mint keeps the loop, p99' for mib in (8, 32)])
   bench.OUT.value += '.another'
-  invent(bench, monkeypatch, more=10.1)
-  assert ends(bench, capsys) == (
-      1, ['64 MiB: p99 of a step beside mints, more'])
+  invent(bench, monkeypatch, p50=2.1)
+  assert ends(bench, capsys) == (1, [
+      f'{mib} MiB: that, over a bare copy of what is live, p50'
+      for mib in (32, 64)])
 
 
 def test_percentiles_are_of_what_the_loop_saw(bench, monkeypatch):
@@ -98,14 +99,16 @@ def test_percentiles_are_of_what_the_loop_saw(bench, monkeypatch):
   def loop(model, params, state, steps, minter=None):
     loops.append((steps, minter))
     if len(loops) == 1:
-      return [1e9] * steps, [1e9]
+      return [1e9] * steps, [1e9], [1e9]
     if minter is None:
-      return [1.] * steps, []
+      return [1.] * steps, [], []
     # One step in fifty is slow, and one start in ten.
-    return [30., *[2.] * 49] * (steps // 50), [20., *[3.] * 9]
+    return ([30., *[2.] * 49] * (steps // 50), [20., *[3.] * 9],
+            [4., *[5.] * 9])
   monkeypatch.setattr(bench, 'loop', loop)
   assert bench.looped(8, 25) == {
-      'alone': [1., 1., 300], 'beside': [2., 30., 300], 'start': [3., 20., 30]}
+      'alone': [1., 1., 300], 'beside': [2., 30., 300], 'start': [3., 20., 30],
+      'copy': [5., 5., 30]}
   assert loops == [(2, 'minter'), *[(100, None), (100, 'minter')] * 3]
 
 

@@ -49,6 +49,7 @@ class Minter:
       state: one as those that will be minted: its layers and capacity. Stays
         usable.
       most: mints that may be under way; each has memory of its own, a row's.
+        A copy taken beside a mint takes longer: on two cores almost twice.
 
     Raises:
       ValueError: most < 1.
