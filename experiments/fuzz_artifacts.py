@@ -134,8 +134,8 @@ def sources() -> str:
   root = pathlib.Path(targets.canonical.__file__).parent
   return record.digest({path.name: path.read_text() for path in sorted(
       root.glob('*.py')) if path.stem in (
-          'canonical', 'envelope', 'grammar', 'grant', 'keys', 'manifest',
-          'names', 'portable', 'revoke', 'sealing', 'tree', 'trust',
+          'canonical', 'envelope', 'grammar', 'grant', 'head', 'keys',
+          'manifest', 'names', 'portable', 'revoke', 'sealing', 'tree', 'trust',
           'verify')})
 
 

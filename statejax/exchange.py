@@ -104,7 +104,7 @@ def trust(path):
       trust document that the root has signed; 'rules' for what --min_epoch and
       --classes say.
   """
-  from statejax.artifact import envelope, keys, trust
+  from statejax.artifact import envelope, keys, revoked, trust
   rules = path == 'rules'
   if rules != any(x.value is not None for x in (MIN_EPOCH, CLASSES)):
     raise ValueError('--min_epoch, --classes: they are for state trust rules, '
@@ -119,7 +119,7 @@ def trust(path):
     if envelope.kind_of(data) == 'trust':
       print(json.dumps({'trust': trust.install(shop, data).number}))
       return
-    found = trust.install_revocations(shop, org, data)
+    found = revoked.install(shop, org, data)
     print(json.dumps({'crl': found['number'], 'until': found['next_update'],
                       'entries': len(found['entries'])}))
     return
@@ -196,10 +196,10 @@ def fsck():
 
   And ends what a kill has left of a revocation.
   """
-  from statejax.artifact import collect, trust
+  from statejax.artifact import collect, revoked
   from statejax.artifact.outcome import Refused
   shop, who = asking.shop(), asking.principal()
-  trust.destroy_revoked(shop)
+  revoked.destroy(shop)
   for id in collect.orphans(shop) if ADOPT.value else ():
     try:
       print(json.dumps({'adopted': collect.adopt(shop, id, str(who))}))

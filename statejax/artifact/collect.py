@@ -12,6 +12,7 @@ from statejax.artifact import (
   commit,
   installed,
   layout,
+  revoked,
   sealing,
   shred,
   trust,
@@ -81,7 +82,7 @@ def collect(shop, *, grace: int = 3600, generations: int = 1,
                                                      grace)]
   _finish(shop)
   shred.sweep(shop)
-  trust.destroy_revoked(shop)
+  revoked.destroy(shop)
   return Collected(tuple(gone), tuple(lost), tuple(leftovers))
 
 

@@ -12,6 +12,7 @@ from statejax.artifact import (
   collect,
   layout,
   manifest,
+  revoked,
   sealing,
   trust,
   verify,
@@ -44,11 +45,11 @@ def examine(shop, key: str, principal: Principal,
     with said(), shop.catalog.lease(id, token_hex(8)):
       found, data, about, _ = verify.head(place, name=id)
       vouched = trust.vouch(shop, place, found, data, about)
-      hit = trust.revoked(shop, id, about)
+      hit = revoked.why(shop, id, about)
       allowed = access.require(about, principal, right, revoked=bool(hit),
                                now=shop.catalog.clock())
       if right in access.USES:  # what somebody else has revoked counts too
-        trust.valid(shop, id, about, vouched)
+        revoked.valid(shop, id, about, vouched)
       if right in access.GRANTABLE:  # to end one it need not be whole
         layout.check(place, found, about)
       # The key of what is sealed and revoked is destroyed.
@@ -128,7 +129,8 @@ def obstacle(shop, folder, principal: Principal,
   """
   try:
     found, data, about, id = verify.head(folder)
-    trust.valid(shop, id, about, trust.vouch(shop, folder, found, data, about))
+    vouched = trust.vouch(shop, folder, found, data, about)
+    revoked.valid(shop, id, about, vouched)
     access.require(about, principal, right, now=shop.catalog.clock())
     if about['sealed'] != 'none':
       sealing.data_key(shop, id, about)
@@ -155,7 +157,7 @@ def withdraw(shop, key: str, principal: Principal) -> list[tuple[str, str]]:
     # By name those of here; by what they stem from those of other stores.
     entries += [('root', found.id), *(
         ('artifact', id) for id in shop.catalog.descendants(found.id))]
-  trust.withdraw(shop, entries, str(principal))
+  revoked.withdraw(shop, entries, str(principal))
   return entries
 
 

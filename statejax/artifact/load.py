@@ -29,6 +29,7 @@ from statejax.artifact import (
   manifest,
   mint,
   names,
+  revoked,
   sealing,
   standing,
   store,
@@ -156,7 +157,7 @@ def _load(shop, id, principal, host, ask, capacity, mesh):
   found, data, about, _ = verify.head(folder, name=id, max_bytes=ask.max_bytes)
   vouched = trust.vouch(shop, folder, found, data, about)
   # V5 to V7.
-  warnings = trust.valid(shop, id, about, vouched)
+  warnings = revoked.valid(shop, id, about, vouched)
   access.require(about, principal, ask.right, now=shop.catalog.clock())
   # V8.
   here = host.groups(identity.Carried.by(about))

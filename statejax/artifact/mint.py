@@ -24,10 +24,10 @@ from statejax.artifact import (
   identity,
   manifest,
   names,
+  revoked,
   sealing,
   standing,
   store,
-  trust,
 )
 from statejax.artifact.access import Principal
 from statejax.artifact.objects import Kept, said
@@ -225,7 +225,7 @@ def mint(shop, state, row: int, host: identity.Host, terms: Terms, *,
         'created': shop.catalog.clock()}
     if parent is not None:
       # What is revoked while a state lives does not live on in a child.
-      trust.refuse_revoked(shop, parent.id, parent.about)
+      revoked.refuse(shop, parent.id, parent.about)
       if not access.owns(parent.about, principal):
         _keeps(parent, about, terms)
     shop.room(about['state']['logical_bytes'])
@@ -361,7 +361,7 @@ def may_fork(shop, parent: Parent, principal: Principal):
                   'grant, which ends while a fork stays; resume the artifact '
                   'itself, or ask its owner to fork it and to grant the fork')
   access.require(parent.about, principal, 'fork', now=now, revoked=bool(
-      trust.revoked(shop, parent.id, parent.about)))
+      revoked.why(shop, parent.id, parent.about)))
 
 
 def _fork(shop, parent, principal, ref, mint_key, vouch):

@@ -21,6 +21,7 @@ from statejax.artifact import (
   manifest,
   portable,
   revoke,
+  revoked,
   sealing,
   trust,
   verify,
@@ -120,7 +121,7 @@ def receive(shop, path, principal: Principal, *, host=None, ref: str = '',
         raise Refused('E_UNSIGNED', f'expected {layout.SIG}, got '
                       f'{found.voucher}, which only its own store can check')
       vouched = trust.vouch(shop, folder, found, data, about)
-      trust.valid(shop, id, about, vouched)
+      revoked.valid(shop, id, about, vouched)
       sealing.check_foreign(about)
       if granted is not None:
         principal = _shown(shop, about, id, principal, *granted)
@@ -184,7 +185,7 @@ def pull(shop, url: str, id: str, principal: Principal, *,
       bucket.pull(url, id, folder, max_bytes=shop.quota)
       found, data, about, _ = verify.head(folder, name=id, max_bytes=shop.quota)
       verify.vouch(folder, found, data, shop.secret)
-      trust.valid(shop, id, about, 'mac')
+      revoked.valid(shop, id, about, 'mac')
       access.require(about, principal, 'inspect', now=shop.catalog.clock())
       shop.room(sum(found.files.values()))
       layout.check(folder, found, about)
@@ -251,7 +252,7 @@ def issue_revocations(shop, signer: keys.Signer) -> bytes:
   with shop.catalog.transaction():
     own = revoke.extended(shop.catalog.revocations(), (), now=now)
     shop.catalog.keep_revocations(own)
-  theirs = [trust.installed_revocations(shop, org)
+  theirs = [revoked.kept(shop, org)
             for org, entries in (known.orgs if known else {}).items()
             if any(f'key:{keys.hint(entry["pem"])}' == signer.name
                    and entry['status'] == 'active' and 'revoke' in entry['may']

@@ -16,7 +16,6 @@ from statejax.artifact import (
   manifest,
   names,
   revoke,
-  shred,
   verify,
 )
 from statejax.artifact.grammar import Int, Items, OneOf, Record, Table, Text
@@ -290,137 +289,10 @@ def _root(shop):
     raise Refused('E_TRUST', f'root: {error}') from None
 
 
-def install_revocations(shop, org: str, data: bytes) -> dict:
-  """Keeps an organisation's signed revocation list; returns it.
-
-  An organisation may have several stores, and a list of each comes here. Their
-  numbers are each store's own, so that none tells which list is newer: an entry
-  counts that any of them has. A list takes the place of those all of whose
-  entries it has, as a store's next one does; others stay beside it, and all of
-  them must be fresh for what comes from elsewhere, see `revoke.joined`. One
-  that has no entry of its own is refused where it is not newer in any way.
-
-  Destroys the keys of what it names; see `shred`.
-
-  Raises:
-    Refused: E_SIG, E_TRUST, E_LIMIT.
-  """
-  known = require(shop)
-  new = signed_revocations(known, org, data, now=shop.catalog.clock())
-  installed.check_newer(shop, org, new, data)
-  # Written down first: a kill that leaves the old list loses no key that this
-  # one, which is signed, would let live.
-  shred.condemn(shop, lambda id, about: about['governance']['org'] == org and (
-      revoke.match(new, about, id, _known(shop, id, about))))
-  installed.add(shop, org, new, data)
-  shop.shred()
-  return new
-
-
-def withdraw(shop, entries, principal: str, *, since: int | None = None):
-  """Adds to the store's own list, with a row of the log for each entry.
-
-  And destroys the keys of what the list names. Which ones is written down with
-  it, so that a kill before the last one leaves nothing undone: the next open
-  ends it; see `shred`.
-
-  Args:
-    shop: `objects.Store`.
-    entries: (kind, value), decided on already; see `revoke.extended`.
-    principal: who has decided.
-    since: see `revoke.extended`.
-  """
-  with shop.catalog.transaction():
-    new = revoke.extended(
-        shop.catalog.revocations(), entries, now=shop.catalog.clock(),
-        since=since)
-    shop.catalog.keep_revocations(new)
-    for kind, value in entries:
-      shop.catalog.audit(principal, 'revoked', value, kind)
-    shred.condemn(shop, lambda id, about: revoke.match(
-        new, about, id, _known(shop, id, about)))
-  try:
-    shop.shred()
-  except Refused as error:
-    raise Refused(error.code, 'it is revoked, but keys are still to be '
-                  f'destroyed, which state fsck does: {error.detail}'
-                  ) from error
-
-
-def destroy_revoked(shop):
-  """Destroys what keys are left of all that is revoked here, by any list."""
-  shred.condemn(shop, lambda id, about: revoked(shop, id, about))
-  shop.shred()
-
-
-def revoked(shop, id: str, about: dict) -> str:
-  """Returns what revokes an artifact here by any list, '' where nothing does.
-
-  Also what revokes all from which it stems, as far as its manifest or those of
-  what is or was here tell.
-  """
-  known = _known(shop, id, about)
-  theirs = installed_revocations(shop, about['governance']['org'])
-  return revoke.match(shop.catalog.revocations(), about, id, known) or (
-      revoke.match(theirs, about, id, known))
-
-
-def refuse_revoked(shop, id: str, about: dict):
-  """Raises E_REVOKED where an artifact is revoked here by any list."""
-  if why := revoked(shop, id, about):
-    raise Refused('E_REVOKED', f'the revocation list names {why}')
-
-
-def _known(shop, id, about):
-  """What the store knows of an artifact, which need not be here."""
-  source = about['provenance']
-  above = {parent['id'] for parent in source['parents']} | (
-      {source['root']} - {'self'})
-  for one in (id, *above):
-    above |= {*shop.catalog.ancestors(one)}
-  return revoke.Known(_same(shop, about), frozenset(above), _seen(shop, id))
-
-
-def _same(shop, about):
-  """What it was exported from, and what that was, as far as it is here."""
-  same: set[str] = set()
-  edge = [about]
-  while edge:
-    fresh = {parent['id'] for one in edge
-             for parent in one['provenance']['parents']
-             if parent['role'] == 'exported'} - same
-    same |= fresh
-    edge = []
-    for id in fresh:
-      try:
-        edge.append(manifest.parse(layout.read(shop.place(id), manifest.NAME)))
-      except (Refused, OSError):
-        continue  # it is not here; its child names it all the same
-  return frozenset(same)
-
-
-def _seen(shop, id):
-  """When the store first had an artifact; now where it has not."""
+def seen(shop, id: str) -> int:
+  """Returns when the store first had an artifact; now where it has not."""
   came = shop.catalog.entered(id)
   return shop.catalog.clock() if came is None else came
-
-
-def revocations(shop, known: Trust, org: str) -> dict | None:
-  """Returns what the signed lists kept of an organisation say together, None
-  for none.
-
-  Raises:
-    Refused: E_SIG, E_TRUST: of one of them.
-  """
-  now = shop.catalog.clock()
-  return revoke.joined([signed_revocations(known, org, data, now=now)
-                        for data in installed.lists(shop, org).values()])
-
-
-def installed_revocations(shop, org: str) -> dict | None:
-  """The same, as they were when installed: their keys may have ended since."""
-  return revoke.joined([revoke.parse(envelope.open_document('crl', data)[0])
-                        for data in installed.lists(shop, org).values()])
 
 
 def require(shop) -> Trust:
@@ -461,11 +333,11 @@ def vouch(shop, folder, found: layout.Walk, data: bytes, about: dict) -> str:
   if found.voucher == layout.MAC:
     return verify.vouch(folder, found, data, shop.secret)
   return signed(require(shop), folder, data, about,
-                _seen(shop, manifest.artifact_id(data)))
+                seen(shop, manifest.artifact_id(data)))
 
 
 def signed(known: Trust, folder, data: bytes, about: dict,
-           seen: int = 0) -> str:
+           since: int = 0) -> str:
   """As `vouch`, of a signed artifact, by a trust document at hand.
 
   When it was made is its producer's word, also of one whose key was stolen: so
@@ -474,12 +346,12 @@ def signed(known: Trust, folder, data: bytes, about: dict,
   Args:
     known: the trust document.
     folder, data, about: see `vouch`.
-    seen: unix seconds when the store first had it, 0 where there is none.
+    since: unix seconds when the store first had it, 0 where there is none.
   """
   payload, signature, hint = verify.bundle(folder, data, about)
   org = about['governance']['org']
   pem = known.key(hint, org, 'mint', about['created'])
-  known.key(hint, org, 'mint', max(seen, about['created']))
+  known.key(hint, org, 'mint', max(since, about['created']))
   keys.check(pem, envelope.STATEMENT, payload, signature)
   if about['provenance']['producer'] != f'key:{hint}':
     raise Refused('E_TRUST', f'provenance.producer: expected key:{hint}, got '
@@ -488,33 +360,3 @@ def signed(known: Trust, folder, data: bytes, about: dict,
     raise Refused('E_TRUST', f'expected a class of {known.classes}, got '
                   f'{about["governance"]["class"]}')
   return f'key:{hint}'
-
-
-def valid(shop, id: str, about: dict, vouched: str) -> tuple[str, ...]:
-  """V5 and V6: clock, epoch and revocations; returns warnings.
-
-  What another one vouches for needs a fresh list of its organisation; for what
-  is the store's own a list counts too, but may be old.
-
-  Raises:
-    Refused: E_CLOCK, E_EPOCH, E_REVOKED, E_CRL_STALE.
-  """
-  now, last = shop.catalog.clock(), shop.catalog.newest()
-  if now < last:
-    raise Refused('E_CLOCK', f'expected a time after {last}, the newest in the '
-                  f'audit log, got {now}')
-  org, own = about['governance']['org'], vouched == 'mac'
-  oldest = oldest_epoch(shop)
-  if about['policy']['epoch'] < oldest:
-    raise Refused('E_EPOCH', f'policy.epoch: expected at least {oldest}, got '
-                  f'{about["policy"]["epoch"]}')
-  known = _known(shop, id, about)
-  warnings = revoke.require(shop.catalog.revocations(), about, id,
-                            foreign=False, now=now, known=known)
-  crl = installed_revocations(shop, org) if own else revocations(
-      shop, require(shop), org)
-  if crl is None and not own:
-    raise Refused('E_CRL_STALE', f'expected a signed revocation list of '
-                  f'{org or "no organisation"}, got none')
-  return tuple(dict.fromkeys(warnings + revoke.require(
-      crl, about, id, foreign=not own, now=now, known=known)))

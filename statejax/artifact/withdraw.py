@@ -21,6 +21,7 @@ from statejax.artifact import (
   layout,
   manifest,
   revoke,
+  revoked,
   trust,
 )
 from statejax.artifact.access import Principal
@@ -82,7 +83,7 @@ def withdraw(shop, what: str, principal: Principal, by: str = 'artifact', *,
       entries = _own(shop, by, what, principal)
     else:
       entries = _signed(shop, by, what, principal, signer)
-    trust.withdraw(shop, entries, str(principal), since=since)
+    revoked.withdraw(shop, entries, str(principal), since=since)
   return entries
 
 

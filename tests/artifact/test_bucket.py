@@ -17,6 +17,7 @@ from statejax.artifact import (
   load,
   mint,
   objects,
+  revoked,
   transfer,
   trust,
 )
@@ -133,7 +134,7 @@ def test_to_another_store(shop, kept, url, signer, private,  # noqa: F811
       root=keys.public(private['root']))
   trust.install(theirs, keys.Signer(private['root']).document(
       'trust', trust.extended(None, keys.public(private['acme']), 'acme')))
-  trust.install_revocations(theirs, 'acme',
+  revoked.install(theirs, 'acme',
                             transfer.issue_revocations(shop, signer))
   # Not its own: it has to be taken in as a stranger's.
   assert code_of(transfer.pull, theirs, url, id, ALICE) == 'E_UNSIGNED'

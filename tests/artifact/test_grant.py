@@ -22,6 +22,7 @@ from statejax.artifact import (
   manifest,
   mint,
   objects,
+  revoked,
   transfer,
   trust,
 )
@@ -115,7 +116,7 @@ def test_to_another_organisation(shop, kept, signer, private,  # noqa: F811
   """Their store has none of our secrets; the grant brings the key of one."""
   transfer.export(shop, kept, ALICE, signer, tmp_path / 'one.tar')
   # The exported artifact is what is granted: take it in here, to name it.
-  trust.install_revocations(shop, 'acme',
+  revoked.install(shop, 'acme',
                             transfer.issue_revocations(shop, signer))
   one = transfer.receive(shop, tmp_path / 'one.tar', ALICE, ref='sent').id
   data = grant.issue(shop, 'sent', ALICE, keys.public(private['other']),
@@ -125,7 +126,7 @@ def test_to_another_organisation(shop, kept, signer, private,  # noqa: F811
       clock=shop.catalog.clock, root=keys.public(private['root']))
   trust.install(theirs, keys.Signer(private['root']).document(
       'trust', trust.extended(None, keys.public(private['acme']), 'acme')))
-  trust.install_revocations(theirs, 'acme',
+  revoked.install(theirs, 'acme',
                             transfer.issue_revocations(shop, signer))
   assert code_of(transfer.receive, theirs, tmp_path / 'one.tar', DAVE) == (
       'E_ACL')

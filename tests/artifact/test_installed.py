@@ -24,6 +24,7 @@ from statejax.artifact import (
   names,
   objects,
   revoke,
+  revoked,
   transfer,
   trust,
   withdraw,
@@ -65,7 +66,7 @@ def says(shop, id):
 
 def give(source, target, signer):  # noqa: F811
   """The list of one store for another one."""
-  return trust.install_revocations(
+  return revoked.install(
       target, 'acme', transfer.issue_revocations(source, signer))
 
 
@@ -77,7 +78,7 @@ def listed(signer, number, *values, now=1_700_000_000, valid=DAY):  # noqa: F811
 
 
 def values(shop):
-  crl = trust.installed_revocations(shop, 'acme')
+  crl = revoked.kept(shop, 'acme')
   return sorted(entry['value'] for entry in crl['entries'])
 
 
@@ -98,12 +99,12 @@ def test_the_list_of_another_store_revives_nothing(
   for _ in range(4):
     last = transfer.issue_revocations(two, signer)
     two.catalog.clock.now += 1
-  assert trust.install_revocations(here, 'acme', last)['entries'] == []
+  assert revoked.install(here, 'acme', last)['entries'] == []
   assert code_of(transfer.receive, here, tmp_path / 'a.tar', ALICE) == (
       'E_REVOKED')
   # Both go on, whichever is first, and no file is left of what is covered.
   for shop, value in ((two, 'b'), (one, 'c'), (two, 'd')):
-    trust.withdraw(shop, [('workflow', value)], 'alice')
+    revoked.withdraw(shop, [('workflow', value)], 'alice')
     give(shop, here, signer)
   assert values(here) == sorted(['b', 'c', 'd', id])
   assert len(installed.lists(here, 'acme')) == 2 and collect.check(here) == []
@@ -112,7 +113,7 @@ def test_the_list_of_another_store_revives_nothing(
 def test_what_is_not_newer_in_any_way(make, signer):  # noqa: F811
   here = make('here')
   def take(*args, **options):
-    return trust.install_revocations(here, 'acme', listed(
+    return revoked.install(here, 'acme', listed(
         signer, *args, **options))
   take(3, 'a', 'b')
   take(3, 'a', 'b')  # the same bytes
@@ -128,7 +129,7 @@ def test_what_is_not_newer_in_any_way(make, signer):  # noqa: F811
     lists = [{'entries': [{'kind': 'org', 'value': 'a', 'from': time}]}
              for time in times]
     assert revoke.together(lists)[0]['from'] == 5
-  crl = trust.installed_revocations(here, 'acme')
+  crl = revoked.kept(here, 'acme')
   assert {e['value']: e['from'] for e in crl['entries']} == {
       'a': 1_699_999_000, 'b': 1_700_000_000, 'c': 1_700_000_000}
 
@@ -138,7 +139,7 @@ def test_the_list_of_every_store_must_be_fresh(
   one, two, here = make('one'), make('two'), make('here')
   transfer.export(one, add(one, 1), ALICE, signer, tmp_path / 'a.tar')
   for shop, value in ((one, 'x'), (two, 'y')):
-    trust.withdraw(shop, [('workflow', value)], 'alice')
+    revoked.withdraw(shop, [('workflow', value)], 'alice')
     give(shop, here, signer)
   id = transfer.receive(here, tmp_path / 'a.tar', ALICE).id
   assert says(here, id) == ''
@@ -147,7 +148,7 @@ def test_the_list_of_every_store_must_be_fresh(
   give(two, here, signer)
   assert says(here, id) == 'E_CRL_STALE'  # what the first has revoked since?
   # Of a store that is no more another one can take over the list.
-  trust.install_revocations(two, 'acme', [
+  revoked.install(two, 'acme', [
       data for data in installed.lists(here, 'acme').values()
       if b'x' in _payload(data)][0])
   give(two, here, signer)
@@ -163,11 +164,11 @@ def test_too_many_stores(make, signer, monkeypatch):  # noqa: F811
   here = make('here')
   monkeypatch.setattr(installed, 'MOST', 2)
   for value in 'ab':
-    trust.install_revocations(here, 'acme', listed(signer, 1, value))
+    revoked.install(here, 'acme', listed(signer, 1, value))
   more = listed(signer, 1, 'c')
-  assert code_of(trust.install_revocations, here, 'acme', more) == 'E_LIMIT'
-  trust.install_revocations(here, 'acme', listed(signer, 1, 'a', 'b'))
-  trust.install_revocations(here, 'acme', more)
+  assert code_of(revoked.install, here, 'acme', more) == 'E_LIMIT'
+  revoked.install(here, 'acme', listed(signer, 1, 'a', 'b'))
+  revoked.install(here, 'acme', more)
   assert values(here) == ['a', 'b', 'c']
 
 
@@ -205,7 +206,7 @@ def test_exported_twice_by_an_earlier_release(make, signer):  # noqa: F811
   body = revoke.extended(None, [('artifact', ids[0])],
                          now=here.catalog.clock())
   assert says(here, ids[2]) == ''
-  trust.install_revocations(here, 'acme', signer.document(
+  revoked.install(here, 'acme', signer.document(
       'crl', canonical.dumps(body)))
   assert says(here, ids[1]) == says(here, ids[2]) == 'E_REVOKED'
 
@@ -239,7 +240,7 @@ def test_what_stems_from_an_export(make, signer, tmp_path,  # noqa: F811
   assert says(here, below) == ('E_REVOKED' if scope == 'descendants' else '')
   # A parent that somebody still holds.
   assert code_of(mint.may_fork, here, came, ALICE) == 'E_REVOKED'
-  assert code_of(trust.refuse_revoked, here, came.id, came.about) == 'E_REVOKED'
+  assert code_of(revoked.refuse, here, came.id, came.about) == 'E_REVOKED'
   assert says(one, above.id) == ''
 
 
@@ -250,7 +251,7 @@ def test_a_mint_asks_the_installed_list_too(
   id = mint.mint(shop, small.state(), 0, small.host(), small.TERMS).id
   held = parent_of(shop, id)
   body = revoke.extended(None, [('artifact', id)], now=shop.catalog.clock())
-  trust.install_revocations(shop, 'acme', signer.document(
+  revoked.install(shop, 'acme', signer.document(
       'crl', canonical.dumps(body)))
   assert code_of(mint.mint, shop, small.state(), 0, small.host(), small.TERMS,
                  parent=held) == 'E_REVOKED'
@@ -263,8 +264,8 @@ def test_an_older_list_that_was_put_back(make, signer):  # noqa: F811
   here = make('here')
   first, second = listed(signer, 1, 'a'), listed(signer, 2, 'a', 'new')
   id = add(here, 1)  # its workflow is another one
-  trust.install_revocations(here, 'acme', first)
-  trust.install_revocations(here, 'acme', second)
+  revoked.install(here, 'acme', first)
+  revoked.install(here, 'acme', second)
   file, = (here.path / 'trust').glob('*-crl.*')
   assert says(here, id) == '' and collect.check(here) == []
   for name, data in ((file, first), (file.with_name('x' + file.name), second)):
@@ -276,12 +277,12 @@ def test_an_older_list_that_was_put_back(make, signer):  # noqa: F811
     assert 'number 2' in wrong and 'put back, changed or lost' in wrong
     name.unlink()
   # What was lost does not make an older one good.
-  assert code_of(trust.install_revocations, here, 'acme', first) == 'E_TRUST'
-  trust.install_revocations(here, 'acme', second)
+  assert code_of(revoked.install, here, 'acme', first) == 'E_TRUST'
+  revoked.install(here, 'acme', second)
   assert says(here, id) == '' and collect.check(here) == []
   # Or a newer one.
   file.unlink()
-  trust.install_revocations(here, 'acme', listed(signer, 3, 'a', 'new', 'b'))
+  revoked.install(here, 'acme', listed(signer, 3, 'a', 'new', 'b'))
   assert says(here, id) == '' and values(here) == ['a', 'b', 'new']
 
 
@@ -315,7 +316,7 @@ def test_an_older_trust_document_that_was_put_back(
 def test_killed_while_it_is_installed(
     make, signer, private, monkeypatch):  # noqa: F811
   here, root = make('here'), keys.Signer(private['root'])
-  trust.install_revocations(here, 'acme', listed(signer, 1, 'a'))
+  revoked.install(here, 'acme', listed(signer, 1, 'a'))
   class Killed(BaseException):
     pass
   def killed(*args):
@@ -325,7 +326,7 @@ def test_killed_while_it_is_installed(
   with pytest.raises(Killed):
     trust.install(here, root.document('trust', body))
   with pytest.raises(Killed):
-    trust.install_revocations(here, 'acme', listed(signer, 2, 'a', 'b'))
+    revoked.install(here, 'acme', listed(signer, 2, 'a', 'b'))
   monkeypatch.undo()
   # It counts, and what comes next is installed as always.
   assert trust.load(here).min_epoch == 1 and values(here) == ['a', 'b']
@@ -334,7 +335,7 @@ def test_killed_while_it_is_installed(
   here.root = keys.public(private['root'])
   trust.install(here, root.document('trust', trust.ruled(
       trust.load(here), min_epoch=2)))
-  trust.install_revocations(here, 'acme', listed(signer, 3, 'a', 'b', 'c'))
+  revoked.install(here, 'acme', listed(signer, 3, 'a', 'b', 'c'))
   assert trust.load(here).min_epoch == 2 and values(here) == ['a', 'b', 'c']
   assert collect.check(here) == []
   assert len(list((here.path / 'trust').iterdir())) == 2
@@ -346,14 +347,14 @@ def test_installed_by_an_earlier_release(make, signer):  # noqa: F811
   old = here.path / 'trust' / f'{installed._mark("acme")}-{installed.CRL}'
   old.write_bytes(listed(signer, 1, 'a'))
   assert values(here) == ['a'] and trust.load(here).number == 1
-  trust.install_revocations(here, 'acme', listed(signer, 2, 'a', 'b'))
+  revoked.install(here, 'acme', listed(signer, 2, 'a', 'b'))
   assert values(here) == ['a', 'b'] and not old.exists()
 
 
 def test_what_was_installed_is_in_the_log(make, signer, private):  # noqa: F811
   here = make('here')
   data = listed(signer, 4, 'a')
-  trust.install_revocations(here, 'acme', data)
+  revoked.install(here, 'acme', data)
   rows = [(row['principal'], row['action'], row['id'], row['outcome'])
           for row in here.catalog.rows()]
   root = keys.Signer(private['root']).name
@@ -390,7 +391,7 @@ def test_a_stolen_key_writes_no_earlier_time(
     entries = [('key', signer.name)] if how == 'revoked' else []
     body = revoke.extended(None, entries, now=now, since=now - 1000) | {
         'number': 7}
-    trust.install_revocations(shop, 'acme', keys.Signer(other).document(
+    revoked.install(shop, 'acme', keys.Signer(other).document(
         'crl', canonical.dumps(body)))
     if how == 'ended':
       trust.install(shop, root.document('trust', trust.extended(

@@ -10,7 +10,7 @@ import small_store as small
 from test_faults import Case, cleaned, every_call
 
 from statejax import state as st
-from statejax.artifact import digest, keys, load, mint, transfer, trust
+from statejax.artifact import digest, keys, load, mint, revoked, transfer, trust
 from statejax.artifact.access import Principal
 from statejax.artifact.outcome import Refused
 
@@ -97,7 +97,7 @@ class Sealed(Arrays):
     self.shop.root = keys.public(root)
     trust.install(self.shop, keys.Signer(root).document('trust', trust.extended(
         None, keys.public(self.signer.private), 'acme')))
-    trust.install_revocations(self.shop, 'acme', transfer.issue_revocations(
+    revoked.install(self.shop, 'acme', transfer.issue_revocations(
         self.shop, self.signer))
 
   def prepare(self):

@@ -26,6 +26,7 @@ from statejax.artifact import (
   mint,
   objects,
   revoke,
+  revoked,
   sealing,
   transfer,
   trust,
@@ -188,11 +189,11 @@ def test_an_installed_list_destroys_a_granted_copy(
   there = objects.Store(tmp_path / 'there', objects.Secrets(
       tmp_path / 'elsewhere'), clock=small.Clock(), root=shop.root)
   trust.install(there, (shop.path / 'trust' / trust.FILE).read_bytes())
-  trust.install_revocations(there, 'acme',
+  revoked.install(there, 'acme',
                             transfer.issue_revocations(shop, signer))
   transfer.export(shop, one, ALICE, signer, tmp_path / 'one.tar')
   # The owner keeps what was exported, too, so as to grant it.
-  trust.install_revocations(shop, 'acme',
+  revoked.install(shop, 'acme',
                             transfer.issue_revocations(shop, signer))
   sent = transfer.receive(shop, tmp_path / 'one.tar', ALICE, ref='sent').id
   given = grant.issue(shop, sent, ALICE, keys.public(private['other']),
@@ -208,7 +209,7 @@ def test_an_installed_list_destroys_a_granted_copy(
   body = revoke.extended(shop.catalog.revocations(), [('artifact', sent)],
                          now=shop.catalog.clock())
   with pytest.raises(Killed):
-    trust.install_revocations(there, 'acme', signer.document(
+    revoked.install(there, 'acme', signer.document(
         'crl', canonical.dumps(body)))
   there.secrets.destroy = destroy
   assert there.secrets.find(sealing.data_name(sent))

@@ -21,6 +21,7 @@ from statejax.artifact import (
   layout,
   mint,
   objects,
+  revoked,
   transfer,
   trust,
 )
@@ -46,7 +47,7 @@ class Soak:
         None, keys.public(self.signer.private), 'acme'))
     for shop in (self.here, self.there):
       trust.install(shop, document)
-    trust.install_revocations(self.there, 'acme', transfer.issue_revocations(
+    revoked.install(self.there, 'acme', transfer.issue_revocations(
         self.here, self.signer))
 
   def round(self, number):

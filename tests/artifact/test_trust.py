@@ -24,6 +24,7 @@ from statejax.artifact import (
   names,
   objects,
   portable,
+  revoked,
   sealing,
   transfer,
   trust,
@@ -82,7 +83,7 @@ def file(shop, kept, signer, place):
 def other(place, private, shop, signer, tmp_path):
   """Another store of the organisation, with its revocation list."""
   other = make(place, private, name=tmp_path.name)
-  trust.install_revocations(other, 'acme',
+  revoked.install(other, 'acme',
                             transfer.issue_revocations(shop, signer))
   return other
 
@@ -168,7 +169,7 @@ def test_signed_artifacts(tmp_path, private, signer):
   # Like anything that is not this store's own it needs a fresh list.
   assert str(load.load(shop, one, ALICE, small.host()).decision) == (
       'refused(E_CRL_STALE)')
-  trust.install_revocations(shop, 'acme',
+  revoked.install(shop, 'acme',
                             transfer.issue_revocations(shop, signer))
   assert str(load.load(shop, one, ALICE, small.host()).decision) == (
       'resumed(11)')
@@ -314,7 +315,7 @@ def test_what_is_not_taken(file, other, place, private, tmp_path, shop, kept):
   nolist = make(place, private, name='nolist')
   assert receive(nolist, file, ALICE) == 'E_CRL_STALE'
   keyless = make(tmp_path, private, name='keyless')
-  trust.install_revocations(keyless, 'acme', transfer.issue_revocations(
+  revoked.install(keyless, 'acme', transfer.issue_revocations(
       shop, keys.Signer(private['acme'])))
   assert receive(keyless, file, ALICE) == 'E_SEALED'
   wrong = small.host(small.lm.LanguageModel(dataclasses.replace(
@@ -347,13 +348,13 @@ def test_revoked_before_it_arrives(file, other, shop, kept, signer):
       shop.catalog.revocations(), [('artifact', one)],
       now=shop.catalog.clock()))
   old = transfer.issue_revocations(shop, signer)
-  trust.install_revocations(other, 'acme', old)
+  revoked.install(other, 'acme', old)
   assert str(load.load(other, 'here', ALICE, small.host()).decision) == (
       'refused(E_REVOKED)')
   assert code_of(transfer.receive, other, file, ALICE) == 'E_REVOKED'
   newer = transfer.issue_revocations(shop, signer)
-  trust.install_revocations(other, 'acme', newer)
-  assert code_of(trust.install_revocations, other, 'acme', old) == 'E_TRUST'
+  revoked.install(other, 'acme', newer)
+  assert code_of(revoked.install, other, 'acme', old) == 'E_TRUST'
 
 
 def hostile(data, rng):

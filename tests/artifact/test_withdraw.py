@@ -14,6 +14,7 @@ from statejax.artifact import (
   desk,
   keys,
   revoke,
+  revoked,
   transfer,
   trust,
   withdraw,
@@ -231,7 +232,7 @@ def test_a_retired_key(tmp_path, private, signer):  # noqa: F811
   other = keys.public(private['other'])
   trust.install(shop, root.document('trust', trust.extended(
       trust.load(shop), other, 'acme')))
-  trust.install_revocations(shop, 'acme', transfer.issue_revocations(
+  revoked.install(shop, 'acme', transfer.issue_revocations(
       shop, keys.Signer(private['other'])))
   known = trust.load(shop)
   # Trusted again, it counts again; the rest of the document is as it was.
@@ -266,7 +267,7 @@ def test_a_list_counts_for_own_artifacts_too(shop, signer):  # noqa: F811
   """One's own child of what its organisation has revoked elsewhere."""
   family = Family(shop)
   body = revoke.extended(None, [('root', family.a)], now=shop.catalog.clock())
-  trust.install_revocations(shop, 'acme', signer.document(
+  revoked.install(shop, 'acme', signer.document(
       'crl', canonical.dumps(body)))
   for id in (family.a, family.b, family.c):
     assert desk.obstacle(shop, shop.place(id), ALICE).code == 'E_REVOKED'
@@ -276,4 +277,4 @@ def test_a_list_counts_for_own_artifacts_too(shop, signer):  # noqa: F811
   # Old, it warns.
   shop.catalog.clock.now += 8 * 86400
   about = desk.examine(shop, family.d, ALICE, 'inspect').about
-  assert trust.valid(shop, family.d, about, 'mac') == ('W_CRL',)
+  assert revoked.valid(shop, family.d, about, 'mac') == ('W_CRL',)
