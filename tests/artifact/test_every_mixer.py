@@ -50,7 +50,8 @@ def model_of(mixer):
   layer = mixer if isinstance(mixer, c.LayerConfig) else c.LayerConfig(
       'layer', mixer, c.SwiGLUConfig(8))
   return lm.LanguageModel(c.ModelConfig(
-      vocab=32, width=16, layers=(layer,),
+      vocab=getattr(mixer, 'vocab', 0) or 32,
+      width=24, layers=(layer,),
       groups=(c.GroupConfig((layer.name,), 2),),
       summary=getattr(layer.mixer, 'summary', None)))
 
