@@ -412,7 +412,7 @@ class Memory:
       state, receipt = self._noted(state, new, row, 'merge', found,
                                    _reason(reason))
       if receipt.changed and step.new:
-        brought.add(receipt.oid)
+        brought.add(receipt.slot)
       receipts[step.theirs] = receipt
     return state, receipts
 

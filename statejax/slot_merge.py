@@ -143,7 +143,7 @@ def taken(memory, state, row, step, brought):
     state: `ServingState`.
     row: of it.
     step: of `steps`.
-    brought: ids of objects that this merge has added, which nothing evicts.
+    brought: slots that this merge has filled, which nothing evicts.
   """
   nothing = dict.fromkeys(('oid', 'evicted'), -1) | dict.fromkeys(
       ('version', 'old_version', 'seq'), 0) | {'slot': step.slot}
@@ -151,22 +151,38 @@ def taken(memory, state, row, step, brought):
     return state, nothing | {'outcome': step.outcome}
   events = memory.events(sl.OPS[sl.WRITE], np.arange(st.rows(state)) == row,
                          **step.fields)
-  new, receipts = edit_events.commit(memory.model, memory.layer, state, events)
+  held, at = state.layers[memory.layer], sorted(brought)
+  new, receipts = edit_events.commit(
+      memory.model, memory.layer, _with(state, memory.layer, _locked(
+          held, row, at, sl.HOST)), events)
   found = {f.name: int(getattr(receipts, f.name)[row, 0])
            for f in dataclasses.fields(receipts)}
-  if found['outcome'] not in (sl.COMMITTED, sl.REFRESHED):
-    return state, found
   if step.new and found['old_version']:  # its address is another object's
     return state, nothing | {'outcome': sl.CONFLICT, 'slot': found['slot']}
-  if found['evicted'] in brought or step.gone and found['evicted'] >= 0:
+  if found['outcome'] not in (sl.COMMITTED, sl.REFRESHED):
+    return state, found
+  if step.gone and found['evicted'] >= 0:
     return state, nothing | {'outcome': sl.FULL}
-  old = state.layers[memory.layer]
   found |= {'outcome': sl.COMMITTED, 'version': int(step.held['version']),
-            'seq': int(old.seq[0, row, found['slot']]) + 1}
-  held = _put(new.layers[memory.layer], row, found['slot'],
-              step.held | {'seq': np.int32(found['seq'])})
-  return dataclasses.replace(
-      new, layers=new.layers | {memory.layer: held}), found
+            'seq': int(held.seq[0, row, found['slot']]) + 1}
+  after = _locked(new.layers[memory.layer], row, at, np.asarray(
+      held.lock)[0, row, at])
+  after = _put(after, row, found['slot'],
+               step.held | {'seq': np.int32(found['seq'])})
+  return _with(new, memory.layer, after), found
+
+
+def _with(state, name, held):
+  return dataclasses.replace(state, layers=state.layers | {name: held})
+
+
+def _locked(held, row, slots, lock):
+  """A `SlotsState` with other locks of some slots of a row."""
+  if not slots:
+    return held
+  locks = np.array(held.lock)
+  locks[0, row, slots] = lock
+  return dataclasses.replace(held, lock=jax.numpy.asarray(locks))
 
 
 @jax.jit
