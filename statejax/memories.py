@@ -262,9 +262,9 @@ def _merge(first, second):
     print(json.dumps({'theirs': slot, **dataclasses.asdict(receipt)}))
   changed = [receipt for receipt in found.values() if receipt.changed]
   if not changed:
-    raise ValueError(f'memory merge: {len(found)} slots of {second} differ and '
-                     'none could be taken over; nothing was changed, and '
-                     'nothing saved.')
+    raise ValueError(f'memory merge: none of {len(found)} slots that are not '
+                     f'the same in {second} could be taken over; nothing was '
+                     'changed, and nothing saved.')
   one.keep(state, _edited(memory, one.edited, changed), other.origin)
 
 

@@ -37,7 +37,6 @@ class Step:
     slot: of ours that has the object, -1 for none.
     fields: of the WRITE that takes it over, as of one event.
     held: fields of the bank that our slot has then.
-    new: whether the object is not here yet.
     gone: whether it is deleted there.
   """
 
@@ -46,8 +45,11 @@ class Step:
   slot: int = -1
   fields: dict[str, Any] = dataclasses.field(default_factory=dict)
   held: dict[str, Any] = dataclasses.field(default_factory=dict)
-  new: bool = False
   gone: bool = False
+
+  @property
+  def new(self) -> bool:
+    return self.slot < 0
 
 
 def steps(rules, ours, theirs, *, lengths, principal: int,
@@ -65,39 +67,30 @@ def steps(rules, ours, theirs, *, lengths, principal: int,
     ValueError: banks of different shapes.
   """
   _require_like(ours, theirs)
-  late = []
-  for m in range(rules.slots):
-    held = slot_facts.of(theirs, m)
-    if held.status == 'empty' or held.owner != principal or (
-        0 <= held.expires <= lengths[1]):
+  here, there = ([held for held in (
+      slot_facts.of(bank, m) for m in range(rules.slots))
+                  if held.status != 'empty' and held.owner == principal]
+                 for bank in (ours, theirs))
+  late: list[slot_facts.Slot] = []
+  for held in there:
+    if 0 <= held.expires <= lengths[1]:
       continue
-    found = _same(rules, ours, m, held)
+    found, twins = ([x for x in side if x.key == held.key]
+                    for side in (here, there))
     if not held.key or held.status == 'quarantined':
-      yield Step(m, sl.INVALID)
-    elif len(found) > 1:
-      yield Step(m, sl.CONFLICT)
+      yield Step(held.slot, sl.INVALID)
+    elif max(len(found), len(twins)) > 1:
+      yield Step(held.slot, sl.CONFLICT)  # no key of one object
     elif not found:
-      late.append(m)
-    elif (mine := slot_facts.of(ours, found[0])).key != held.key:
-      yield Step(m, sl.CONFLICT, found[0])  # a router's slot is taken
-    elif held.version > mine.version:
-      yield _taken(theirs, m, held, found[0], lengths, host)
-    elif held.version == mine.version and not _says_the_same(held, mine):
-      yield Step(m, sl.CONFLICT, found[0])
+      late.append(held)
+    elif held.version > found[0].version:
+      yield _taken(theirs, held, found[0].slot, lengths, host)
+    elif held.version == found[0].version and not (
+        _says_the_same(held, found[0])):
+      yield Step(held.slot, sl.CONFLICT, found[0].slot)
   # Only now: a new object may push out one that was to be compared.
-  for m in late:
-    held = slot_facts.of(theirs, m)
-    at = m if rules.mode == 'router' else -1
-    yield _taken(theirs, m, held, at, lengths, host, new=True)
-
-
-def _same(rules, ours, m, held):
-  """Our slots that may be the object of theirs: those of its key."""
-  there = [slot_facts.of(ours, n) for n in (
-      [m] if rules.mode == 'router' else range(rules.slots))]
-  return [mine.slot for mine in there if mine.status != 'empty'
-          and mine.owner == held.owner
-          and (mine.key == held.key or rules.mode == 'router')]
+  for held in late:
+    yield _taken(theirs, held, -1, lengths, host)
 
 
 def _says_the_same(one, other):
@@ -105,7 +98,8 @@ def _says_the_same(one, other):
   return (one.status, one.values[:1]) == (other.status, other.values[:1])
 
 
-def _taken(theirs, m, held, slot, lengths, host, new=False):
+def _taken(theirs, held, slot, lengths, host):
+  m, new = held.slot, slot < 0
   if held.lock == 'host' and not host:
     return Step(m, sl.FORBIDDEN, slot)
   pick = {name: getattr(theirs, name)[0, m] for name in (*_HELD, 'key')}
@@ -122,7 +116,7 @@ def _taken(theirs, m, held, slot, lengths, host, new=False):
   exact = {name: pick[name] for name in (*_HELD, *(['key'] if new else []))}
   exact |= {'expires': np.int32(expires),
             'source': np.full_like(theirs.source[0, m], -1)}
-  return Step(m, sl.COMMITTED, slot, fields, exact, new, gone)
+  return Step(m, sl.COMMITTED, slot, fields, exact, gone)
 
 
 def _require_like(ours, theirs):

@@ -407,5 +407,5 @@ VERBS = {
     'push': exchange.push, 'pull': exchange.pull, 'grant': exchange.grant,
     'keygen': exchange.keygen, 'card': exchange.card,
     'trust': exchange.trust, 'crl': exchange.crl, 'fsck': exchange.fsck,
-    'revoke': exchange.revoke, 'delete': exchange.delete, 'audit': looking.audit,
-    'account': looking.account, 'gc': gc}
+    'revoke': exchange.revoke, 'delete': exchange.delete,
+    'audit': looking.audit, 'account': looking.account, 'gc': gc}

@@ -8,6 +8,7 @@ from test_main import run  # noqa: F401
 from test_main_state import MODEL
 
 from statejax import asking, states
+from statejax.artifact import card
 
 GO = ['--workdir=x', '--temperature=0', '--tokens=1', '--org=acme']
 
@@ -62,6 +63,9 @@ def test_a_card_says_the_parameters(state, monkeypatch):
     out = state('show', 'chat', '--workdir=x', '--org=acme', *said,
                 '--verify_params=fingerprint')[1]
     assert 'does it fit here: yes, promise bit' in out
+  # How a step takes them is no other sum.
+  params = MODEL.init(jax.random.key(0))
+  assert card.fingerprint(MODEL.unstack(params)) == card.fingerprint(params)
   # Other weights.
   for how in ('full', 'fingerprint'):
     code, _, err = state('resume', 'chat', *GO, *said, f'--verify_params={how}',

@@ -15,17 +15,34 @@ from statejax import model as lm
 from statejax import slot_facts
 from statejax.artifact import journal as jn
 from statejax.artifact import names
+from statejax.ops import slots as sl
 
 MEMORY = mem.Memory(MODEL)
 HOST = dataclasses.replace(MEMORY, host=True)
 
 
-def write(state, token, value, memory=MEMORY, **more):
-  """Key and statement are one token."""
-  state, receipt = memory.write(params(), state, [3, token], key=[token],
-                                value=value, **more)
-  assert receipt.changed
-  return state
+def vector(token):
+  """The address of a key; no test here runs the model to make one."""
+  return np.random.default_rng(token).standard_normal(8).astype(np.float32)
+
+
+def write(state, token, value, memory=MEMORY, *, ttl=None, at=None, known=True):
+  """A key of one token, at the address of `at` or of itself."""
+  fields = {
+      'key': vector(token if at is None else at), 'salience': np.float32(1),
+      'value': np.float32([*value, 0, 0, 0, 0, 0])[:6],
+      'span': np.int32([*value, -1, -1])[:3], 'key_span': np.int32([token, -1]),
+      'expires': -1 if ttl is None else int(state.length[0]) + ttl}
+  events = memory.events('write', np.arange(2) == 0, **fields)
+  new, receipts = mem.commit(MODEL, 'memory', state, events)
+  new, (receipt,) = memory.noted(state, new, 'write', receipts)
+  assert receipt.changed or not known
+  return new
+
+
+def said(state, token, value):
+  """The same of what the model makes of a statement."""
+  return MEMORY.write(params(), state, [3, token], key=[token], value=value)[0]
 
 
 @functools.cache
@@ -187,10 +204,19 @@ def test_a_new_object_takes_the_slot_that_a_write_would():
 def test_one_address_is_one_object():
   """Another key whose vector is that of an object here, or a name of it."""
   theirs = write(blank(), 20, [9])
-  ours, _ = MEMORY.write(params(), blank(), [3, 20], key=[21], value=[8])
+  ours = write(blank(), 21, [8], at=20)
   new, found = merge(ours, theirs)
   assert new is ours and found == {20: 'conflict'}
-  ours, _ = MEMORY.alias(params(), base(), 1, [3, 20])
+  # Nor are two of one key, on either side, which one could be taken for.
+  twins = write(blank(), 13, [8], at=30)
+  twins = write(write(twins, 13, [9], at=31), 13, [7], at=31)
+  one = write(blank(), 13, [5], at=30)
+  for ours, theirs in ((one, twins), (twins, write(one, 13, [6], at=30)),
+                       (base(), twins)):
+    new, found = MEMORY.merge(ours, theirs)
+    assert new is ours and {r.outcome for r in found.values()} == {'conflict'}
+  theirs = write(blank(), 20, [9])
+  ours, _ = MEMORY._simple(sl.ALIAS, base(), 1, {}, name=vector(20))
   new, found = merge(ours, theirs)
   assert new is ours and found == {20: 'conflict'}
 
@@ -227,7 +253,10 @@ def test_it_is_written_down(tmp_path):
 
 @pytest.mark.slow
 def test_the_model_reads_what_was_merged():
-  state = merge(base(), write(base(), 13, [4]))[0]
+  ours = blank()
+  for token in (10, 11, 12):
+    ours = said(ours, token, [token + 10, 7])
+  state = merge(ours, said(ours, 13, [4]))[0]
   ask = lambda token: heard(state, [token], [])[1].layers['memory'].reads[0, 0]
   for token in (10, 11, 12, 13):
     assert np.asarray(ask(token)).tolist() == [
@@ -238,14 +267,14 @@ def test_the_model_reads_what_was_merged():
 def test_what_was_said_before_does_not_undo_it():
   ours = blank()
   for token in (10, 12):
-    ours = write(ours, token, [7])
-  theirs = write(write(ours, 10, [8]), 10, [9])
+    ours = said(ours, token, [7])
+  theirs = said(said(ours, 10, [8]), 10, [9])
   _, ours = heard(ours, [21, 10], [], want='write')
   new, found = merge(ours, theirs)
   assert found == {10: 'committed'}
   assert slots(after_all(new))[10].values == ((9,), (8,))
   # What waits about anything else does come.
-  other = write(ours, 12, [8])
+  other = said(ours, 12, [8])
   assert slots(after_all(merge(ours, other)[0]))[10].values == (
       (21, 10), (7,))
 
@@ -273,8 +302,7 @@ def edited(rng, state, count):
   for _ in range(count):
     here, token = slots(state), rng.randrange(10, 15)
     if token not in here or rng.random() < .6:
-      state, _ = MEMORY.write(params(), state, [3, token], key=[token],
-                              value=[rng.randrange(32)])
+      state = write(state, token, [rng.randrange(32)], known=False)
     else:
       op = rng.choice(('delete', 'lock', 'unlock', 'quarantine', 'restore'))
       state, _ = getattr(MEMORY, op)(state, here[token].slot)
@@ -320,36 +348,26 @@ def test_random_edits_on_both_sides():
   assert not wrong
 
 
-def rows_of(rules):
+@pytest.mark.slow
+def test_where_the_key_says_which_slots_there_are():
+  rules = dataclasses.replace(MEMORY.config.rules, mode='hashed', ways=2)
   layers = (c.LayerConfig('memory', dataclasses.replace(
       MEMORY.config, rules=rules), c.SwiGLUConfig(16)),)
   model = lm.LanguageModel(dataclasses.replace(
       MODEL.config, layers=layers, groups=(c.GroupConfig(('memory',)),)))
-  return model, jax.jit(model.init)(jax.random.key(0))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('mode', ['hashed', 'router'])
-def test_other_addresses(mode):
-  """Where the key or a router says which slots there are to take."""
-  rules = dataclasses.replace(MEMORY.config.rules, mode=mode, ways=2)
-  model, found = rows_of(rules)
+  found = jax.jit(model.init)(jax.random.key(0))
   memory, state = mem.Memory(model), model.init_state(1, 0)
-  def write(state, token, value, slot):
-    state, receipt = memory.write(
-        found, state, [3, token], key=[token], value=[value],
-        slot=slot if mode == 'router' else None)
-    return state, receipt
-  ours, here = write(state, 10, 1, 0)
-  theirs, there = write(state, 20, 2, 2)
+  write = lambda state, token: memory.write(
+      found, state, [3, token], key=[token], value=[2])
+  place = {token: write(state, token)[1].slot // 2 for token in range(10, 20)}
+  one, other, third = [t for t in place if place[t] == place[10]][:3]
+  ours = write(write(state, one)[0], other)[0]
+  for slot in (0, 1):
+    ours, _ = memory.lock(ours, 2 * place[10] + slot)
+  theirs = write(state, third)[0]
+  # Its own two are taken, of which nothing is evicted; two more are free.
   new, receipts = memory.merge(ours, theirs)
-  (one,) = receipts.values()
-  assert one.outcome == 'committed'
-  assert {s.key: s.values for s in memory.list(new)} == {
-      (10,): ((1,),), (20,): ((2,),)}
-  assert one.slot // 2 == there.slot // 2
-  if mode == 'router':
-    other, _ = write(state, 20, 2, 0)
-    new, receipts = memory.merge(ours, other)
-    assert [r.outcome for r in receipts.values()] == ['conflict']
-    assert new is ours and one.slot == 2
+  assert [r.outcome for r in receipts.values()] == ['full'] and new is ours
+  new, receipts = memory.merge(write(state, one)[0], theirs)
+  assert [r.slot // 2 for r in receipts.values()] == [place[10]]
+  assert {s.key[0] for s in memory.list(new)} == {one, third}

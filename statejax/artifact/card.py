@@ -6,13 +6,13 @@ digest of all their bits, beside what is cheap to look at:
     {format, version, created, org, family, position, params, adapters,
      fingerprint, leaves: [{path, dtype, shape}]}
 
-Whoever trusts its signer need not hash gigabytes at every start: `params_digest`
-hashes all ('full'), or takes the card's word where the config and the names,
-shapes and dtypes of all leaves are those that it says ('card'), or compares a
-sum over all bits on the device besides ('fingerprint'). The sum tells other
-weights by mistake, a file of yesterday, a bit that has flipped; it is no proof
-against somebody who chooses weights to have it. Loads jax only to compute;
-signatures need the extra [sign].
+Whoever trusts its signer need not hash gigabytes at every start. Then
+`params_digest` takes the card's word, where the config and the names, shapes
+and dtypes of all leaves are those that it says ('card'), or compares a sum over
+all bits on the device besides ('fingerprint'); else it hashes them ('full').
+The sum tells other weights by mistake, a file of yesterday, a bit that has
+flipped; it is no proof against somebody who chooses weights to have it. Loads
+jax only to compute; signatures need the extra [sign].
 """
 
 import functools

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
@@ -108,7 +107,8 @@ def test_what_is_revoked_is_no_word(shop, signers):
     trust.withdraw(shop, [entry], 'alice')
     assert code_of(card.read, shop, data, 'acme') == 'E_REVOKED'
     shop.catalog.keep_revocations({
-        'number': number, 'this_update': NOW, 'next_update': NOW, 'entries': []})
+        'number': number, 'this_update': NOW, 'next_update': NOW,
+        'entries': []})
 
 
 def test_without_trust_nothing_counts(signers, tmp_path):
@@ -211,16 +211,20 @@ def test_the_sum_is_over_the_bits(dtype):
 
 
 def test_the_sum_does_not_know_how_parameters_lie():
-  params = small.params()
-  want = card.fingerprint(params)
-  assert want == card.fingerprint(small.MODEL.unstack(params)) == by_hand(
-      params)
-  mesh = jax.make_mesh((8,), ('x',))
-  spread = jax.tree.map(lambda a: jax.device_put(a, jax.NamedSharding(
-      mesh, jax.P('x') if a.shape and a.shape[0] % 8 == 0 else jax.P())),
-                        params)
-  assert any(not a.is_fully_replicated for a in jax.tree.leaves(spread))
-  assert card.fingerprint(spread) == want
+  rng = np.random.default_rng(0)
+  stacked = {'w': rng.standard_normal((16, 3)).astype(ml_dtypes.bfloat16),
+             'q': rng.integers(-9, 9, (8, 5), np.int8)}
+  want = card.fingerprint(stacked)
+  assert want == by_hand(stacked) == card.fingerprint({
+      f'repeat_{r}': {'w': stacked['w'][2 * r:2 * r + 2], 'q': stacked['q'][r]}
+      for r in range(8)})
+  mesh = jax.make_mesh((8,), ('x',), axis_types=(jax.sharding.AxisType.Auto,))
+  for axes in (('x',), ()):
+    where = jax.sharding.NamedSharding(
+        mesh, jax.sharding.PartitionSpec(*axes))
+    spread = jax.device_put(stacked, where)
+    assert len(spread['w'].devices()) == 8
+    assert card.fingerprint(spread) == want
   with pytest.raises(ValueError, match='leaf x: expected a dtype of .* float64'
                      ):
     card.fingerprint({'x': np.zeros(2)})
