@@ -3,11 +3,11 @@
   python -m experiments.fuzz_artifacts --minutes=10 --seed=1
 
 Each parser of a manifest, a signature, a portable file, a grant, a list of
-revocations, a trust document and of keys gets changed documents: values, fields
-and bytes of `experiments/fuzz_corpus`, and of every input that was refused for
-a new reason. It must return what gives the same bytes again, or refuse with a
-code of its own, soon and without much memory; see `fuzz_targets`. What does
-otherwise is kept as `fuzz_corpus/*/found_*`, which the tests replay.
+revocations, a trust document, a model card and of keys gets changed documents:
+values, fields and bytes of `experiments/fuzz_corpus`, and of every input that
+was refused for a new reason. It must return what gives the same bytes again, or
+refuse with a code of its own, soon and without much memory; see `fuzz_targets`.
+What does otherwise is kept as `fuzz_corpus/*/found_*`, which the tests replay.
 
 Runs of other seeds add up in the results; those against other parsers, told by
 a digest of their source, are left out. A run is the same again for a seed and
@@ -140,8 +140,10 @@ def sources() -> str:
 
 
 def claims(cells) -> list[report.Row]:
-  """The rows of the table, of all runs together."""
-  total = {name: {key: sum(cell[name][key] for cell in cells.values())
+  """The rows of the table, of all runs together; a parser that came after some
+  of them has a row of the others."""
+  total = {name: {key: sum(cell[name][key] for cell in cells.values()
+                           if name in cell)
                   for key in ('executions', 'seconds', 'accepted', 'findings')}
            for name in targets.TARGETS}
   rows = [report.Row(

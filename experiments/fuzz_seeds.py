@@ -159,6 +159,15 @@ def trust(pems) -> dict:
                    for org, pem in pems.items()}}
 
 
+def card() -> dict:
+  """What a model card says."""
+  return {'format': 'statejax-model-card', 'version': 1, 'created': NOW,
+          'org': 'acme', 'family': 'full+kda', 'position': H, 'params': H,
+          'adapters': [H, H], 'fingerprint': 2 ** 32 - 1, 'leaves': [
+              {'path': 'embed/table', 'dtype': 'bfloat16', 'shape': [64, 16]},
+              {'path': 'scale', 'dtype': 'float8_e4m3fn', 'shape': []}]}
+
+
 def archive(files: dict[str, bytes]) -> bytes:
   """An archive of files in the order given; see `portable`."""
   return b''.join(
@@ -198,6 +207,8 @@ def make() -> dict[str, dict[str, bytes]]:
       'crl': {'full': dumps(bodies['crl']), 'empty': dumps(
           bodies['crl'] | {'entries': []})},
       'head': {'full': dumps(last)},
+      'card': {'full': dumps(card()), 'small': dumps(
+          card() | {'adapters': [], 'org': '', 'family': ''})},
       'trust': {'full': dumps(bodies['trust'])},
       'signed': {'trust': signer.document('trust', dumps(bodies['trust']))},
       'header': {'manifest': portable.header_of('manifest.json', 3000),

@@ -21,6 +21,7 @@ from experiments import fuzz_seeds as seeds
 from statejax.artifact import (
   access,
   canonical,
+  card,
   compat,
   desk,
   envelope,
@@ -159,6 +160,12 @@ def _grant(data):
   return body
 
 
+def _card(data):
+  body = card.parse_body(data)
+  card.describe(body)
+  return body
+
+
 def _signed(data):
   trust.parse(data, _pem())
   return data
@@ -254,6 +261,7 @@ TARGETS = {
     'grant': Target(_grant, canonical.dumps, ('E_GRANT',)),
     'crl': Target(_crl, canonical.dumps, ('E_TRUST',)),
     'head': Target(head.parse_body, canonical.dumps, ('E_SIG',)),
+    'card': Target(_card, canonical.dumps, ('E_SIG', 'E_VERSION')),
     'trust': Target(trust.parse_body, canonical.dumps, ('E_TRUST',)),
     'header': Target(portable.parse_header,
                      lambda x: portable.header_of(*x), ('E_LAYOUT',),

@@ -27,6 +27,14 @@ GRANT = flags.DEFINE_string('grant', None, 'state: file of a grant to show')
 HOLDER_KEY = flags.DEFINE_string(
     'holder_key', None, 'state: file of the private key that --grant is for')
 
+CARD = flags.DEFINE_string(
+    'model_card', None, 'state, memory: file of a signed card, which says the '
+    'parameters of the run')
+VERIFY = flags.DEFINE_enum(
+    'verify_params', 'full', ['full', 'card', 'fingerprint'],
+    'state, memory: hash all parameters; or take the word of --model_card, of '
+    'whose signer one is sure; or that, and compare a sum over all bits')
+
 MISMATCH = flags.DEFINE_enum(
     'on_mismatch', 'refuse', ['refuse', 'reprefill'],
     'state resume: what to do where another model would load it')
@@ -58,6 +66,7 @@ PERSONA = flags.DEFINE_string(
     'persona', '', 'state mint, resume: who the model plays')
 
 TEXTS = {flag.name for flag in (EPOCH, SYSTEM, SAFETY, PERSONA)}
+PARAMS = {flag.name for flag in (CARD, VERIFY)}
 USED = {flag.name for flag in (MISMATCH, UPGRADE, CHAT, CROSS, HORIZON)}
 
 
@@ -353,8 +362,25 @@ def who(shop, key):
 
 
 def model():
-  """Returns (model, params as a step takes them, digest of the parameters)."""
-  from statejax.artifact import digest
+  """Returns (model, params as a step takes them, digest of the parameters).
+
+  The digest is that of all of them, or what --model_card says of them; see
+  `card.params_digest`.
+  """
+  from statejax.artifact import card
+  said = None
+  if CARD.value is not None:
+    said = card.read(shop(), read('--model_card', CARD.value), ORG.value)
+  elif VERIFY.value != 'full':
+    raise ValueError(f'--verify_params={VERIFY.value}: expected a --model_card,'
+                     ' of which to take it; write one with state card.')
+  model, params = trained()
+  digest = card.params_digest(said, params, model.config, VERIFY.value)
+  return model, model.unstack(params), digest
+
+
+def trained():
+  """Returns (model, its parameters, stacked) of --workdir."""
   from statejax.tasks import text
   from statejax.train import restore
   workdir = flag('workdir')
@@ -365,7 +391,7 @@ def model():
     raise ValueError(f'{workdir}: expected a text model of {text.VOCAB} tokens,'
                      f' got {model.config.vocab}; train one, e.g. of '
                      'configs/text_kda.py.')
-  return model, model.unstack(params), digest.tree_digest(params)
+  return model, params
 
 
 def changed(model):
@@ -409,6 +435,27 @@ def room(tokens):
                      'the tokens that the state may have then, and at most '
                      f'{manifest.MAX_LENGTH}.')
   return given
+
+
+def fits(model, capacity) -> int:
+  """Returns a capacity, of which a state fits the machine.
+
+  Raises:
+    ValueError: it has less memory than the leaves of one row take.
+  """
+  import jax
+
+  from statejax import state as st
+  need = sum(leaf.nbytes for _, leaf, _, _ in st.leaves(
+      model.state_schema(1, capacity)))
+  of_device = jax.local_devices()[0].memory_stats() or {}
+  have = of_device.get('bytes_limit') or (
+      os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE'))
+  if need > have:
+    raise ValueError(f'--capacity={capacity}: expected one of which a state '
+                     f'fits the {have:,} bytes of memory here, got one of '
+                     f'{need:,} bytes; ask for as many tokens as it may have.')
+  return capacity
 
 
 def length(shop, key, who):

@@ -19,6 +19,7 @@ revocation, it must be said: with the epoch that holds here from now on.
 
 import json
 import pathlib
+import time
 
 from absl import flags
 
@@ -94,6 +95,27 @@ def keygen(name):
                              ('pub', 0o644, keys.public(private).encode())):
     asking.write(f'{name}.{suffix}', data, mode)
     print(f'{name}.{suffix}')
+
+
+def card(path):
+  """Writes a model card of the run's parameters, or prints what one says."""
+  from statejax.artifact import card
+  from statejax.artifact.outcome import Refused
+  if asking.SIGNING_KEY.value is None and pathlib.Path(path).is_file():
+    data, shop = asking.read('target', path), asking.shop()
+    body = card.unsure(data)
+    try:
+      card.read(shop, data, body['org'])
+      counts = 'yes'
+    except Refused as error:
+      counts = f'no, {error}'
+    print('\n'.join([*card.describe(body), f'  does it count here: {counts}']))
+    return
+  signer, (model, params) = asking.signer(), asking.trained()
+  asking.write(path, card.signed(card.make(
+      params, model.config, created=int(time.time()), org=asking.ORG.value),
+                                 signer))
+  print(path)
 
 
 def trust(path):

@@ -8,12 +8,15 @@ r"""The command `memory`: the slots of a state, and edits of them.
   python -m statejax.main memory delete runs/s1 --workdir=runs/a --slot=3 \
       --save=runs/s2 --journal=edits
   python -m statejax.main memory diff runs/s1 runs/s2 --workdir=runs/a
+  python -m statejax.main memory merge chat other --workdir=runs/a
   python -m statejax.main memory journal edits --journal_head=5f1c...
 
 A target is the directory of a saved state, or an artifact of the store: a name,
 an id or its beginning, or its directory. What has a name there is what is
 meant, `./chat` is the directory beside it. An artifact is loaded as `state
-resume` does; an edit of one makes a child of it, and moves its name.
+resume` does; an edit of one makes a child of it, and moves its name. A merge
+takes slots of the second that are newer, or new, over into the first: the child
+has both as parents.
 
 Loads jax only where a model runs.
 """
@@ -77,13 +80,15 @@ EDITS = {
     'expire': (('slot', 'ttl'), set()), 'rollback': (('slot',), {'steps'}),
     **{verb: (('slot',), set()) for verb in (
         'lock', 'unlock', 'delete', 'quarantine', 'restore', 'purge')}}
+PAIRS = {'merge': ((), set())}
 BOOKS = {'journal': ((), {'journal_head'})}
 # What every look reads, what every edit besides, and what artifacts want.
 _LOOK = {'workdir', 'resume', 'row'}
-_EDIT = {'save', 'expect', 'journal', 'reason', 'tenant', 'host'}
+_PAIR = {'save', 'journal', 'reason', 'tenant', 'host'}
+_EDIT = _PAIR | {'expect'}
 _STORE = {'store', 'secrets', 'principal', 'org', 'root', 'grant', 'holder_key',
-          *asking.TEXTS}
-_VERBS = LOOKS | EDITS | BOOKS
+          *asking.TEXTS, *asking.PARAMS}
+_VERBS = LOOKS | EDITS | PAIRS | BOOKS
 ALL = (_LOOK | _EDIT | _STORE).union(*(
     {*needs, *may} for needs, may in _VERBS.values()))
 
@@ -95,8 +100,10 @@ class _Target:
   Attributes:
     state: `ServingState`.
     model, params: that it runs with.
-    keep: function that keeps an edited state, given it and its `Edited`.
+    keep: function that keeps an edited state, given it, its `Edited` and of
+      which artifact slots were merged into it, None for none.
     edited: `mint.Edited`, empty of a saved state, which has no place for it.
+    origin: `mint.Parent`, None of a saved state.
   """
 
   state: Any
@@ -104,12 +111,13 @@ class _Target:
   params: Any
   keep: Callable
   edited: Any
+  origin: Any = None
 
 
 def usage() -> str:
   """One line that says how the command is called."""
   return (f'memory takes one of {", ".join(_VERBS)} and a saved state or an '
-          'artifact, diff two of them, journal a directory of edits')
+          'artifact, diff and merge two of them, journal a directory of edits')
 
 
 def run(verb: str, *targets: str):
@@ -118,13 +126,13 @@ def run(verb: str, *targets: str):
     raise ValueError(f'memory {verb}: expected one of {", ".join(_VERBS)}.')
   needs, may = _VERBS[verb]
   uses = {*needs, *may} | (set() if verb in BOOKS else _LOOK | _STORE) | (
-      _EDIT if verb in EDITS else set())
+      _EDIT if verb in EDITS else _PAIR if verb in PAIRS else set())
   for name in sorted(ALL - uses):
     if flags.FLAGS[name].present:
       raise ValueError(f'--{name}: memory {verb} does not use it.')
   resume = asking.flag('resume') if verb not in BOOKS else None
   targets = (*targets, *([resume] if resume else []))
-  count = 2 if verb == 'diff' else 1
+  count = 2 if verb == 'diff' or verb in PAIRS else 1
   if len(targets) != count:
     raise ValueError(f'memory {verb}: expected {count} to look at or to edit, '
                      f'got {len(targets)}; {usage()}.')
@@ -139,6 +147,8 @@ def run(verb: str, *targets: str):
     _journal(*targets)
   elif verb in LOOKS:
     _look(verb, *(_open(target, verb) for target in targets))
+  elif verb in PAIRS:
+    _merge(*targets)
   else:
     _edit(verb, _open(targets[0], verb))
 
@@ -233,6 +243,31 @@ def _edit(verb, target):
   target.keep(state, _edited(memory, target.edited, receipts))
 
 
+def _merge(first, second):
+  """Takes slots of the second target over into the first."""
+  from statejax.artifact.journal import Journal
+  from statejax.memory import Memory
+  if _is_saved(first) != _is_saved(second):
+    raise ValueError('memory merge: expected two saved states or two artifacts,'
+                     ' got one of each; a child names both as its parents.')
+  one, other = _open(first, 'merge'), _open(second, 'merge')
+  book = Journal(JOURNAL.value) if JOURNAL.value else None
+  if book is not None:
+    book.adopt(ROW.value, one.edited.salts)
+  memory = Memory(one.model, host=HOST.value, principal=TENANT.value,
+                  journal=book)
+  state, found = memory.merge(one.state, other.state, ROW.value, ROW.value,
+                              REASON.value)
+  for slot, receipt in found.items():
+    print(json.dumps({'theirs': slot, **dataclasses.asdict(receipt)}))
+  changed = [receipt for receipt in found.values() if receipt.changed]
+  if not changed:
+    raise ValueError(f'memory merge: none of {len(found)} slots that are not '
+                     f'the same in {second} could be taken over; nothing was '
+                     'changed, and nothing saved.')
+  one.keep(state, _edited(memory, one.edited, changed), other.origin)
+
+
 def _edited(memory, before, receipts):
   """The `mint.Edited` after these edits of it."""
   salts = before.salts
@@ -261,7 +296,7 @@ def _open(target, verb):
   if asking.flag('save') is not None:
     raise ValueError('--save: an edit of an artifact makes an artifact of the '
                      'store, nothing beside it.')
-  return _artifact(target, verb in EDITS)
+  return _artifact(target, verb in EDITS or verb in PAIRS)
 
 
 def _is_saved(target):
@@ -274,14 +309,14 @@ def _saved(path, verb):
   from statejax.artifact import mint, serving
   from statejax.train import restore
   save, workdir = asking.flag('save'), asking.flag('workdir')
-  if verb in EDITS:
+  if verb in EDITS or verb in PAIRS:
     if save is None:
       raise ValueError(f'--save: memory {verb} needs it for a saved state.')
     asking.free(pathlib.Path(save))
   if workdir is None:
     raise ValueError('--workdir: name the directory of the run.')
   model, params = restore.from_workdir(workdir)
-  def keep(state, _):
+  def keep(state, *_):
     serving.save_state(save, model, params, state)
   return _Target(serving.load_state(path, model, params), model, params, keep,
                  mint.UNEDITED)
@@ -309,14 +344,17 @@ def _artifact(key, charged):
   found = load.load(shop, who.granted_for or key, who,
                     asking.host(model, digest, room), charged=charged)
   asking.told(found.decision)
-  def keep(state, edited):
+  origin = minting.Parent(found.id, found.about)
+  def keep(state, edited, slots=None):
+    terms = minting.Terms.of(found.about)
+    if slots is not None and slots.about['sealed'] != 'none':
+      terms = dataclasses.replace(terms, sealed=True)
     # Without the transcript: what absorbs it again would undo the edit.
     asking.say(minting.mint(
-        shop, state, 0, found.host, minting.Terms.of(found.about),
-        principal=who, edited=edited,
-        parent=minting.Parent(found.id, found.about),
+        shop, state, 0, found.host, terms, principal=who, edited=edited,
+        parent=origin, slots=slots,
         # An edit absorbs no token: what it took to come here is the same.
         account=found.about['account'], ref=key if ref else '',
         # A name that is not theirs stays, as where they resume it.
         expect=ref[1] if ref and access.owns(found.about, who) else 0))
-  return _Target(found.state, model, params, keep, found.edited)
+  return _Target(found.state, model, params, keep, found.edited, origin)

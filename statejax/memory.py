@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from statejax import edit_events, slot_facts
+from statejax import edit_events, slot_facts, slot_merge
 from statejax import model as lm
 from statejax import state as st
 from statejax.artifact import digest
@@ -38,7 +38,7 @@ class Receipt:
 
   Attributes:
     row: of the state.
-    op: of `statejax.ops.slots.OPS`.
+    op: of `statejax.ops.slots.OPS`, or 'merge'.
     outcome: of `statejax.ops.slots.OUTCOMES`; all but 'committed' and
       'refreshed' have changed no bit. 'refreshed' is a write of the tokens that
       are there: it sets the time and the salience, nothing else.
@@ -375,6 +375,47 @@ class Memory:
     """Empties a slot and destroys its salt; wants the host's capability."""
     return self._simple(sl.PURGE, state, slot, where)
 
+  def merge(self, state, other, row=0, other_row=0, reason=''):
+    """Takes over what another memory has that is new, or not here.
+
+    Of slots with the same key tokens the higher version wins, a deleted one
+    too; what is not here takes a slot as a new write does, under the policy of
+    overflow. Aliases stay where they are, and so does all that a stream has
+    left elsewhere. Slots that the principal does not own, or expired, are none.
+
+    Args:
+      state: `ServingState`.
+      other: `ServingState` of the same model and parameters.
+      row, other_row: of them.
+      reason: see `write`.
+
+    Returns:
+      The state, and {slot of `other`: `Receipt`} of each that was not here as
+      new as there. Where ours stays, it is for 'conflict': equal versions that
+      say different things, or an address of another object here; 'locked': ours
+      is protected; 'full': nothing can be evicted but what came with this
+      merge, and for a deleted one nothing; 'forbidden': a host's lock, without
+      the capability; 'invalid': quarantined here or there, or no key tokens.
+
+    Raises:
+      ValueError: a memory of other shapes.
+    """
+    row, other_row = self._row(state, row), self._row(other, other_row)
+    plan = slot_merge.steps(
+        self.config.rules, self._row_bank(state, row),
+        self._row_bank(other, other_row), principal=self._actor, host=self.host,
+        lengths=(int(state.length[row]), int(other.length[other_row])))
+    receipts: dict[int, Receipt] = {}
+    brought: set[int] = set()
+    for step in plan:
+      new, found = slot_merge.taken(self, state, row, step, brought)
+      state, receipt = self._noted(state, new, row, 'merge', found,
+                                   _reason(reason))
+      if receipt.changed and step.new:
+        brought.add(receipt.slot)
+      receipts[step.theirs] = receipt
+    return state, receipts
+
   # Edits of many rows at once, inside a program.
 
   def events(self, op, mine, **fields):
@@ -400,7 +441,6 @@ class Memory:
       new, receipt = self._noted(old, new, row, op, one, _reason(reason))
       out.append(receipt)
     return new, out
-
 
   # How.
 

@@ -59,6 +59,15 @@ put back; a copy of what is signed may be kept elsewhere:
   python -m statejax.main state keygen ~/.config/statejax/head
   python -m statejax.main state audit --signed_head=copy.json
 
+Which parameters these are is a digest of all of them, at every start. A signed
+model card says it once; with a trusted signer its word is taken, after a look
+at the config, names, shapes and dtypes, and if wanted at a sum over all bits:
+
+  python -m statejax.main state card acme.card --workdir=runs/a --org=acme \
+      --signing_key=acme.pem
+  python -m statejax.main state resume chat --workdir=runs/a --org=acme \
+      --root=root.pub --model_card=acme.card --verify_params=fingerprint
+
 A state goes on under the texts that it was minted under: --system, --safety,
 --persona and --epoch say which hold here, to mint, resume, show and verify.
 
@@ -111,26 +120,27 @@ FILE = flags.DEFINE_string(
 OWN = {'store', 'secrets', 'principal', 'org', 'root'}
 SAMPLING = {'workdir', 'tokens', 'capacity', 'temperature', 'top_k', 'top_p'}
 SHOWN = {'grant', 'holder_key'}
+# Of the model and the texts that hold here.
+RUN = asking.TEXTS | asking.PARAMS
 # What each verb reads beside `OWN`.
 USES = {
     'mint': SAMPLING | {'prompt', 'seed', 'resume', 'row', 'acl', 'sensitivity',
                         'workflow', 'scope', 'transcript', 'export', 'horizon',
-                        'not_after', 'replace'} | asking.TEXTS,
-    'resume': SAMPLING | asking.USED | asking.TEXTS | {'set', 'ref'} | SHOWN,
-    'show': {'workdir', 'set'} | asking.TEXTS,
-    'verify': {'workdir', 'set'} | asking.TEXTS | SHOWN,
+                        'not_after', 'replace'} | RUN,
+    'resume': SAMPLING | asking.USED | RUN | {'set', 'ref'} | SHOWN,
+    'show': {'workdir', 'set'} | RUN,
+    'verify': {'workdir', 'set'} | RUN | SHOWN,
     'fork': {'ref'} | SHOWN,
-    'migrate': {'workdir', 'set', 'cast', 'ref'} | asking.TEXTS,
+    'migrate': {'workdir', 'set', 'cast', 'ref'} | RUN,
     'diff': set(), 'lineage': set(),
-    'transfer': {'signing_key', 'file', 'ref', 'workdir'} | asking.TEXTS | (
-        SHOWN),
+    'transfer': {'signing_key', 'file', 'ref', 'workdir'} | RUN | SHOWN,
     'push': {'url'}, 'pull': {'ref'},
     'grant': {'signing_key', 'file', 'holder', 'rights', 'seconds',
               'max_uses'},
     'revoke': {'by', 'since', 'signing_key', 'epoch'}, 'delete': set(),
     'audit': {'signed_head'}, 'account': set(), 'fsck': {'adopt'},
     'gc': {'grace', 'generations'},
-    'keygen': set(),
+    'keygen': set(), 'card': {'signing_key', 'workdir'},
     'trust': {'signing_key', 'retire', 'min_epoch', 'classes', 'epoch'},
     'crl': {'signing_key'}}
 # Which of them take no target, and which two.
@@ -234,8 +244,9 @@ def mint(name):
     state, row = serving.load_state(saved, model, params), asking.flag('row')
     _within_horizon(int(state.length[row]))
   else:
-    state = model.init_state(1, asking.room(len(ids) + steps),
-                             key=jax.random.key(asking.flag('seed')))
+    state = model.init_state(
+        1, asking.fits(model, asking.room(len(ids) + steps)),
+        key=jax.random.key(asking.flag('seed')))
     sys.stdout.write(prompt)
     _warm(model, params, state, ids)
     with meter.running():
@@ -276,8 +287,8 @@ def resume(key):
   model, params, digest = asking.model()
   model, ref = asking.changed(model), shop.catalog.ref(key)
   who = asking.who(shop, key)
-  host = asking.host(model, digest, asking.room(
-      asking.length(shop, key, who) + steps))
+  host = asking.host(model, digest, asking.fits(model, asking.room(
+      asking.length(shop, key, who) + steps)))
   found = load.load(shop, who.granted_for or key, who, host, asking.ask())
   decision = found.decision
   asking.told(decision)
@@ -394,7 +405,7 @@ VERBS = {
     'verify': looking.verify, 'fork': fork, 'migrate': migrate,
     'diff': looking.diff, 'lineage': looking.lineage, 'transfer': transfer,
     'push': exchange.push, 'pull': exchange.pull, 'grant': exchange.grant,
-    'keygen': exchange.keygen, 'trust': exchange.trust, 'crl': exchange.crl,
-    'fsck': exchange.fsck, 'revoke': exchange.revoke,
-    'delete': exchange.delete, 'audit': looking.audit,
-    'account': looking.account, 'gc': gc}
+    'keygen': exchange.keygen, 'card': exchange.card,
+    'trust': exchange.trust, 'crl': exchange.crl, 'fsck': exchange.fsck,
+    'revoke': exchange.revoke, 'delete': exchange.delete,
+    'audit': looking.audit, 'account': looking.account, 'gc': gc}

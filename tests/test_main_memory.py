@@ -240,6 +240,92 @@ def test_an_artifact_is_edited_into_a_child(saved, run, tmp_path,  # noqa: F811
   assert code == 2 and 'there is no store at' in err
 
 
+def test_slots_of_two_artifacts(saved, run, tmp_path, restored):  # noqa: F811
+  store = [f'--store={tmp_path}/store', f'--secrets={tmp_path}/secrets']
+  acme = [*store, f'--workdir={saved}/run', '--org=acme']
+  mint = lambda name, *more: kept(run(
+      'state', 'mint', name, *acme, f'--resume={saved}/s0', *more)[2])['id']
+  write = lambda name, value, *more: run(
+      'memory', 'write', name, *acme, f'--statement=sky is {value}',
+      '--key=sky', f'--value={value}', *more)
+  mint('chat', '--acl=bob:resume')
+  assert write('chat', 'red')[0] == 0
+  one = kept(run('state', 'fork', 'chat', *store, '--org=acme', '--ref=other')[
+      2])['id']
+  code, out, err = run('memory', 'merge', 'chat', 'other', *acme)
+  assert code == 2 and not out and 'nothing was changed' in err
+  assert write('other', 'blue', '--slot=0')[0] == 0
+  code, out, err = run('memory', 'merge', 'chat', 'other', *acme,
+                       f'--journal={tmp_path}/edits', '--reason=both')
+  assert code == 0, err
+  (receipt,), child = map(json.loads, out.splitlines()), kept(err)
+  assert (receipt['theirs'], receipt['outcome'], receipt['op']) == (
+      0, 'committed', 'merge')
+  assert child['ref'] == 'chat' and not child['conflict']
+  found = run('memory', 'read', 'chat', *acme, '--key=sky')[1]
+  assert json.loads(found)['text'] == 'blue'
+  # Both are its parents, and the edit is on its list.
+  shop = objects.Store(tmp_path / 'store', objects.Secrets(
+      tmp_path / 'secrets'))
+  told = verify.verify(shop.place(child['id']))
+  ref = lambda name: shop.catalog.ref(name)[0]
+  parents = told.about['provenance']['parents']
+  assert [p['role'] for p in parents] == ['state', 'slots']
+  assert parents[1]['id'] == ref('other')
+  assert told.about['provenance']['depth'] == 1 + 3  # the deeper one
+  assert told.plain['edits'][-1][1] == receipt['mark']
+  assert [e['op'] for e in journal.read(tmp_path / 'edits')[0]] == ['merge']
+  assert f'slots of {ref("other")[:16]}' in run(
+      'state', 'lineage', 'chat', *store, '--org=acme')[1]
+  # It goes on as any other, and is guarded as what is in it.
+  code, _, err = run('memory', 'lock', 'chat', *acme, '--slot=0')
+  assert code == 0 and err.startswith('resumed(')
+  mint('secret', '--sensitivity=confidential')
+  code, _, err = write('secret', 'grey')
+  assert code == 0
+  mint('plain')
+  for source, why in (('secret', "governance.class: expected 'confidential'"),
+                      ('plain', 'nothing was changed')):
+    code, _, err = run('memory', 'merge', 'plain', source, *acme)
+    assert code == 2 and why in err, err
+  code, _, err = run('memory', 'merge', 'secret', 'plain', *acme)
+  assert code == 2 and 'nothing was changed' in err
+  # Who may resume the first may not take from another's that binds otherwise.
+  code, _, err = run('memory', 'merge', 'plain', 'chat', *acme,
+                     '--principal=bob')
+  assert code == 2 and 'E_ACL' in err
+  # Whatever it comes from is revoked, and it with that.
+  assert run('state', 'revoke', ref('other'), *store, '--org=acme',
+             '--by=descendants')[0] == 0
+  code, out, err = run('memory', 'list', 'chat', *acme)
+  assert code == 2 and 'E_REVOKED' in err and not out
+  for argv, why in (
+      ([one, saved / 's0'], 'two saved states or two artifacts, got one of'),
+      ([one], 'expected 2 to look at or to edit, got 1'),
+      ([one, one, '--expect=1'], '--expect: memory merge does not use it')):
+    code, _, err = run('memory', 'merge', *argv, *acme)
+    assert code == 2 and why in err, err
+
+
+def test_slots_of_two_saved_states(saved, run, restored):  # noqa: F811
+  go = [f'--workdir={saved}/run']
+  says = lambda value: [f'--statement=sea is {value}', '--key=sea',
+                        f'--value={value}']
+  write = lambda before, after, value, *more: run(
+      'memory', 'write', saved / before, *go, *says(value),
+      f'--save={saved / after}', *more)[0]
+  assert write('s0', 'm1', 'red') == 0
+  assert write('m1', 'm2', 'blue', '--slot=0') == 0
+  code, _, err = run('memory', 'merge', saved / 'm1', saved / 'm2', *go)
+  assert code == 2 and '--save: memory merge needs it' in err
+  code, out, _ = run('memory', 'merge', saved / 'm1', saved / 'm2', *go,
+                     f'--save={saved / "m3"}')
+  assert code == 0 and json.loads(out)['version'] == 2
+  (slot,) = map(json.loads, run('memory', 'list', saved / 'm3', *go)[
+      1].splitlines())
+  assert [bytes(x) for x in slot['values']] == [b'blue', b'red']
+
+
 @pytest.mark.slow
 def test_no_transcript_undoes_an_edit(saved, run, tmp_path):  # noqa: F811
   go = [f'--store={tmp_path}/store', f'--secrets={tmp_path}/secrets',

@@ -163,7 +163,7 @@ class Host:
     groups = {
         'state': layout(self.schema_of(1, 0, carried)),
         'model': {
-            'family': '+'.join(sorted(set(c.names)))[:64],
+            'family': family(c),
             'params': f'sha256:{self.params}',
             'adapters': [f'sha256:{one}' for one in self.adapters],
             'position': position(c), 'chunk': self.program.chunk},
@@ -264,6 +264,11 @@ def role(path: str, axes) -> str:
       return name
   return 'compressor' if 'heads' not in axes and 'channels' in axes else (
       'recurrent')
+
+
+def family(config) -> str:
+  """Returns what a model is called: the names of its layers."""
+  return '+'.join(sorted(set(config.names)))[:64]
 
 
 def position(config) -> str:

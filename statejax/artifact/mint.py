@@ -156,7 +156,7 @@ class Parent:
 def mint(shop, state, row: int, host: identity.Host, terms: Terms, *,
          principal: Principal | None = None,
          transcript: Transcript | None = None, edited: Edited = UNEDITED,
-         parent: Parent | None = None,
+         parent: Parent | None = None, slots: Parent | None = None,
          stands: standing.Standing | None = None,
          account: dict[str, int] | None = None,
          spent: dict[str, int] | None = None, mint_key: str = '',
@@ -174,7 +174,11 @@ def mint(shop, state, row: int, host: identity.Host, terms: Terms, *,
       bytes are the owner's. None is the owner.
     transcript: what the row has absorbed; without it there is no chain key.
     edited: what edits of it are to be kept with it.
-    parent: from which the state went on; None for none.
+    parent: from which the state went on; None for none. Its persona stays, if
+      the host names none.
+    slots: another one, beside a parent, whose slots were merged into it: the
+      principal needs the same rights to it, and revoking what stems from either
+      revokes what comes of both.
     stands: where the host knows the row to stand, e.g. where what was loaded
       stood and then `after` more tokens. Without it and a transcript the
       witness is taken as it is.
@@ -221,13 +225,16 @@ def mint(shop, state, row: int, host: identity.Host, terms: Terms, *,
                     'edit what comes of that')
     if stands is not None:
       stands.require(live)
-    about = _manifest(live, host, terms, transcript, parent, account, vouch) | {
-        'created': shop.catalog.clock()}
-    if parent is not None:
+    about = _manifest(live, host, terms, transcript, parent, slots, account,
+                      vouch) | {'created': shop.catalog.clock()}
+    for one in filter(None, (parent, slots)):
       # What is revoked while a state lives does not live on in a child.
-      revoked.refuse(shop, parent.id, parent.about)
-      if not access.owns(parent.about, principal):
-        _keeps(parent, about, terms)
+      revoked.refuse(shop, one.id, one.about)
+      if not access.owns(one.about, principal):
+        _keeps(one, about, terms)
+    if slots is not None:
+      _may_take(slots, principal, shop.catalog.clock())
+      _as_safe(slots, about)
     shop.room(about['state']['logical_bytes'])
   with decided(), said(), shop.stage() as folder:
     if terms.sealed or manifest.must_seal(about):
@@ -262,15 +269,20 @@ def _may(parent, principal, terms, now):
   It is their own; or of another's, by a right to that, as `_keeps` sees to.
   """
   if parent is not None and not access.owns(parent.about, principal):
-    rights = [access.decide(parent.about, principal, right, now=now)
-              for right in ('resume', 'fork')]
-    if not any(found.allowed for found in rights):
-      raise Refused(rights[0].code, rights[0].detail)
+    _may_take(parent, principal, now)
   elif not principal.name or (terms.owner, terms.org) != (
       principal.name, principal.org):
     raise Refused('E_ACL', f'owner: expected {str(principal) or "nobody"}, who '
                   f'acts, got {terms.owner} of {terms.org or "no organisation"}'
                   )
+
+
+def _may_take(parent, principal, now):
+  """Raises unless somebody may resume or fork an artifact."""
+  rights = [access.decide(parent.about, principal, right, now=now)
+            for right in ('resume', 'fork')]
+  if not any(found.allowed for found in rights):
+    raise Refused(rights[0].code, rights[0].detail)
 
 
 def _require_here(state):
@@ -296,6 +308,23 @@ def _keeps(parent, about, terms):
       terms.sealed or manifest.must_seal(about)):
     raise Refused('E_ACL', 'sealed: expected it, as the parent is, which only '
                   'its owner may change')
+
+
+def _as_safe(slots, about):
+  """Raises unless slots are guarded here as well as where they come from."""
+  theirs, ours = slots.about['governance'], about['governance']
+  safe = {
+      'class': manifest.CLASSES.index(ours['class']) >= (
+          manifest.CLASSES.index(theirs['class'])),
+      'export': manifest.EXPORT.index(ours['export']) <= (
+          manifest.EXPORT.index(theirs['export'])),
+      'not_after': not theirs['not_after'] or (
+          0 < ours['not_after'] <= theirs['not_after'])}
+  for name, fine in safe.items():
+    if not fine:
+      raise Refused('E_ACL', f'governance.{name}: expected {theirs[name]!r} or '
+                    f'stricter, as of {slots.id}, whose slots are in it, got '
+                    f'{ours[name]!r}')
 
 
 def _fill(folder, live, about, transcript, edited):
@@ -434,7 +463,7 @@ def _check_transcript(live, transcript):
                   f'{names.lanes(live.witness)} in the state')
 
 
-def _manifest(live, host, terms, transcript, parent, account, vouch):
+def _manifest(live, host, terms, transcript, parent, slots, account, vouch):
   groups = host.groups(identity.Carried(
       live.logits is not None, 0 if live.spans is None else len(live.spans)))
   leaves = identity.describe_row(live)
@@ -450,22 +479,33 @@ def _manifest(live, host, terms, transcript, parent, account, vouch):
   return groups | {
       'format': manifest.FORMAT, 'version': manifest.VERSION,
       'nonce': token_hex(16), 'kind': terms.kind, 'sealed': 'none',
-      'provenance': _provenance(parent, terms.how, vouch),
-      'governance': terms.group(
-          host.texts.keyed('governance.persona', host.texts.persona)),
+      'provenance': _provenance(parent, terms.how, vouch, slots),
+      'governance': terms.group(_persona(host, parent)),
       'account': facts | (account or {})}
 
 
-def _provenance(parent, how, vouch):
+def _persona(host, parent):
+  """Who the model plays: whom the host names, else whom the parent did."""
+  if parent is not None and not host.texts.persona:
+    return parent.about['governance']['persona']
+  return host.texts.keyed('governance.persona', host.texts.persona)
+
+
+def _provenance(parent, how, vouch, slots=None):
   producer = vouch.name if vouch else 'local'
   if parent is None:
     return {'root': 'self', 'parents': [], 'depth': 0, 'producer': producer,
             'how': how}
   source = parent.about['provenance']
+  parents = [{'id': parent.id, 'role': (
+      how if how == 'migrated' else 'state')}]
+  depth = source['depth']
+  if slots is not None:
+    parents.append({'id': slots.id, 'role': 'slots'})
+    depth = max(depth, slots.about['provenance']['depth'])
   return {'root': parent.id if source['root'] == 'self' else source['root'],
-          'parents': [{'id': parent.id, 'role': (
-              how if how == 'migrated' else 'state')}],
-          'depth': source['depth'] + 1, 'producer': producer, 'how': how}
+          'parents': parents, 'depth': depth + 1, 'producer': producer,
+          'how': how}
 
 
 def _plain(live, about, transcript, edited):
