@@ -23,6 +23,7 @@ from statejax.artifact import (
   envelope,
   keys,
   manifest,
+  revoked,
   tree,
   trust,
 )
@@ -127,7 +128,7 @@ def read(shop, data: bytes, org: str) -> dict:
   # A key that is bad since some time: when it was signed is its word alone.
   names = {('key', f'key:{hint}'), ('params', body['params']), ('org', org)}
   for crl in (shop.catalog.revocations(),
-              trust.installed_revocations(shop, org)):
+              revoked.kept(shop, org)):
     for entry in crl['entries'] if crl else ():
       if (entry['kind'], entry['value']) in names:
         raise Refused('E_REVOKED', f'card: the revocation list names '

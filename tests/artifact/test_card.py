@@ -19,6 +19,7 @@ from statejax.artifact import (
   envelope,
   keys,
   objects,
+  revoked,
   tree,
   trust,
 )
@@ -104,7 +105,7 @@ def test_what_is_revoked_is_no_word(shop, signers):
   for number, entry in ((2, ('key', signers['acme'].name)),
                         (4, ('params', body['params'])), (6, ('org', 'acme'))):
     assert not code_of(card.read, shop, data, 'acme')
-    trust.withdraw(shop, [entry], 'alice')
+    revoked.withdraw(shop, [entry], 'alice')
     assert code_of(card.read, shop, data, 'acme') == 'E_REVOKED'
     shop.catalog.keep_revocations({
         'number': number, 'this_update': NOW, 'next_update': NOW,
