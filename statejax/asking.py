@@ -49,14 +49,14 @@ CROSS = flags.DEFINE_bool(
     'than made it; all that comes of it is marked')
 HORIZON = flags.DEFINE_integer(
     'horizon', None, 'state mint, resume: most tokens that a state may have to '
-    'go on from; without it there is no limit', lower_bound=1)
+    'go on from; without it there is no limit', 1, 2**31 - 1)
 REPLACE = flags.DEFINE_bool(
     'replace', False, 'state mint: the name may be one of your own artifacts, '
     'which then goes without')
 
 EPOCH = flags.DEFINE_integer(
     'epoch', 0, 'state: of the policies of here; trust rules: what it must be '
-    'at least to meet them', 0)
+    'at least to meet them', 0, 2**53 - 1)
 SYSTEM = flags.DEFINE_string(
     'system', '', 'state: text of the policy that holds here; a keyed digest '
     'of it is kept')
@@ -78,38 +78,49 @@ def ask():
 
 
 def taken(shop, name, who) -> int:
-  """Returns the version of a name that a mint moves; 0 of a free one.
+  """Returns the version of a name that a mint moves; 0 of any other's.
 
   Raises:
-    ValueError: somebody else's, or one's own without --replace: what loses its
-      name is collected.
+    ValueError: one's own, without --replace: what loses its name is collected.
   """
   from statejax.artifact import access, verify
   found = shop.catalog.ref(name)
   if found is None:
     return 0
   about = verify.head(shop.place(found[0]))[2]
-  if REPLACE.value and access.owns(about, who):
+  if not access.owns(about, who):
+    return 0  # it gets a name beside it, as whoever comes second
+  if REPLACE.value:
     return found[1]
-  raise _taken(name, f', or say --replace to take it from {found[0]}'
-               if access.owns(about, who) else '')
+  raise _taken(name, f', or say --replace to take it from {found[0]}')
 
 
-def vacant(shop, name):
-  """Says before the work that a name is taken.
+def vacant(shop, name, who):
+  """Says before the work that a name is taken, by an artifact of one's own.
+
+  By somebody else's nothing is said: it gets a name beside it.
 
   Raises:
     ValueError: it is; or it can be no name.
   """
-  from statejax.artifact import objects
+  from statejax.artifact import access, objects, verify
   objects.check_ref(name)
-  if shop.catalog.ref(name) is not None:
+  found = shop.catalog.ref(name)
+  if found is not None and access.owns(
+      verify.head(shop.place(found[0]))[2], who):
     raise _taken(name)
 
 
 def _taken(name, more=''):
   return ValueError(f'{name}: expected a free name, got one that is taken; '
                     f'choose another one{more}.')
+
+
+def nameless(ref, key):
+  """Says where what comes of an artifact will have no name."""
+  if ref is None and flag('ref') is None:
+    print(f'{key}: has no name, and what comes of it gets none without --ref: '
+          'the next gc may delete it', file=sys.stderr)
 
 
 def free(path):
@@ -152,9 +163,11 @@ def require(terms, shop):
   """Raises unless what is minted with `mint.Terms` could be resumed.
 
   Raises:
-    ValueError: the terms have another form; see `current`.
+    ValueError: the terms have another form, or need packages that are missing;
+      see `current`.
     Refused: E_EXPIRED.
   """
+  from statejax.artifact import manifest, sealing
   from statejax.artifact.outcome import Refused
   try:
     terms.check(shop.catalog.clock())
@@ -164,6 +177,8 @@ def require(terms, shop):
     # Of flags, not of a manifest, of which there could be another copy.
     raise ValueError(f'{error.detail}; look at the flags of state mint.'
                      ) from None
+  if terms.sealed or manifest.must_seal({'governance': terms.group('')}):
+    sealing.require()
   current(shop)
 
 
@@ -410,11 +425,14 @@ def changed(model):
 def host(model, digest, capacity):
   """Returns this process as the loader of an artifact sees it."""
   from statejax import account
+  from statejax import state as st
   from statejax.artifact import identity
   from statejax.tasks import text
   return identity.Host(
       model.config, model.state_schema, digest,
-      program=identity.Program(capacity=capacity),
+      # Where nothing grows a capacity is of no program.
+      program=identity.Program(capacity=capacity if st.capacity(
+          model.state_schema(1, capacity)) is not None else 0),
       tokenizer={'bytes': b'%d ids' % text.VOCAB}, special={'end': text.END},
       active_horizon=horizon(), texts=_texts(),
       work=lambda tokens: account.mflop(model.config, tokens))
@@ -458,15 +476,20 @@ def fits(model, capacity) -> int:
   return capacity
 
 
-def length(shop, key, who):
-  """Tokens an artifact says it has; 0 where the load will refuse it."""
+def size(shop, key, who) -> tuple[int, int]:
+  """Returns tokens that an artifact says it has absorbed, and that wait.
+
+  (0, 1) where the load will refuse it.
+  """
   from statejax.artifact import access, verify
   from statejax.artifact.outcome import Refused
   try:
     about = verify.head(shop.place(shop.find(key)))[2]
   except Refused:
-    return 0
-  return about['state']['length'] if access.sees(about, who) else 0
+    return 0, 1
+  facts = about['state']
+  return (facts['length'], facts['n_pending']) if access.sees(
+      about, who) else (0, 1)
 
 
 def say(kept, mark=''):

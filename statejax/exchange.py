@@ -37,7 +37,8 @@ MAX_USES = flags.DEFINE_integer(
 RETIRE = flags.DEFINE_bool(
     'retire', False, 'state trust: nothing that this key has signed counts')
 MIN_EPOCH = flags.DEFINE_integer(
-    'min_epoch', None, 'state trust rules: oldest epoch of policies', 0)
+    'min_epoch', None, 'state trust rules: oldest epoch of policies', 0,
+    2**53 - 1)
 CLASSES = flags.DEFINE_list(
     'classes', None, 'state trust rules: classes that may come from elsewhere')
 BY = flags.DEFINE_enum(

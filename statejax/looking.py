@@ -160,6 +160,12 @@ def audit():
     for one in asking.heads(shop):
       signed = max(signed, one['rows'])
       wrong += [text for text in [head.differs(shop, one)] if text]
+    if shop.notary is not None and not head.place(shop).exists() and (
+        shop.catalog.head().seq):
+      wrong.append(f'head: expected the newest that was signed at '
+                   f'{head.place(shop)}, got none: somebody took it away, or '
+                   'no verb has ended since the key is there; compare with a '
+                   'copy, --signed_head')
   except Refused as error:
     wrong.append(str(error))
   if not any('audit' in text for text in wrong):

@@ -36,7 +36,7 @@ CAPACITY = flags.DEFINE_integer(
 TEMPERATURE = flags.DEFINE_float('temperature', 0.8, '0 is greedy')
 TOP_K = flags.DEFINE_integer('top_k', None, 'most likely tokens to draw from')
 TOP_P = flags.DEFINE_float('top_p', None, 'probability mass to draw from')
-SEED = flags.DEFINE_integer('seed', 0, 'generate: sampler seed')
+SEED = flags.DEFINE_integer('seed', 0, 'generate: sampler seed', 0, 2**32 - 1)
 SAVE = flags.DEFINE_string('save', None, 'generate: write the state here')
 RESUME = flags.DEFINE_string('resume', None, 'generate: go on from this state; '
                              'memory: the state to look at or edit')

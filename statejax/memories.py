@@ -32,7 +32,8 @@ from absl import flags
 from statejax import asking
 
 SLOT = flags.DEFINE_integer('slot', None, 'memory: number of a slot')
-ROW = flags.DEFINE_integer('row', 0, 'memory: row of the state')
+ROW = flags.DEFINE_integer('row', 0, 'memory: row of the state',
+                           upper_bound=2**31 - 1)
 EXPECT = flags.DEFINE_integer(
     'expect', None, 'memory: version that the slot must have')
 STATEMENT = flags.DEFINE_string(
@@ -84,7 +85,7 @@ PAIRS = {'merge': ((), set())}
 BOOKS = {'journal': ((), {'journal_head'})}
 # What every look reads, what every edit besides, and what artifacts want.
 _LOOK = {'workdir', 'resume', 'row'}
-_PAIR = {'save', 'journal', 'reason', 'tenant', 'host'}
+_PAIR = {'save', 'journal', 'reason', 'tenant', 'host', 'ref'}
 _EDIT = _PAIR | {'expect'}
 _STORE = {'store', 'secrets', 'principal', 'org', 'root', 'grant', 'holder_key',
           *asking.TEXTS, *asking.PARAMS}
@@ -143,14 +144,18 @@ def run(verb: str, *targets: str):
   if given and verb not in BOOKS and all(map(_is_saved, targets)):
     raise ValueError(f'--{given[0]}: memory {verb} does not use it here, '
                      f'{targets[0]} is a saved state, of no store.')
-  if verb in BOOKS:
-    _journal(*targets)
-  elif verb in LOOKS:
-    _look(verb, *(_open(target, verb) for target in targets))
-  elif verb in PAIRS:
-    _merge(*targets)
-  else:
-    _edit(verb, _open(targets[0], verb))
+  try:
+    if verb in BOOKS:
+      _journal(*targets)
+    elif verb in LOOKS:
+      _look(verb, *(_open(target, verb) for target in targets))
+    elif verb in PAIRS:
+      _merge(*targets)
+    else:
+      _edit(verb, _open(targets[0], verb))
+  finally:
+    if not all(map(_is_saved, targets)):
+      asking.close()
 
 
 def _journal(path):
@@ -313,6 +318,9 @@ def _saved(path, verb):
     if save is None:
       raise ValueError(f'--save: memory {verb} needs it for a saved state.')
     asking.free(pathlib.Path(save))
+  if asking.flag('ref') is not None:
+    raise ValueError('--ref: a saved state has no name; it is where --save says'
+                     '.')
   if workdir is None:
     raise ValueError('--workdir: name the directory of the run.')
   model, params = restore.from_workdir(workdir)
@@ -338,12 +346,17 @@ def _artifact(key, charged):
       raise ValueError(f'{folder}: expected an artifact of the store at '
                        f'{asking.STORE.value}; take it in there, or name its '
                        'store with --store.')
+  name, who = asking.flag('ref'), asking.who(shop, key)
+  if name is not None:
+    asking.vacant(shop, name, who)
   model, params, digest = asking.model()
-  ref, who = shop.catalog.ref(key), asking.who(shop, key)
-  room = asking.room(asking.length(shop, key, who))
+  ref = shop.catalog.ref(key)
+  room = asking.room(asking.size(shop, key, who)[0])
   found = load.load(shop, who.granted_for or key, who,
                     asking.host(model, digest, room), charged=charged)
   asking.told(found.decision)
+  if charged:
+    asking.nameless(ref, key)
   origin = minting.Parent(found.id, found.about)
   def keep(state, edited, slots=None):
     terms = minting.Terms.of(found.about)
@@ -354,7 +367,8 @@ def _artifact(key, charged):
         shop, state, 0, found.host, terms, principal=who, edited=edited,
         parent=origin, slots=slots,
         # An edit absorbs no token: what it took to come here is the same.
-        account=found.about['account'], ref=key if ref else '',
+        account=found.about['account'], ref=name or (key if ref else ''),
         # A name that is not theirs stays, as where they resume it.
-        expect=ref[1] if ref and access.owns(found.about, who) else 0))
+        expect=ref[1] if ref and not name and access.owns(
+            found.about, who) else 0))
   return _Target(found.state, model, params, keep, found.edited, origin)

@@ -2,6 +2,7 @@ r"""The command `state`: mint, show, verify, resume, fork, transfer and so on.
 
   python -m statejax.main state mint chat --workdir=runs/a --prompt='def '
   python -m statejax.main state resume chat --workdir=runs/a --tokens=50
+  python -m statejax.main state resume chat --workdir=runs/a --prompt='def '
   python -m statejax.main state show chat
   python -m statejax.main state verify chat --workdir=runs/a
   python -m statejax.main state fork chat --ref=other
@@ -22,20 +23,22 @@ take a directory or a file that holds one artifact: `./chat`, where `chat` is
 also a name. From store to store, with
 the extra [sign] and the organisation's secrets at both ends:
 
+  python -m statejax.main state mint mail --workdir=runs/a --prompt='def ' \
+      --org=acme --export=org
   python -m statejax.main state keygen root
   python -m statejax.main state keygen acme
   python -m statejax.main state trust acme.pub --org=acme \
       --signing_key=root.pem
-  python -m statejax.main state transfer chat --org=acme \
-      --signing_key=acme.pem --file=chat.tar
+  python -m statejax.main state transfer mail --org=acme \
+      --signing_key=acme.pem --file=mail.tar
   python -m statejax.main state crl acme.crl --signing_key=acme.pem
   # and in the store that shall have it:
   python -m statejax.main state trust acme.pub --org=acme \
       --signing_key=root.pem --store=there
   python -m statejax.main state trust acme.crl --org=acme --root=root.pub \
       --store=there
-  python -m statejax.main state transfer chat.tar --org=acme --root=root.pub \
-      --store=there --ref=chat
+  python -m statejax.main state transfer mail.tar --org=acme --root=root.pub \
+      --store=there --ref=mail
 
 A file may be in a bucket: `--file=gs://bucket/states` writes there, and the
 target gs://bucket/states/sj1-... takes it in. `push` copies an artifact to a
@@ -87,7 +90,7 @@ from absl import flags
 from statejax import asking, exchange, looking
 
 REF = flags.DEFINE_string(
-    'ref', None, 'state fork, migrate, resume: name of the child')
+    'ref', None, 'state fork, migrate, resume, memory: name of the child')
 ACL = flags.DEFINE_multi_string(
     'acl', [], 'state mint: which members of --org may what, e.g. '
     'bob:resume,fork or org:acme:inspect')
@@ -127,7 +130,7 @@ USES = {
     'mint': SAMPLING | {'prompt', 'seed', 'resume', 'row', 'acl', 'sensitivity',
                         'workflow', 'scope', 'transcript', 'export', 'horizon',
                         'not_after', 'replace'} | RUN,
-    'resume': SAMPLING | asking.USED | RUN | {'set', 'ref'} | SHOWN,
+    'resume': SAMPLING | asking.USED | RUN | {'set', 'ref', 'prompt'} | SHOWN,
     'show': {'workdir', 'set'} | RUN,
     'verify': {'workdir', 'set'} | RUN | SHOWN,
     'fork': {'ref'} | SHOWN,
@@ -164,8 +167,10 @@ def run(verb: str, *target: str):
   given = {name for name in ALL if flags.FLAGS[name].present}
   for name in sorted(given - USES[verb] - OWN):
     raise ValueError(f'--{name}: state {verb} does not use it.')
-  VERBS[verb](*target)
-  asking.close()
+  try:
+    VERBS[verb](*target)
+  finally:  # what was refused is written down as well
+    asking.close()
 
 
 def _sampling():
@@ -187,7 +192,7 @@ def _warm(model, params, state, tokens):
   from statejax import generate as gen
   from statejax.tasks import text
   if len(tokens):  # as many as a step of all of them takes
-    state = gen.prefill(model, params, state, tokens[None, :256],
+    state = gen.prefill(model, params, _waiting(state)[1], tokens[None, :256],
                         sampling=_sampling())
   gen.generate(model, params, state, 1, sampling=_sampling(), stop=(text.END,))
 
@@ -209,6 +214,31 @@ def _emit(model, params, state, steps):
   return [token for token in out if token != text.END], state
 
 
+def _waiting(state):
+  """The pending token of a row, [] for none; and the state without it."""
+  import dataclasses
+
+  import jax.numpy as jnp
+  return [int(x) for x in state.pending if x >= 0], dataclasses.replace(
+      state, pending=jnp.full_like(state.pending, -1))
+
+
+def _read(model, params, state, prompt):
+  """Absorbs the pending token and a prompt, prints both; tokens and state."""
+  import jax
+  import numpy as np
+
+  from statejax import generate as gen
+  from statejax.tasks import text
+  if not len(prompt):
+    return [], state
+  waiting, state = _waiting(state)
+  tokens = [*waiting, *prompt.tolist()]
+  sys.stdout.write(text.decode(tokens))
+  return tokens, jax.block_until_ready(gen.prefill(
+      model, params, state, np.array(tokens)[None], sampling=_sampling()))
+
+
 def mint(name):
   """Makes an artifact of a saved state, or of a prompt and what follows it."""
   import jax
@@ -222,6 +252,8 @@ def mint(name):
   if (saved is None) == (prompt is None):
     raise ValueError('--resume, --prompt: expected one of them: a saved state, '
                      'or text to begin with.')
+  if prompt == '':
+    raise ValueError('--prompt: expected some text, got none.')
   objects.check_ref(name)
   terms = minting.Terms(
       asking.PRINCIPAL.value, asking.ORG.value, SENSITIVITY.value,
@@ -280,38 +312,48 @@ def resume(key):
   from statejax.artifact import access, load
   from statejax.artifact import mint as minting
   from statejax.meter import Meter
+  from statejax.tasks import text
   shop, steps = asking.shop(), _steps()
+  prompt = text.encode(asking.flag('prompt') or '')
   asking.current(shop)
   if REF.value is not None:
-    asking.vacant(shop, REF.value)
+    asking.vacant(shop, REF.value, asking.principal())
   model, params, digest = asking.model()
   model, ref = asking.changed(model), shop.catalog.ref(key)
   who = asking.who(shop, key)
-  host = asking.host(model, digest, asking.fits(model, asking.room(
-      asking.length(shop, key, who) + steps)))
+  length, waiting = asking.size(shop, key, who)
+  if not waiting and not len(prompt):
+    raise ValueError(f'{key}: expected one that says how it goes on, got one '
+                     'whose last token has ended it; give it more to read '
+                     'with --prompt.')
+  room = asking.room(length + steps + (
+      waiting + len(prompt) if len(prompt) else 0))
+  host = asking.host(model, digest, asking.fits(model, room))
   found = load.load(shop, who.granted_for or key, who, host, asking.ask())
   decision = found.decision
   asking.told(decision)
-  if ref is None and REF.value is None:
-    print(f'{key}: has no name, and what comes of it gets none without --ref: '
-          'the next gc may delete it', file=sys.stderr)
+  asking.nameless(ref, key)
   resumed, meter = decision.outcome == 'resumed', Meter()
   length = found.about['state']['length']
-  begin = found.state if resumed else model.init_state(
-      1, asking.room(length + steps))
-  _warm(model, params, begin, np.array(
-      found.tokens[:length] if found.tokens and not resumed else (), np.int32))
+  begin = found.state if resumed else model.init_state(1, room)
+  again = () if resumed else found.tokens[:length]
+  for tokens in [np.array(x, np.int32) for x in (again, prompt)
+                 if len(x)] or [prompt]:
+    _warm(model, params, begin, tokens)
   with meter.running():
     state = begin if resumed else jax.block_until_ready(
         _absorb_again(model, params, begin, found))
+    read, state = _read(model, params, state, prompt)
     emitted, state = _emit(model, params, state, steps)
+  emitted = [*read, *emitted]
   transcript = None
   if found.tokens is not None:
     transcript = minting.Transcript((*found.tokens[:length], *emitted),
                                     found.edited.edits, keep=True)
   before = found.about['account'] if resumed else {}
-  spent = meter.spent(host.work, before, 0 if resumed else decision.n,
-                      len(emitted))
+  spent = meter.spent(
+      host.work, before, len(read) + (0 if resumed else decision.n),
+      len(emitted) - len(read))
   kept = minting.mint(
       shop, state, 0, found.host, minting.Terms.of(found.about),
       principal=who, transcript=transcript, edited=found.edited, **spent,
@@ -349,7 +391,7 @@ def fork(key):
   if REF.value is None:
     raise ValueError('--ref: name the child.')
   shop = asking.shop()
-  asking.vacant(shop, REF.value)
+  asking.vacant(shop, REF.value, asking.principal())
   who = asking.who(shop, key)
   found = desk.examine(shop, key, who, 'fork')
   asking.say(minting.fork(shop, minting.Parent(found.id, found.about), who,
@@ -362,9 +404,9 @@ def migrate(key):
   if REF.value is None:
     raise ValueError('--ref: name the child.')
   shop = asking.shop()
-  asking.vacant(shop, REF.value)
+  asking.vacant(shop, REF.value, asking.principal())
   model, _, digest = asking.model()
-  room = asking.room(asking.length(shop, key, asking.principal()))
+  room = asking.room(asking.size(shop, key, asking.principal())[0])
   sides = (asking.host(one, digest, room)
            for one in (model, asking.changed(model)))
   asking.say(migrate.migrate(shop, key, asking.principal(), *sides,

@@ -193,6 +193,19 @@ class Host:
     return groups
 
 
+def of_epoch(host: Host, about: dict) -> Host:
+  """Returns the host to mint with what goes on from a state.
+
+  What it has read stays of the epoch in which it was read, whatever holds now.
+
+  Args:
+    host: of this process.
+    about: manifest of the state.
+  """
+  return dataclasses.replace(host, texts=dataclasses.replace(
+      host.texts, epoch=about['policy']['epoch']))
+
+
 def crossed(host: Host, about: dict) -> Host:
   """Returns the host to mint with what goes on under other weights.
 

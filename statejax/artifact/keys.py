@@ -64,9 +64,8 @@ def check(pem: str, kind: str, payload: bytes, signature: bytes):
   Raises:
     Refused: E_SIG.
   """
-  from cryptography import exceptions
-
   ec, serialization, hashes = _library()
+  from cryptography import exceptions
   try:
     key = _public(serialization.load_pem_public_key, pem.encode())
   except ValueError as error:
@@ -101,9 +100,8 @@ def decrypt(private: bytes, data: bytes) -> bytes:
   Raises:
     Refused: E_SEALED: for another key, or changed.
   """
-  from cryptography import exceptions
-
   _, serialization, _ = _library()
+  from cryptography import exceptions
   size = int.from_bytes(data[:2], 'little')
   head, body = data[2:2 + size], data[2 + size:]
   try:
@@ -139,9 +137,8 @@ def _private(pem):
 
 
 def _curve(load, kind, *args):
-  from cryptography import exceptions
-
   ec, _, _ = _library()
+  from cryptography import exceptions
   try:
     key = load(*args)
   except (ValueError, TypeError, exceptions.UnsupportedAlgorithm) as error:

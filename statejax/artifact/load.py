@@ -59,9 +59,9 @@ class Loaded:
       the decision says so.
     stands: where the state does, to the bit; None where there is no state. See
       `standing.check` of the slot that it was put into.
-    host: `identity.Host` to mint with what comes of it: whoever asked, but
-      where the weights are not those that made it; see `identity.crossed`.
-      None where it is refused.
+    host: `identity.Host` to mint with what comes of it: whoever asked, but of
+      the epoch of what is resumed, and where the weights are not those that
+      made it of none; see `identity.crossed`. None where it is refused.
     edited: `mint.Edited` of the state, to mint with what comes of it.
   """
 
@@ -203,6 +203,7 @@ def _opened(folder, id, about, host, capacity, mesh, verdict, warnings):
                              plain['tree'].removeprefix('sha256:'))
   if 'W_SAMPLER' in warnings:  # its key is not the stored one
     stands = standing.at_rest(state, 0)
+  host = identity.of_epoch(host, about)
   if 'W_WEIGHTS' in warnings:
     host = identity.crossed(host, about)
   return Loaded(Decision('resumed', length, '', promise, tuple(

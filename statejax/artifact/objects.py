@@ -294,8 +294,19 @@ class Store:
 
   @property
   def secret(self) -> bytes:
-    """By which the store knows its own manifests."""
-    return self.secrets.get(f'store-{self.id}')
+    """By which the store knows its own manifests.
+
+    Raises:
+      Refused: E_IO: it is not among these secrets.
+    """
+    name = f'store-{self.id}'
+    # Made with the first artifact; another one would know none of them.
+    if self.secrets.find(name) is None and any(
+        self.path.glob(f'objects/*/*/{layout.MAC}')):
+      raise Refused('E_IO', f'{self.secrets.path}: expected the secret of the '
+                    f'store {self.path}, got none; name the directory of its '
+                    'secrets')
+    return self.secrets.get(name)
 
   def place(self, id: str) -> pathlib.Path:
     """Returns the directory of an artifact.

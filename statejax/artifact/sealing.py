@@ -53,9 +53,8 @@ def unwrap(kek: bytes, wrapped: str, nonce: str) -> bytes:
   Raises:
     Refused: E_SEALED: another key, or other content.
   """
-  from cryptography import exceptions
-
   gcm, _, _ = _library()
+  from cryptography import exceptions
   try:
     raw = base64.b64decode(wrapped, validate=True)
     return gcm(kek).decrypt(raw[:12], raw[12:], bytes.fromhex(nonce))
@@ -79,9 +78,8 @@ def unseal(key: bytes, nonce: str, path: str, data: bytes) -> bytes:
   Raises:
     Refused: E_SEALED.
   """
-  from cryptography import exceptions
-
   gcm, step = _file_key(key, path), CHUNK + _TAG
+  from cryptography import exceptions
   count = max(1, -(-len(data) // step))
   try:
     return b''.join(
@@ -226,6 +224,11 @@ def _aad(nonce, path, i, last):
   raw = path.encode()
   return (b'statejax.seal.v1\0' + bytes.fromhex(nonce)
           + struct.pack('<I', len(raw)) + raw + struct.pack('<QB', i, last))
+
+
+def require():
+  """Raises ValueError unless the packages are there by which one seals."""
+  _library()
 
 
 def _library():
