@@ -179,6 +179,10 @@ def test_an_artifact_is_edited_into_a_child(saved, run, tmp_path,  # noqa: F811
   # An id has no name to move, and a directory is an id.
   two = kept(err)
   assert code == 0 and two['ref'] == '' and json.loads(out)['after']
+  assert f'{one["id"]}: has no name, and what comes of it' in err
+  code, _, err = run('memory', 'lock', one['id'], *acme, '--slot=0',
+                     '--ref=locked')
+  assert code == 0 and kept(err)['ref'] == 'locked' and 'no name' not in err
   # It has its edits, and what they are checked with.
   child = verify.verify(shop.place(two['id']))
   assert [at for at, _ in child.plain['edits']] == [0, 0]
@@ -230,6 +234,7 @@ def test_an_artifact_is_edited_into_a_child(saved, run, tmp_path,  # noqa: F811
   assert code == 2 and 'E_REVOKED' in err and not out
   for target, more, why in (
       (one['id'], ['--save=x', '--slot=0'], '--save: an edit of an artifact'),
+      (one['id'], ['--ref=locked', '--slot=0'], 'expected a free name'),
       (saved / 's0', ['--slot=0', '--save=x'], 'is a saved state, of no store'),
       (saved, ['--slot=0'], 'expected a saved state or an artifact, got some'),
       (one['id'], ['--slot=0', '--row=1'], 'row: expected 0 to 0, got 1'),

@@ -574,6 +574,7 @@ def test_full_disk(shop, monkeypatch):
 def test_opens_nothing_of_another_store(shop, kept, tmp_path):
   """What another store vouches for, this one does not know."""
   other = objects.Store(tmp_path / 'other', objects.Secrets(tmp_path / 'no'))
+  assert other.secret != shop.secret
   other.place(kept).parent.mkdir()
   shutil.copytree(shop.place(kept), other.place(kept))
   other.catalog.add(kept, kept, 1, 'live', '')
