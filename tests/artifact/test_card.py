@@ -68,8 +68,6 @@ def test_whose_word_counts(shop, signers):
   data = card.signed(body, signers['acme'])
   assert card.read(shop, data, 'acme') == card.unsure(data) == body
   assert 'of acme' in card.describe(body)[-1]
-  late = trust.extended(None, keys.public(signers['acme'].private), 'acme',
-                        not_before=NOW + 1)
   dsse = lambda raw: card.signed(body, signers['acme']).replace(
       b'model-card', raw)
   as_head = canonical.dumps(canonical.loads(data) | {
@@ -82,6 +80,7 @@ def test_whose_word_counts(shop, signers):
       (card.signed(body, signers['stranger']), 'acme', 'E_TRUST'),
       (card.signed(body, signers['granter']), 'acme', 'E_TRUST'),
       (card.signed(body, signers['globex']), 'acme', 'E_TRUST'),
+      (card.signed(body, signers['globex']), 'globex', 'E_TRUST'),
       (data, 'globex', 'E_TRUST'), (data, '', 'E_TRUST'),
       (card.signed(body | {'org': 'globex'}, signers['acme']), 'globex',
        'E_TRUST'),
@@ -90,11 +89,14 @@ def test_whose_word_counts(shop, signers):
       (data + b' ', 'acme', 'E_SIG'), (dsse(b'') + b'}', 'acme', 'E_SIG')):
     tried, wrongly = tried + 1, wrongly + (
         code_of(card.read, shop, forged, org) != code)
-  # Nor a card that was signed before its key was valid, or after it ended.
-  trust.install(shop, signers['root'].document('trust', canonical.dumps(
-      canonical.loads(late) | {'number': 9})))
-  tried, wrongly = tried + 1, wrongly + (
-      code_of(card.read, shop, data, 'acme') != 'E_TRUST')
+  # Nor a card that was signed before its key was valid, or when it has ended.
+  pem = keys.public(signers['acme'].private)
+  for times, code in (({'not_before': NOW + 1}, 'E_TRUST'),
+                      ({'not_after': NOW + 2}, 'E_TRUST'), ({}, '')):
+    trust.install(shop, signers['root'].document('trust', trust.extended(
+        trust.load(shop), pem, 'acme', **times)))
+    tried, wrongly = tried + 1, wrongly + (
+        code_of(card.read, shop, data, 'acme') != code)
   print(f'cards that are none: tried {tried}, accepted wrongly {wrongly}')
   assert not wrongly
 
