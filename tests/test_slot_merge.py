@@ -185,6 +185,13 @@ def test_a_new_object_takes_the_slot_that_a_write_would():
   new, found = merge(full, theirs)
   assert found == {20: 'committed'} and {*slots(new)} == want == {
       11, 12, 14, 20}
+  # But only when all that is here was compared, in whatever order they lie.
+  first = write(blank(), 20, [9])
+  for value in (1, 2, 3):
+    first = write(first, 10, [value])
+  new, found = merge(later(full, 5), first)
+  assert list(found) == [10, 20] and {k: s.version for k, s in slots(
+      new).items()} == {10: 3, 12: 1, 14: 1, 20: 1}
   # Never what is locked.
   locked, _ = MEMORY.lock(full, 0)
   assert {*slots(merge(locked, theirs)[0])} == {10, 12, 14, 20}

@@ -118,7 +118,8 @@ class Host:
   Attributes:
     config: `ModelConfig`.
     schema: (rows, capacity, *, logits) -> schema, `model.state_schema`.
-    params: tree digest of the effective parameters, 64 hex.
+    params: tree digest of the effective parameters, 64 hex; see
+      `card.params_digest`.
     adapters: the same of each adapter, in order applied.
     program: see `Program`.
     tokenizer: {file name: content}, of its assets.
