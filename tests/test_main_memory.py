@@ -312,6 +312,7 @@ def test_slots_of_two_artifacts(saved, run, tmp_path, restored):  # noqa: F811
     assert code == 2 and why in err, err
 
 
+@pytest.mark.slow
 def test_slots_of_two_saved_states(saved, run, restored):  # noqa: F811
   go = [f'--workdir={saved}/run']
   says = lambda value: [f'--statement=sea is {value}', '--key=sea',

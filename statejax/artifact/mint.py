@@ -201,8 +201,12 @@ def mint(shop, state, row: int, host: identity.Host, terms: Terms, *,
       E_LIMIT: too many edits; E_NOSPACE, E_IO: it could not be kept. Nothing is
       left then but a row of the log.
     ValueError: it is not a state of the host's model, or not all of it is in
-      this process; no such unit; the key of another request.
+      this process; no such unit; the key of another request; slots of another
+      one without a parent that has the rest.
   """
+  if slots is not None and parent is None:
+    raise ValueError('slots: expected a parent too, of which the rest of the '
+                     'state is, got none; name it.')
   principal = principal or Principal(terms.owner, terms.org)
   _check_spent(spent or {})
   decided = functools.partial(shop.catalog.refusals, str(principal), 'mint',
