@@ -8,7 +8,7 @@ from secrets import token_hex
 import pytest
 import small_store as small
 
-from statejax.artifact import mint, trust, verify
+from statejax.artifact import mint, revoked, verify
 from statejax.artifact.access import Principal
 from statejax.artifact.outcome import Refused
 
@@ -107,9 +107,9 @@ def test_as_safe_as_where_they_come_from(shop):
 def test_what_is_revoked_goes_into_nothing(shop):
   one, two = parent(shop, small.TERMS), parent(shop, small.TERMS)
   about = child(shop, one, two)
-  trust.withdraw(shop, [('artifact', two.id)], 'alice')
+  revoked.withdraw(shop, [('artifact', two.id)], 'alice')
   assert child(shop, one, two).startswith('E_REVOKED')
   # What came of it before falls with the family of either.
-  trust.withdraw(shop, [('root', two.id)], 'alice')
+  revoked.withdraw(shop, [('root', two.id)], 'alice')
   id = next(id for id in shop.catalog.descendants(two.id))
-  assert trust.revoked(shop, id, about) == f'root {two.id}'
+  assert revoked.why(shop, id, about) == f'root {two.id}'
