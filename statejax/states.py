@@ -336,7 +336,7 @@ def resume(key):
   resumed, meter = decision.outcome == 'resumed', Meter()
   length = found.about['state']['length']
   begin = found.state if resumed else model.init_state(1, room)
-  again = () if resumed else found.tokens[:length]
+  again = () if resumed else (found.tokens or ())[:length]
   for tokens in [np.array(x, np.int32) for x in (again, prompt)
                  if len(x)] or [prompt]:
     _warm(model, params, begin, tokens)
