@@ -134,7 +134,9 @@ def generate():
                           sampling=sampling, stop=(text.END,), callback=show)
   print(decoder.decode(b'', final=True))
   if SAVE.value:
-    found = serving.save_state(SAVE.value, model, params, state)
+    found = serving.save_state(
+        SAVE.value, model, params, state,
+        edits=serving.edits(RESUME.value) if RESUME.value else None)
     print(f'saved {SAVE.value}: {int(state.length[0])} tokens, '
           f'{sum(st.nbytes(state).values()):,} bytes, digest {found}',
           file=sys.stderr)

@@ -103,7 +103,7 @@ class _Target:
     model, params: that it runs with.
     keep: function that keeps an edited state, given it, its `Edited` and of
       which artifact slots were merged into it, None for none.
-    edited: `mint.Edited`, empty of a saved state, which has no place for it.
+    edited: `mint.Edited`; a saved state keeps the edits of it.
     origin: `mint.Parent`, None of a saved state.
   """
 
@@ -324,10 +324,13 @@ def _saved(path, verb):
   if workdir is None:
     raise ValueError('--workdir: name the directory of the run.')
   model, params = restore.from_workdir(workdir)
-  def keep(state, *_):
-    serving.save_state(save, model, params, state)
-  return _Target(serving.load_state(path, model, params), model, params, keep,
-                 mint.UNEDITED)
+  state, edits = serving.load_state(path, model, params), serving.edits(path)
+  row = ROW.value
+  def keep(state, edited, *_):
+    serving.save_state(save, model, params, state, edits=[
+        edited.edits if i == row else old for i, old in enumerate(edits)])
+  return _Target(state, model, params, keep, mint.Edited(
+      edits[row] if 0 <= row < len(edits) else ()))
 
 
 def _artifact(key, charged):

@@ -268,12 +268,14 @@ def mint(name):
   asking.require(terms, shop)
   version = asking.taken(shop, name, asking.principal())
   model, params, digest = asking.model()
-  took, meter = (), Meter()
+  took, meter, edited = (), Meter(), minting.UNEDITED
   if saved is not None:
     if TRANSCRIPT.value == 'keep':
       raise ValueError('--transcript=keep: a saved state does not have its '
                        'tokens; mint it from a --prompt.')
     state, row = serving.load_state(saved, model, params), asking.flag('row')
+    rows = serving.edits(saved)
+    edited = minting.Edited(rows[row] if 0 <= row < len(rows) else ())
     _within_horizon(int(state.length[row]))
   else:
     state = model.init_state(
@@ -292,8 +294,8 @@ def mint(name):
   # What a saved state took is not known.
   spent = meter.spent(host.work, {}, *took) if took else {}
   kept = minting.mint(
-      shop, state, row, host, terms, transcript=transcript, ref=name,
-      expect=version, **spent)
+      shop, state, row, host, terms, transcript=transcript, edited=edited,
+      ref=name, expect=version, **spent)
   asking.say(kept)
 
 

@@ -65,9 +65,9 @@ def test_edits_from_the_command_line(saved, run, restored):  # noqa: F811
     return code, [json.loads(x) for x in out.splitlines()
                   if x.startswith('{')], err
   assert memory('list', 's0')[1] == []
-  code, (receipt,), _ = memory('write', 's0', 's1', '--statement=sky is blue',
+  code, (first,), _ = memory('write', 's0', 's1', '--statement=sky is blue',
                                '--key=sky', '--value=blue')
-  assert code == 0 and receipt['outcome'] == 'committed'
+  assert code == 0 and first['outcome'] == 'committed'
   (slot,) = memory('list', 's1')[1]
   assert bytes(slot['values'][0]) == b'blue' and bytes(slot['key']) == b'sky'
   assert memory('delete', 's1', 's2', '--slot=0', '--expect=1')[0] == 0
@@ -79,6 +79,18 @@ def test_edits_from_the_command_line(saved, run, restored):  # noqa: F811
   assert code == 2 and receipt['outcome'] == 'invalid'
   assert 'nothing was changed' in err and not (saved / 's3').exists()
   assert memory('purge', 's1', 's4', '--slot=0', '--host')[0] == 0
+  # A saved state keeps its edits, and what is minted of it lists them.
+  marks = [first['mark']]
+  assert serving.edits(saved / 's1') == [((0, *marks),)]
+  assert [at for at, _ in serving.edits(saved / 's2')[0]] == [0, 0]
+  store = [f'--store={saved}/edited', f'--secrets={saved}/secrets']
+  assert run('state', 'mint', 'chat', *store, f'--workdir={saved}/run',
+             f'--resume={saved}/s1')[0] == 0
+  shop = objects.Store(saved / 'edited', objects.Secrets(saved / 'secrets'))
+  found = verify.verify(shop.place(shop.find('chat')))
+  assert found.plain['edits'] == [[0, *marks]]
+  assert '  edits: 1, after 0 tokens\n' in run('state', 'show', 'chat', *store)[
+      1]
   entries = journal.Journal(saved / 'edits').entries
   assert [e['op'] for e in entries] == ['write', 'delete', 'delete', 'purge']
 
@@ -330,6 +342,20 @@ def test_slots_of_two_saved_states(saved, run, restored):  # noqa: F811
   (slot,) = map(json.loads, run('memory', 'list', saved / 'm3', *go)[
       1].splitlines())
   assert [bytes(x) for x in slot['values']] == [b'blue', b'red']
+
+
+@pytest.mark.slow
+def test_what_goes_on_keeps_its_edits(saved, run, tmp_path):  # noqa: F811
+  go, says = [f'--workdir={saved}/run'], [
+      '--statement=sky is blue', '--key=sky', '--value=blue']
+  assert run('generate', *go, '--prompt=ab', '--tokens=3',
+             f'--save={tmp_path}/a')[0] == 0
+  assert run('memory', 'write', tmp_path / 'a', *go, *says,
+             f'--save={tmp_path}/b')[0] == 0
+  assert run('generate', *go, f'--resume={tmp_path}/b', '--tokens=2',
+             f'--save={tmp_path}/c')[0] == 0
+  assert serving.edits(tmp_path / 'a') == [()]
+  assert serving.edits(tmp_path / 'c') == serving.edits(tmp_path / 'b') != [()]
 
 
 @pytest.mark.slow

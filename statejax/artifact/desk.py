@@ -200,6 +200,7 @@ def describe(found: verify.Verified) -> list[str]:
       f'{about["numerics"]["device"]}, {about["numerics"]["mesh"]}',
       f'  transcript: {"kept" if state["transcript"] == "keep" else "not kept"}'
       f'; sealed: {about["sealed"]}',
+      f'  edits: {_edits(found.plain)}',
       f'  policies: system {_short(about["policy"]["system"])}, safety '
       f'{_short(about["policy"]["safety"])}, epoch {about["policy"]["epoch"]}; '
       f'{len(about["tools"]["items"])} tools',
@@ -285,12 +286,28 @@ def difference(one: verify.Verified, two: verify.Verified) -> list[str]:
              if a.get(path) != b.get(path)]
     lines.append(f'leaves: {len(other)} of {len(a.keys() | b.keys())} differ'
                  + ''.join(f'\n  {path}' for path in other))
+    a, b = one.plain['edits'], two.plain['edits']
+    same = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y),
+                min(len(a), len(b)))
+    lines.append(f'edits: the first {same} are the same, then '
+                 f'{_places(a[same:])} | {_places(b[same:])}')
   if one.tokens is not None and two.tokens is not None:
     same = next((i for i, (x, y) in enumerate(zip(one.tokens, two.tokens))
                  if x != y), min(len(one.tokens), len(two.tokens)))
     lines.append(f'tokens: the first {same} are the same, then '
                  f'{len(one.tokens) - same} | {len(two.tokens) - same}')
   return lines
+
+
+def _edits(plain):
+  """Edits of a state for a person."""
+  return 'not to be seen' if plain is None else _places(plain['edits'])
+
+
+def _places(edits):
+  """How many edits, and after how many tokens each, the first of them."""
+  at = [str(length) for length, _ in edits[:8]] + ['...'] * (len(edits) > 8)
+  return f'{len(edits)}, after {", ".join(at)} tokens' if edits else 'none'
 
 
 def _flat(about, prefix=''):

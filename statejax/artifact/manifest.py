@@ -117,11 +117,13 @@ GRAMMAR = Record({
         'chunk': OneOf((1 << 20,))}),
 }, extra=(r'x-[a-z0-9-]{1,60}', text(1024), 16))
 
+# An edit: after how many tokens, and its digest.
+EDIT = Row((Int(0, MAX_LENGTH), HEX))
 # What lets its reader confirm guessed prompts, hence beside the manifest.
 PLAIN_GRAMMAR = Record({
     'tree': HASH, 'witness': X16, 'token_chain': MAYBE_HASH,
     'leaves': Table(_PATH, HEX, 2048),
-    'edits': Items(Row((Int(0, MAX_LENGTH), HEX)), MAX_EDITS)})
+    'edits': Items(EDIT, MAX_EDITS)})
 # The salt of each object that an edit was of, named by its layer and number.
 SLOTS_GRAMMAR = Table(_PATH, X16, 4096)
 

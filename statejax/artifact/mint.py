@@ -173,7 +173,8 @@ def mint(shop, state, row: int, host: identity.Host, terms: Terms, *,
     principal: who acts: named in the log, and accounted for the tokens; the
       bytes are the owner's. None is the owner.
     transcript: what the row has absorbed; without it there is no chain key.
-    edited: what edits of it are to be kept with it.
+    edited: what edits of it are to be kept with it: those of the parent, as a
+      load returns them, then others.
     parent: from which the state went on; None for none. Its persona stays, if
       the host names none.
     slots: another one, beside a parent, whose slots were merged into it: the
@@ -195,7 +196,8 @@ def mint(shop, state, row: int, host: identity.Host, terms: Terms, *,
     `objects.Kept`: id, receipt, name.
 
   Raises:
-    Refused: E_WITNESS, E_DIGEST, E_NONFINITE, E_BOUNDS: the state is not sound;
+    Refused: E_WITNESS, E_DIGEST, E_NONFINITE, E_BOUNDS: the state is not sound,
+      or edits of the parent are left out;
       E_REVOKED: the parent is; E_ACL: in another's name, other terms than the
       parent's and not by its owner, or no right to resume or fork the parent;
       E_LIMIT: too many edits; E_NOSPACE, E_IO: it could not be kept. Nothing is
@@ -223,6 +225,7 @@ def mint(shop, state, row: int, host: identity.Host, terms: Terms, *,
     if transcript is not None:
       _check_transcript(live, transcript)
       edited = dataclasses.replace(edited, edits=transcript.edits)
+    _goes_on(shop, parent, terms, edited.edits)
     if len(edited.edits) > manifest.MAX_EDITS:
       raise Refused('E_LIMIT', f'edits: expected at most {manifest.MAX_EDITS}, '
                     f'got {len(edited.edits)}; absorb the tokens again, and '
@@ -287,6 +290,27 @@ def _may_take(parent, principal, now):
             for right in ('resume', 'fork')]
   if not any(found.allowed for found in rights):
     raise Refused(rights[0].code, rights[0].detail)
+
+
+def _goes_on(shop, parent, terms, edits):
+  """Raises unless the edits of what goes on from a parent begin with its own.
+
+  Of a parent that is not here any more, or damaged, nobody knows them; what is
+  trained or compacted absorbs anew.
+  """
+  if parent is None or terms.how not in ('absorbed', 'migrated'):
+    return
+  try:
+    folder, about = shop.place(parent.id), parent.about
+    data = sealing.read(shop, folder, about, manifest.PLAIN)
+    plain = manifest.parse_plain(data, about)
+  except (Refused, OSError):
+    return
+  before = [(at, mark) for at, mark in plain['edits']]
+  if [*edits[:len(before)]] != before:
+    raise Refused('E_WITNESS', 'edits: expected them to begin with the '
+                  f'{len(before)} of the parent, got {len(edits)}; mint it '
+                  'with what the load of the parent returned as edited')
 
 
 def _require_here(state):

@@ -9,10 +9,11 @@ import numpy as np
 
 from statejax import config as cfg
 from statejax import state as st
-from statejax.artifact import commit, digest, store
+from statejax.artifact import commit, digest, grammar, manifest, store
 
 FORMAT = 'statejax-serving-state'
 ABOUT = 'about.json'
+_EDITS = grammar.Items(manifest.EDIT, 1 << 20)  # of a row
 
 
 def state_digest(state) -> str:
@@ -22,7 +23,7 @@ def state_digest(state) -> str:
   return digest.tree_digest(rows)
 
 
-def save_state(path, model, params, state):
+def save_state(path, model, params, state, *, edits=None):
   """Writes a serving state as a new directory; never overwrites one.
 
   Args:
@@ -30,12 +31,15 @@ def save_state(path, model, params, state):
     model: `LanguageModel` of the state.
     params: its parameters; their digest binds the state to them.
     state: `ServingState`; stays usable.
+    edits: (length, 64 hex) of each edit, of every row; see `names.witness` and
+      `edits`. None where no row was edited.
 
   Returns:
     The state's digest, see `state_digest`.
 
   Raises:
-    ValueError: the state is not of this model, or `path` exists.
+    ValueError: the state is not of this model, `path` exists, or edits of
+      another number of rows.
   """
   capacity = st.capacity(state)
   schema = model.state_schema(st.rows(state), capacity or 0,
@@ -47,6 +51,8 @@ def save_state(path, model, params, state):
     raise ValueError(f'state: a row absorbed {length.max()} tokens, its stores '
                      f'have room for {capacity}; it is incomplete and cannot '
                      'be saved.')
+  edits = _checked([()] * len(length) if edits is None else edits, length,
+                   'edits')
   # An Orbax leaf cannot be empty, so an empty store keeps one slot.
   kept = max(1, int(length.max()))
   about = {
@@ -58,7 +64,7 @@ def save_state(path, model, params, state):
       'logits': state.logits is not None, 'spans': st.spans(state),
       'length': length.tolist(),
       'pending': np.asarray(state.pending).tolist(),
-      'bytes': st.nbytes(state),
+      'bytes': st.nbytes(state), 'edits': edits,
       'jax': jax.__version__,
   }
   with commit.publish(path) as folder:
@@ -90,6 +96,39 @@ def about(path) -> dict:
     pass
   raise ValueError(f'{path}: expected a saved serving state (version 1), got '
                    'something else; it must come from save_state.')
+
+
+def edits(path) -> list[tuple[tuple[int, str], ...]]:
+  """Returns the edits of each row of a saved state: (length, 64 hex) of each.
+
+  What an earlier release has saved says of none.
+
+  Args:
+    path: what `save_state` has made.
+
+  Raises:
+    ValueError: damaged files, or no such edits.
+  """
+  facts = about(path)
+  length = facts['length']
+  rows = _checked(facts.get('edits', [()] * len(length)), length,
+                  f'{path}: edits')
+  return [tuple((at, mark) for at, mark in row) for row in rows]
+
+
+def _checked(edits, length, name):
+  """Edits as lists; raises ValueError unless they can be those of the rows."""
+  rows = [[[at, mark] for at, mark in row] for row in edits]
+  if len(rows) != len(length):
+    raise ValueError(f'{name}: expected those of {len(length)} rows, got '
+                     f'{len(rows)}.')
+  for i, (row, end) in enumerate(zip(rows, length)):
+    _EDITS(row, f'{name}[{i}]')
+    at = [at for at, _ in row]
+    if at != sorted(at) or (at and at[-1] > end):
+      raise ValueError(f'{name}[{i}]: expected them in order, none past length '
+                       f'{end}, got {at[:8]}.')
+  return rows
 
 
 def load_state(path, model, params, *, capacity: int | None = None):

@@ -116,6 +116,19 @@ def test_digest_is_of_the_live_prefix():
   assert len(digests) == 1 + len(others)
 
 
+def test_edits_are_kept(saved, tmp_path):
+  assert serving.edits(saved) == [(), ()]
+  mark, save = 'ab' * 32, serving.save_state
+  rows = [((3, mark), (3, mark)), ()]
+  save(tmp_path / 'edited', MODEL, params(), middle(), edits=rows)
+  assert serving.edits(tmp_path / 'edited') == rows
+  for bad, why in (([()], '2 rows, got 1'), ([((99, mark),), ()], 'none past'),
+                   ([((2, 'x'),), ()], '64 hex')):
+    with pytest.raises(ValueError, match=f'edits.*{why}'):
+      save(tmp_path / 'bad', MODEL, params(), middle(), edits=bad)
+  assert not (tmp_path / 'bad').exists()
+
+
 def test_layout_of_parameters_does_not_matter(saved, tmp_path):
   flat = MODEL.unstack(params())
   assert st.diff(serving.load_state(saved, MODEL, flat), middle()) is None
