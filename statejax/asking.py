@@ -362,16 +362,15 @@ def who(shop, key):
   asks, shown = principal(), granted()
   if shown is None:
     return asks
-  from secrets import token_hex
-
   from statejax.artifact import grant, verify
   from statejax.artifact.outcome import Refused
-  (data, private), nonce = shown, token_hex(16)
+  data, private = shown
   try:
     id = shop.find(key)
     about = verify.head(shop.place(id), name=id)[2]
   except Refused:
     return asks  # what is wrong is told, and written down, by what is asked
+  nonce = grant.challenge(shop)
   return grant.present(shop, data, about, id, asks, nonce,
                        grant.prove(private, nonce, data))
 
@@ -489,7 +488,7 @@ def size(shop, key, who) -> tuple[int, int]:
     return 0, 1
   facts = about['state']
   return (facts['length'], facts['n_pending']) if access.sees(
-      about, who) else (0, 1)
+      about, who, shop.catalog.clock()) else (0, 1)
 
 
 def say(kept, mark=''):

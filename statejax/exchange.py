@@ -34,6 +34,9 @@ SECONDS = flags.DEFINE_integer(
     'seconds', 24 * 3600, 'state grant: until it ends, a day at most')
 MAX_USES = flags.DEFINE_integer(
     'max_uses', 1, 'state grant: how often it may be used')
+FAMILY = flags.DEFINE_bool(
+    'family', False, 'state grant: it is for all that stems from the root of '
+    'the family')
 RETIRE = flags.DEFINE_bool(
     'retire', False, 'state trust: nothing that this key has signed counts')
 MIN_EPOCH = flags.DEFINE_integer(
@@ -84,7 +87,8 @@ def grant(target):
   asking.write(file, grant.issue(
       shop, target, asking.principal(),
       keys.normal(asking.read('--holder', HOLDER.value)), RIGHTS.value,
-      asking.signer(), seconds=SECONDS.value, max_uses=MAX_USES.value))
+      asking.signer(), seconds=SECONDS.value, max_uses=MAX_USES.value,
+      scope='root' if FAMILY.value else 'id'))
   print(file)
 
 

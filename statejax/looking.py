@@ -10,8 +10,9 @@ from statejax import asking
 def show(key):
   """Prints what an artifact is, whose, and whether it would load here."""
   from statejax.artifact import desk
-  with _examined(key) as (found, folder):
-    may = _may_resume(folder)
+  who = _who(key)
+  with _examined(key, who) as (found, folder):
+    may = _may_resume(folder, who)
     print('\n'.join([
         *desk.describe(found),
         f'  may {asking.PRINCIPAL.value} of '
@@ -22,14 +23,17 @@ def show(key):
 def diff(left, right):
   """Prints what two artifacts do not have in common, without their arrays."""
   from statejax.artifact import desk
-  with _examined(left) as (one, _), _examined(right) as (two, _):
+  with _examined(left, _who(left)) as (one, _), (
+      _examined(right, _who(right))) as (two, _):
     print('\n'.join([f'{one.id} | {two.id}', *desk.difference(one, two)]))
 
 
 def lineage(key):
   """Prints what an artifact comes from and what came of it."""
   from statejax.artifact import desk
-  print('\n'.join(desk.lineage(asking.shop(), key, asking.principal())))
+  shop = asking.shop()
+  who = asking.who(shop, key)
+  print('\n'.join(desk.lineage(shop, who.granted_for or key, who)))
 
 
 def verify(key):
@@ -40,15 +44,14 @@ def verify(key):
   that it is not verified, and exits with 3.
   """
   from statejax.artifact import verify
-  own = not asking.elsewhere(key)
-  who = asking.who(asking.shop(), key) if own else None
+  own, who = not asking.elsewhere(key), _who(key)
   with _examined(key, who) as (found, folder):
     result = verify.said(found.vouched, found.why)
     if asking.flag('workdir') is not None:
       result |= (_load(key, found.about, who) if own
                  else _arrays(folder, found.about))
     if not own:
-      result['resume'] = _may_resume(folder)
+      result['resume'] = _may_resume(folder, who)
     print(json.dumps({
         'verified': bool(found.vouched), 'id': found.id,
         'files': 'match their digests', **result}))
@@ -62,13 +65,20 @@ def verify(key):
     sys.exit(3)
 
 
+def _who(key):
+  """Who asks for a target, with what a grant gives of one in the store."""
+  if asking.elsewhere(key) or not asking.is_store():
+    return asking.principal()
+  return asking.who(asking.shop(), key)
+
+
 @contextlib.contextmanager
-def _examined(key, who=None):
+def _examined(key, who):
   """Yields (what a target is, verified but for its arrays; its directory).
 
   Args:
     key: name or id, or a directory or file that holds an artifact.
-    who: `Principal` who asks; None is whom the flags say.
+    who: `Principal` who asks.
   """
   from statejax.artifact import desk, verify
   if not asking.elsewhere(key):
@@ -77,7 +87,7 @@ def _examined(key, who=None):
                        f'store, got nothing there and no store at '
                        f'{asking.STORE.value}; name one with --store.')
     shop = asking.shop()
-    found = desk.examine(shop, key, who or asking.principal(), 'inspect')
+    found = desk.examine(shop, who.granted_for or key, who, 'inspect')
     yield found, shop.place(found.id)
     return
   with desk.opened(key) as folder:
@@ -87,13 +97,13 @@ def _examined(key, who=None):
       yield verify.verify(folder), folder
 
 
-def _may_resume(folder):
+def _may_resume(folder, who):
   """Whether the store would let the principal, in words."""
   from statejax.artifact import desk
   if not asking.is_store():
     return (f'not asked, there is no store at {asking.STORE.value}; name one '
             'with --store')
-  fault = desk.obstacle(asking.shop(), folder, asking.principal())
+  fault = desk.obstacle(asking.shop(), folder, who)
   return 'yes' if fault is None else f'no, {fault}'
 
 

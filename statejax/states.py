@@ -131,15 +131,15 @@ USES = {
                         'workflow', 'scope', 'transcript', 'export', 'horizon',
                         'not_after', 'replace'} | RUN,
     'resume': SAMPLING | asking.USED | RUN | {'set', 'ref', 'prompt'} | SHOWN,
-    'show': {'workdir', 'set'} | RUN,
+    'show': {'workdir', 'set'} | RUN | SHOWN,
     'verify': {'workdir', 'set'} | RUN | SHOWN,
     'fork': {'ref'} | SHOWN,
     'migrate': {'workdir', 'set', 'cast', 'ref'} | RUN,
-    'diff': set(), 'lineage': set(),
+    'diff': SHOWN, 'lineage': SHOWN,
     'transfer': {'signing_key', 'file', 'ref', 'workdir'} | RUN | SHOWN,
     'push': {'url'}, 'pull': {'ref'},
     'grant': {'signing_key', 'file', 'holder', 'rights', 'seconds',
-              'max_uses'},
+              'max_uses', 'family'},
     'revoke': {'by', 'since', 'signing_key', 'epoch'}, 'delete': set(),
     'audit': {'signed_head'}, 'account': set(), 'fsck': {'adopt'},
     'gc': {'grace', 'generations'},
@@ -395,9 +395,9 @@ def fork(key):
   shop = asking.shop()
   asking.vacant(shop, REF.value, asking.principal())
   who = asking.who(shop, key)
-  found = desk.examine(shop, key, who, 'fork')
+  found = desk.examine(shop, who.granted_for or key, who, 'fork')
   asking.say(minting.fork(shop, minting.Parent(found.id, found.about), who,
-                          ref=REF.value))
+                          ref=REF.value), shop.catalog.code(found.id))
 
 
 def migrate(key):
@@ -418,20 +418,22 @@ def migrate(key):
 def transfer(target):
   """Writes an artifact as one file or to a bucket, or takes one in."""
   from statejax.artifact import bucket, transfer
-  who = asking.principal()
   if bucket.is_url(target) or asking.elsewhere(target):
     shop, host = asking.shop(make=True), None
     if asking.flag('workdir') is not None:
       model, _, digest = asking.model()
       host = asking.host(model, digest, 0)
     asking.say(transfer.receive(
-        shop, target, who, host=host, ref=REF.value or '',
+        shop, target, asking.principal(), host=host, ref=REF.value or '',
         granted=asking.granted()))
     return
   if FILE.value is None:
     raise ValueError(f'{target}: expected a file to take in, or with --file a '
                      'name or id to write as one.')
-  id = transfer.export(asking.shop(), target, who, asking.signer(), FILE.value)
+  shop = asking.shop()
+  who = asking.who(shop, target)
+  id = transfer.export(shop, who.granted_for or target, who, asking.signer(),
+                       FILE.value)
   print(json.dumps({'id': id, 'file': FILE.value}))
 
 

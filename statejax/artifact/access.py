@@ -25,6 +25,8 @@ class Principal:
       gives nothing.
     grant_fault: why a grant that was shown does not count, '' where none was.
     uses: the grant's own id, and how often it may be used; see `grant.use`.
+    times: first and last unix second of the grant; outside it gives nothing,
+      however long the principal is held.
 
   Raises:
     ValueError: a name with spaces.
@@ -36,6 +38,7 @@ class Principal:
   grant_fault: str = ''
   granted_for: str = ''
   uses: tuple[str, int] = ('', 0)
+  times: tuple[int, int] = (0, canonical.MAX_INT)
 
   def __post_init__(self):
     # Else 'alice of acme' could be two in the log and the accounts.
@@ -95,7 +98,8 @@ def decide(about: dict, principal: Principal, right: str, *,
                   f'{rules["not_after"]}, got {now}')
   if right == 'export' and rules['export'] == 'never':
     return Access(False, code='E_ACL', detail='the artifact is never exported')
-  gives = principal.granted if _shown(about, principal) else frozenset()
+  shown, held = _shown(about, principal), lasts(principal, now)
+  gives = principal.granted if shown and held else frozenset()
   if right == 'export' and rules['export'] != 'any' and not (
       member and rules['export'] == 'org'):
     gives = frozenset()
@@ -109,7 +113,9 @@ def decide(about: dict, principal: Principal, right: str, *,
     return Access(True)
   if principal.grant_fault:
     return Access(False, code='E_GRANT', detail=principal.grant_fault)
-  if principal.granted and not _shown(about, principal):
+  if principal.granted and shown and not held:
+    return Access(False, code='E_GRANT', detail=over(principal, now))
+  if principal.granted and not shown:
     return Access(False, code='E_GRANT', detail='expected a grant for this '
                   f'artifact, got one for {principal.granted_for or "none"}')
   return Access(False, code='E_ACL', detail=f'{principal.name or "nobody"} of '
@@ -145,15 +151,32 @@ def owns(about: dict, principal: Principal) -> bool:
       (principal.name, principal.org) == (rules['owner'], rules['org']))
 
 
-def sees(about: dict, principal: Principal) -> bool:
+def lasts(principal: Principal, now: int) -> bool:
+  """Whether the grant of a principal, if any, has begun and not ended."""
+  return principal.times[0] <= now <= principal.times[1]
+
+
+def over(principal: Principal, now: int) -> str:
+  """Returns in words that the grant of a principal does not hold now."""
+  return (f'expected a time of {principal.times[0]}..{principal.times[1]}, as '
+          f'the grant says, got {now}')
+
+
+def sees(about: dict, principal: Principal, now: int | None = None) -> bool:
   """Whether a principal may know that an artifact is there at all.
 
   Its owner, members of its organisation and who holds a grant for it that
   counts, or that is used up, may; to others it is told as one that is not
   there.
+
+  Args:
+    about: its manifest.
+    principal: who asks.
+    now: unix seconds; None is the clock.
   """
-  return owns(about, principal) or _shown(about, principal) or _belongs(
-      about['governance'], principal)
+  now = int(time.time()) if now is None else now
+  return owns(about, principal) or _belongs(about['governance'], principal) or (
+      _shown(about, principal) and lasts(principal, now))
 
 
 def redact(about: dict) -> dict:

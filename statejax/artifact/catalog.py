@@ -36,6 +36,8 @@ create table if not exists lease (
   primary key (id, owner));
 create table if not exists grant_seen (
   id text primary key, uses integer not null);
+create table if not exists challenge (
+  nonce text primary key, until integer not null);
 create table if not exists crl (number integer primary key, body text not null);
 create table if not exists condemned (name text primary key);
 create table if not exists installed (
@@ -246,6 +248,16 @@ class Catalog:
     row = self._one('select hash from audit where seq = ?', (receipt.seq,))
     return row is not None and row[0] == receipt.head
 
+  def code(self, id: str) -> str:
+    """Returns the code under which an object was made here, '' for none."""
+    for seq, body in self._all(
+        'select seq, body from audit where instr(body, ?) order by seq', (id,)):
+      row = self._parsed('audit', seq, body)
+      if row['id'] == id and row['outcome'] == 'allowed' and (
+          row['action'] in ('mint', 'fork')):
+        return row['code']
+    return ''
+
   # Objects and names.
 
   def add(self, id: str, mint_key: str, nbytes: int, kind: str, workflow: str,
@@ -353,6 +365,10 @@ class Catalog:
       with contextlib.suppress(Refused), self.transaction():
         self._all('delete from lease where id = ? and owner = ?', (id, owner))
 
+  def pin(self, id: str, owner: str, until: int):
+    """Keeps an object from being collected until some unix second."""
+    self._all('replace into lease values (?, ?, ?)', (id, owner, until))
+
   def leased(self) -> set[str]:
     """Returns the objects under a lease that has not run out."""
     return {row[0] for row in self._all(
@@ -424,6 +440,24 @@ class Catalog:
     """A condemned secret is destroyed."""
     with self.transaction():
       self._all('delete from condemned where name = ?', (name,))
+
+  def ask(self, nonce: str, seconds: int):
+    """Notes a nonce that is to be answered once, within so many seconds."""
+    with self.transaction():
+      self._all('delete from challenge where until <= ?', (self.clock(),))
+      self._all('insert into challenge values (?, ?)',
+                (nonce, self.clock() + seconds))
+
+  def challenges(self) -> int:
+    """Returns how many nonces are still to be answered."""
+    return self._all('select count(*) from challenge')[0][0]
+
+  def answered(self, nonce: str) -> bool:
+    """Takes a nonce for answered; False where it was, or was never asked."""
+    with self.transaction():
+      row = self._one('select until from challenge where nonce = ?', (nonce,))
+      self._all('delete from challenge where nonce = ?', (nonce,))
+    return row is not None and self.clock() < row[0]
 
   def grant_uses(self, id: str) -> int:
     """Returns how often a grant was used."""

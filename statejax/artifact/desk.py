@@ -22,8 +22,8 @@ from statejax.artifact.objects import said
 from statejax.artifact.outcome import Refused, absent
 
 
-def examine(shop, key: str, principal: Principal,
-            right: str) -> verify.Verified:
+def examine(shop, key: str, principal: Principal, right: str, *,
+            action: str = '') -> verify.Verified:
   """Verifies an artifact for a right, all but its arrays: V1 to V7, V9, V11.
 
   V9 and V11 not where it shall be revoked or deleted.
@@ -33,6 +33,7 @@ def examine(shop, key: str, principal: Principal,
     key: id, beginning of one, or name.
     principal: who asks.
     right: of `access.RIGHTS`; with 'inspect' a revoked or expired one is shown.
+    action: for the log: what it is asked for; '' is the right.
 
   Raises:
     Refused: the first check that fails; it is in the log. Who may not see the
@@ -57,12 +58,12 @@ def examine(shop, key: str, principal: Principal,
         with sealing.opened(shop, place, about) as clear:
           plain, tokens = verify.unsealed(clear, about)
   except Refused as error:
-    shop.catalog.audit(str(principal), right, id or key[:80], 'refused',
-                       code=error.code)
+    shop.catalog.audit(str(principal), action or right, id or key[:80],
+                       'refused', code=error.code)
     if unseen(shop, id, principal):
       raise absent(key) from None
     raise
-  shop.catalog.audit(str(principal), right, id, 'allowed')
+  shop.catalog.audit(str(principal), action or right, id, 'allowed')
   if allowed.redacted:
     about, plain, tokens = access.redact(about), None, None
   return verify.Verified(id, about, plain, tokens, vouched)
@@ -84,7 +85,8 @@ def unseen(shop, id: str, principal: Principal) -> bool:
     about = manifest.parse(data)
   except (Refused, OSError):
     return False
-  return manifest.artifact_id(data) == id and not access.sees(about, principal)
+  return manifest.artifact_id(data) == id and not access.sees(
+      about, principal, shop.catalog.clock())
 
 
 opened = verify.opened

@@ -1,10 +1,12 @@
 """Short-lived grants: what an owner allows somebody of another organisation.
 
-A grant is a signed document that names one artifact, the rights, the holder's
-public key, an end within 24 hours and how often it may be used. Whoever shows
-it must sign a fresh nonce with the holder's key, so that a copy is worth
-nothing; it cannot be passed on. It may carry the key of a sealed artifact,
-sealed to the holder. Needs the extra [sign].
+A grant is a signed document that names one artifact, or the root of a family,
+the rights, the holder's public key, an end within 24 hours and how often it may
+be used. It is for what was exported from the artifact as well, which is the
+same. Whoever shows it must sign a nonce of the store with the holder's key, so
+that a copy is worth nothing; it cannot be passed on. It may carry the key of a
+sealed artifact and that of its exports, sealed to the holder. Needs the extra
+[sign].
 """
 
 import base64
@@ -26,19 +28,23 @@ from statejax.artifact.desk import examine
 from statejax.artifact.outcome import Refused
 
 LONGEST = 24 * 3600
+ANSWER = 300  # seconds within which a nonce must be answered
+SCOPES = ('id', 'root')
 CHALLENGE = 'application/vnd.statejax.challenge'
+_SECRET = grammar.Text(1024, '[A-Za-z0-9+/]+=*', name='base64')
 GRAMMAR = grammar.Record({
     'id': manifest.X16, 'target': manifest.ID, 'org': manifest.text(128),
+    'scope': grammar.OneOf(SCOPES),
     'rights': grammar.Items(grammar.OneOf(access.GRANTABLE), 4, 1),
     'holder': trust.PEM, 'not_before': manifest.U, 'not_after': manifest.U,
     'max_uses': grammar.Int(1, 10 ** 6),
-    'key': grammar.Text(1024, '[A-Za-z0-9+/]+=*', name='base64')})
+    'key': _SECRET, 'exports': _SECRET})
 
 
 def issue(shop, key: str, owner: Principal, holder: str, rights,
           signer: keys.Signer, *, seconds: int = LONGEST,
-          max_uses: int = 1) -> bytes:
-  """Returns a signed grant.
+          max_uses: int = 1, scope: str = 'id') -> bytes:
+  """Returns a signed grant; what it names stays here until it ends.
 
   Args:
     shop: `objects.Store`.
@@ -49,28 +55,51 @@ def issue(shop, key: str, owner: Principal, holder: str, rights,
     signer: a key of the organisation that may grant.
     seconds: until it ends, at most a day.
     max_uses: how often it may be used, see `use`.
+    scope: 'id', or 'root': also for all that stems from the root of its family,
+      which must be here and the owner's.
 
   Raises:
-    Refused: E_ACL: not the owner.
-    ValueError: longer than a day, no such right, or the holder's is no public
-      key.
+    Refused: E_ACL: not the owner; E_TRUST: nobody here trusts the key to grant.
+    ValueError: longer than a day, no such right or scope, or the holder's is no
+      public key.
   """
   holder = keys.normal(holder)
   if not 0 < seconds <= LONGEST:
     raise ValueError(f'seconds: expected 1..{LONGEST}, got {seconds}.')
-  found = examine(shop, key, owner, 'revoke')  # which only its owner may
+  # Which only its owner may.
+  found = examine(shop, key, owner, 'revoke', action='grant')
+  if scope == 'root' and found.about['provenance']['root'] != 'self':
+    found = examine(shop, found.about['provenance']['root'], owner, 'revoke',
+                    action='grant')
   now, about = shop.catalog.clock(), found.about
-  wrapped = ''
-  if about['sealed'] != 'none':
-    wrapped = base64.b64encode(keys.encrypt(
-        holder, sealing.data_key(shop, found.id, about))).decode()
-  body = {'id': token_hex(16), 'target': found.id,
+  with shop.catalog.refusals(str(owner), 'grant', found.id):
+    trust.may_sign(shop, signer, about['governance']['org'], 'grant')
+    key, exports = '', ''
+    if about['sealed'] != 'none':
+      key = _sealed(holder, sealing.data_key(shop, found.id, about))
+      exports = _sealed(holder, (
+          sealing.seed if scope == 'id' else sealing.family_seed)(
+              shop, found.id, about))
+  body = {'id': token_hex(16), 'target': found.id, 'scope': scope,
           'org': about['governance']['org'], 'rights': sorted(rights),
           'holder': holder, 'not_before': now, 'not_after': now + seconds,
-          'max_uses': max_uses, 'key': wrapped}
+          'max_uses': max_uses, 'key': key, 'exports': exports}
   GRAMMAR(body, '')
-  shop.catalog.audit(owner.name, 'grant', found.id, body['id'])
+  with shop.catalog.transaction():
+    shop.catalog.audit(str(owner), 'grant', found.id, body['id'])
+    shop.catalog.pin(found.id, f'grant {body["id"]}', now + seconds + 1)
   return signer.document('grant', canonical.dumps(body))
+
+
+def _sealed(holder, secret):
+  return base64.b64encode(keys.encrypt(holder, secret)).decode()
+
+
+def challenge(shop) -> str:
+  """Returns a nonce of the store, which one answer takes, within `ANSWER`."""
+  nonce = token_hex(16)
+  shop.catalog.ask(nonce, ANSWER)
+  return nonce
 
 
 def prove(private: bytes, nonce: str, data: bytes) -> bytes:
@@ -82,9 +111,8 @@ def present(shop, data: bytes, about: dict, id: str, who: Principal,
             nonce: str, proof: bytes) -> Principal:
   """Returns the principal with what a grant gives, or with why it gives none.
 
-  Counts no use: what is done by it does, see `use`. The nonce must be fresh and
-  of this process: see `secrets`. Of a grant that is used up the holder, and
-  nobody else, hears that it is.
+  Counts no use: what is done by it does, see `use`. Of a grant that is used up
+  the holder, and nobody else, hears that it is.
 
   Args:
     shop: `objects.Store`.
@@ -92,10 +120,14 @@ def present(shop, data: bytes, about: dict, id: str, who: Principal,
     about: the artifact's manifest.
     id: its name.
     who: whoever shows it.
-    nonce: which this process has made up for this request.
+    nonce: of `challenge`; taken by this, also where the proof is wrong.
     proof: of `prove`.
   """
   try:
+    if not shop.catalog.answered(nonce):
+      raise Refused('E_GRANT', 'nonce: expected one that this store has asked '
+                    f'for within {ANSWER} s and nobody has answered yet, got '
+                    'another one')
     body = read(shop, data, about, id)
     keys.check(body['holder'], CHALLENGE, _asked(nonce, data), proof)
   except Refused as error:
@@ -105,7 +137,8 @@ def present(shop, data: bytes, about: dict, id: str, who: Principal,
   return dataclasses.replace(
       who, granted=frozenset(() if over else body['rights']), granted_for=id,
       grant_fault=_used_up(body['max_uses']) if over else '',
-      uses=(body['id'], body['max_uses']))
+      uses=(body['id'], body['max_uses']),
+      times=(body['not_before'], body['not_after']))
 
 
 def use(shop, principal: Principal, id: str):
@@ -123,6 +156,8 @@ def use(shop, principal: Principal, id: str):
     Refused: E_GRANT: it was used up since it was shown.
   """
   grant, most = principal.uses
+  if not access.lasts(principal, shop.catalog.clock()):
+    return  # it has given nothing; what is allowed is so without it
   if principal.granted and principal.granted_for == id and grant and (
       not shop.catalog.use_grant(grant, most)):
     raise Refused('E_GRANT', _used_up(most))
@@ -150,7 +185,7 @@ def read(shop, data: bytes, about: dict, id: str) -> dict:
   if fault:
     raise Refused('E_GRANT', 'holder: expected a public key as state keygen '
                   f'writes it, got {fault}')
-  if (body['target'], body['org']) != (id, org):
+  if body['org'] != org or not _fits(body, about, id):
     raise Refused('E_GRANT', f'expected a grant for {id} of {org}, got one for '
                   f'{body["target"]} of {body["org"]}')
   if not body['not_before'] <= now <= body['not_after'] or (
@@ -158,6 +193,17 @@ def read(shop, data: bytes, about: dict, id: str) -> dict:
     raise Refused('E_GRANT', f'expected a time of {body["not_before"]}..'
                   f'{body["not_after"]}, at most a day, got {now}')
   return body
+
+
+def _fits(body, about, id):
+  """Whether a grant is for an artifact: it, what it was exported from, or with
+  the scope 'root' their root.
+  """
+  source = about['provenance']
+  names = {id, *(parent['id'] for parent in source['parents']
+                 if parent['role'] == 'exported')}
+  return body['target'] in names or (
+      body['scope'] == 'root' and body['target'] == source['root'])
 
 
 def describe(shop, data: bytes) -> list[str]:
@@ -173,12 +219,14 @@ def describe(shop, data: bytes) -> list[str]:
   payload, _, hint = envelope.open_document('grant', data)
   body = parse(payload)
   try:
-    read(shop, data, {'governance': {'org': body['org']}}, body['target'])
+    read(shop, data, {'governance': {'org': body['org']}, 'provenance': {
+        'parents': [], 'root': 'self'}}, body['target'])
     counts = 'yes'
   except Refused as error:
     counts = f'no, {error}'
   return [
-      body['target'],
+      body['target'] + (
+          ' and all that stems from it' if body['scope'] == 'root' else ''),
       f'  grant: {body["id"]} of {body["org"]}, signed by key {hint[:16]}',
       f'  holder: key {keys.hint(body["holder"])[:16]}',
       f'  rights: {", ".join(body["rights"])}; {body["max_uses"]} uses',
@@ -197,23 +245,35 @@ def parse(payload: bytes) -> dict:
   try:
     body = canonical.loads(payload)
     GRAMMAR(body, '')
-    base64.b64decode(body['key'], validate=True)
+    for name in ('key', 'exports'):
+      base64.b64decode(body[name], validate=True)
   except (ValueError, RecursionError) as error:
     raise Refused('E_GRANT', f'grant: {error}') from None
   return body
 
 
-def keep_key(shop, private: bytes, body: dict):
+def keep_key(shop, private: bytes, body: dict, about: dict, id: str):
   """Keeps the key of a sealed artifact, which a grant has brought.
 
   Args:
     shop: `objects.Store` of the holder.
     private: the holder's key.
     body: of `read`.
+    about: manifest of the artifact.
+    id: its name.
   """
-  if body['key']:
-    shop.secrets.put(sealing.data_name(body['target']), keys.decrypt(
-        private, base64.b64decode(body['key'])))
+  def opened(name):
+    return keys.decrypt(private, base64.b64decode(body[name]))
+  if body['key'] and body['target'] == id:
+    key = opened('key')
+  elif body['exports']:
+    seed = opened('exports')
+    if body['scope'] == 'root':
+      seed = sealing.member_seed(seed, id, about)
+    key = sealing.export_key(seed, about['nonce'])
+  else:
+    return
+  shop.secrets.put(sealing.data_name(id), key)
 
 
 def _asked(nonce, data):

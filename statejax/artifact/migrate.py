@@ -19,6 +19,7 @@ from statejax import state as st
 from statejax.artifact import (
   compat,
   desk,
+  grant,
   identity,
   load,
   mint,
@@ -74,7 +75,7 @@ def migrate(shop, key: str, principal: Principal, source: identity.Host,
   Args:
     shop: `objects.Store`.
     key: id, beginning of one, or name.
-    principal: needs the right to fork it, by no grant; see `mint.fork`.
+    principal: needs the right to fork it; by a grant it is a use of that.
     source: what the artifact is of, and would load in.
     target: what it shall load in: of the same parameters, tokenizer, policies
       and tools.
@@ -98,6 +99,7 @@ def migrate(shop, key: str, principal: Principal, source: identity.Host,
       state, salts = _state(shop, found, source)
     migration = _choose(about, source, target, cast, registered)
     state = _converted(state, migration, target)
+    grant.use(shop, principal, found.id)
   terms = mint.Terms.of(about, kind=about['kind'], how='migrated')
   length, transcript = about['state']['length'], None
   edits = tuple((at, mark) for at, mark in found.plain['edits'])

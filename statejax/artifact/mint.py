@@ -8,6 +8,7 @@ is no barrier at which several could meet. A state that is spread over the
 devices of several processes is refused.
 """
 
+import contextlib
 import dataclasses
 import errno
 import functools
@@ -21,6 +22,7 @@ from statejax.artifact import (
   access,
   canonical,
   digest,
+  grant,
   identity,
   manifest,
   names,
@@ -384,14 +386,15 @@ def fork(shop, parent: Parent, principal: Principal, *, ref: str = '',
   """Makes a second child of an artifact, which shares its payload's bytes.
 
   It belongs to whom the parent does, and its list of rights is the same: who
-  forks may do with it what they may with the parent, and nothing else. A grant
-  alone does not do: it ends, is counted, and names the parent, whereas a fork
-  stays, and a list names nobody of another organisation.
+  forks may do with it what they may with the parent, and nothing else. By a
+  grant it is a use of that, which names the parent, and so gives nothing of the
+  fork unless it is one of the family.
 
   Args:
     shop: `objects.Store`.
     parent: the artifact, verified.
-    principal: who forks: its owner, or a member whom its list allows to.
+    principal: who forks: its owner, a member whom its list allows to, or whom a
+      grant does.
     ref, mint_key, vouch: see `mint`.
 
   Raises:
@@ -408,17 +411,9 @@ def may_fork(shop, parent: Parent, principal: Principal):
   Raises:
     Refused: E_ACL, E_GRANT, E_EXPIRED, E_REVOKED.
   """
-  now = shop.catalog.clock()
-  if principal.granted and not access.decide(
-      parent.about, dataclasses.replace(principal, granted=frozenset()), 'fork',
-      now=now).allowed:
-    raise Refused('E_GRANT', f'expected the owner or a member of '
-                  f'{parent.about["governance"]["org"] or "no organisation"} '
-                  f'whom the list allows to fork, got {principal.name} by a '
-                  'grant, which ends while a fork stays; resume the artifact '
-                  'itself, or ask its owner to fork it and to grant the fork')
-  access.require(parent.about, principal, 'fork', now=now, revoked=bool(
-      revoked.why(shop, parent.id, parent.about)))
+  access.require(
+      parent.about, principal, 'fork', now=shop.catalog.clock(), revoked=bool(
+          revoked.why(shop, parent.id, parent.about)))
 
 
 def _fork(shop, parent, principal, ref, mint_key, vouch):
@@ -438,9 +433,14 @@ def _fork(shop, parent, principal, ref, mint_key, vouch):
       for name, _, _ in parent.about['files']:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).hardlink_to(source / name)
-    return shop.keep(folder, about, mint_key=mint_key or token_hex(16),
-                     principal=str(principal), action='fork', ref=ref,
-                     vouch=vouch, charges={'forks': 1})
+    # A use of a grant is counted with what came of it, or not at all.
+    with shop.catalog.transaction() if principal.granted else (
+        contextlib.nullcontext()):
+      grant.use(shop, principal, parent.id)
+      return shop.keep(folder, about, mint_key=mint_key or token_hex(16),
+                       principal=str(principal), action='fork', ref=ref,
+                       vouch=vouch, code=shop.catalog.code(parent.id),
+                       charges={'forks': 1})
 
 
 def check(live):

@@ -21,6 +21,7 @@ has one of its own, so that destroying it destroys this content and no other:
 
 import base64
 import contextlib
+import hmac
 import os
 import pathlib
 import struct
@@ -96,18 +97,55 @@ def own_name(shop, nonce: str) -> str:
   return f'{OWN}{shop.id[:16]}-{nonce}'
 
 
-def new_key(shop, about: dict, kek: str) -> tuple[bytes, dict]:
-  """Returns a fresh data key, and the group `seal` that wraps it.
+def new_key(shop, about: dict, kek: str,
+            key: bytes | None = None) -> tuple[bytes, dict]:
+  """Returns a data key, and the group `seal` that wraps it.
 
   Args:
     shop: `objects.Store`.
     about: the manifest, with its nonce.
     kek: name of the secret that wraps it, made where it is new: of `own_name`
       for what stays in the store, the organisation's for what leaves it.
+    key: see `export_key`; None is a fresh one.
   """
-  key = os.urandom(32)
+  key = os.urandom(32) if key is None else key
   return key, {'kek': kek, 'chunk': CHUNK, 'wrapped': wrap(
       shop.secrets.get(kek), key, about['nonce'])}
+
+
+def original(id: str, about: dict) -> str:
+  """Returns what an artifact was first exported from; itself where it was not.
+  """
+  return [id, *(parent['id'] for parent in about['provenance']['parents']
+                if parent['role'] == 'exported')][-1]
+
+
+def family_seed(shop, id: str, about: dict) -> bytes:
+  """Returns the secret from which those of all of a family follow."""
+  root, org = about['provenance']['root'], about['governance']['org']
+  return _derived(shop.secrets.get(shop.secrets.org_name(org, 'kek')), 'family',
+                  id if root == 'self' else root)
+
+
+def seed(shop, id: str, about: dict) -> bytes:
+  """Returns the secret from which the keys of all exports of an artifact
+  follow, so that a grant of it fits each of them.
+  """
+  return member_seed(family_seed(shop, id, about), id, about)
+
+
+def member_seed(family: bytes, id: str, about: dict) -> bytes:
+  """Returns the `seed` of one of a family, by that of `family_seed`."""
+  return _derived(family, 'member', original(id, about))
+
+
+def export_key(seed: bytes, nonce: str) -> bytes:
+  """Returns the data key of an export, which the manifest also wraps."""
+  return _derived(seed, 'export', nonce)
+
+
+def _derived(secret, use, name):
+  return hmac.digest(secret, f'statejax.{use}.v1\0{name}'.encode(), 'sha256')
 
 
 def seal_tree(source, target, nonce: str, key: bytes):

@@ -52,7 +52,7 @@ def export(shop, key: str, principal: Principal, signer: keys.Signer,
                      'choose another name.')
   found = desk.examine(shop, key, principal, 'export')
   with shop.catalog.refusals(str(principal), 'export', found.id):
-    _may_sign(shop, signer, found.about['governance']['org'], 'mint')
+    trust.may_sign(shop, signer, found.about['governance']['org'], 'mint')
   source = found.about['provenance']
   about = found.about | {
       'created': shop.catalog.clock(), 'nonce': token_hex(16),
@@ -64,7 +64,9 @@ def export(shop, key: str, principal: Principal, signer: keys.Signer,
           'depth': source['depth'] + 1, 'producer': signer.name,
           'how': 'exported'}}
   wrapped, about['seal'] = sealing.new_key(
-      shop, about, shop.secrets.org_name(about['governance']['org'], 'kek'))
+      shop, about, shop.secrets.org_name(about['governance']['org'], 'kek'),
+      sealing.export_key(sealing.seed(shop, found.id, found.about),
+                         about['nonce']))
   with shop.catalog.refusals(str(principal), 'export', found.id), said(), (
       shop.catalog.lease(found.id, token_hex(8))), shop.stage() as folder:
     with sealing.opened(shop, shop.place(found.id), found.about) as clear, (
@@ -205,11 +207,11 @@ def _log(shop, principal, source, id, outcome):
 
 def _shown(shop, about, id, principal, data, private):
   """The principal with what their own grant gives; keeps its key."""
-  nonce = token_hex(16)
+  nonce = grant.challenge(shop)
   principal = grant.present(shop, data, about, id, principal, nonce,
                             grant.prove(private, nonce, data))
   if not principal.grant_fault:
-    grant.keep_key(shop, private, grant.read(shop, data, about, id))
+    grant.keep_key(shop, private, grant.read(shop, data, about, id), about, id)
   return principal
 
 
@@ -225,12 +227,18 @@ def _exported(found):
   return parents[:7] + parents[7:][-1:]
 
 
-def _may_sign(shop, signer, org, role):
-  """Raises E_TRUST where the store's trust document does not let a key do it.
-  """
-  known = trust.believed(shop)
-  if known is not None:
-    known.key(signer.name.removeprefix('key:'), org, role, shop.catalog.clock())
+def _some_may_revoke(known, signer, now):
+  """Raises unless a key may revoke for some organisation."""
+  hint, why = signer.name.removeprefix('key:'), Refused(
+      'E_TRUST', 'expected a key that the trust document lets revoke, got none')
+  for org in known.orgs:
+    try:
+      known.key(hint, org, 'revoke', now)
+      return
+    except Refused as error:
+      if any(keys.hint(e['pem']) == hint for e in known.orgs[org]):
+        why = error
+  raise why
 
 
 def issue_revocations(shop, signer: keys.Signer) -> bytes:
@@ -245,10 +253,13 @@ def issue_revocations(shop, signer: keys.Signer) -> bytes:
     signer: a key that may revoke.
 
   Raises:
-    Refused: E_TRUST: a list that was installed here is not there as it was.
+    Refused: E_TRUST: a list that was installed here is not there as it was, or
+      nobody here lets the key revoke.
     ValueError: more entries than a list has room for.
   """
   now, known = shop.catalog.clock(), trust.believed(shop)
+  if known is not None:
+    _some_may_revoke(known, signer, now)
   with shop.catalog.transaction():
     own = revoke.extended(shop.catalog.revocations(), (), now=now)
     shop.catalog.keep_revocations(own)

@@ -304,6 +304,26 @@ def require(shop) -> Trust:
   return known
 
 
+def may_sign(shop, signer: keys.Signer, org: str, role: str):
+  """Raises where the store's trust document does not let a key do something.
+
+  What it signed for an organisation would count for nobody then. Where there is
+  no such document, nobody here knows.
+
+  Args:
+    shop: `objects.Store`.
+    signer: the key.
+    org: the organisation.
+    role: of `ROLES`.
+
+  Raises:
+    Refused: E_TRUST.
+  """
+  known = believed(shop)
+  if known is not None:
+    known.key(signer.name.removeprefix('key:'), org, role, shop.catalog.clock())
+
+
 def signed_revocations(known: Trust, org: str, data: bytes, *,
                        now: int) -> dict:
   """Returns a signed revocation list of an organisation.

@@ -14,6 +14,7 @@ from test_trust import ALICE, OPEN, code_of, private, signer  # noqa: F401
 from statejax.artifact import (
   access,
   canonical,
+  collect,
   desk,
   grant,
   keys,
@@ -25,11 +26,11 @@ from statejax.artifact import (
   revoked,
   transfer,
   trust,
+  verify,
 )
 from statejax.artifact.access import Principal
 
 DAVE = Principal('dave', 'globex')
-NONCE = '5' * 32
 
 
 @pytest.fixture(scope='module')
@@ -54,18 +55,124 @@ def issue(shop, signer, private, rights=('inspect', 'resume'),  # noqa: F811
                      rights, signer, **options)
 
 
+def present(shop, data, about, id, private, who=DAVE):  # noqa: F811
+  nonce = grant.challenge(shop)
+  return grant.present(shop, data, about, id, who, nonce,
+                       grant.prove(private['other'], nonce, data))
+
+
+def about_of(shop, id):
+  return manifest.parse(layout.read(shop.place(id), manifest.NAME))
+
+
+def test_a_proof_is_taken_once(shop, kept, about, signer,  # noqa: F811
+                               private):  # noqa: F811
+  data = issue(shop, signer, private, max_uses=9)
+  nonce = grant.challenge(shop)
+  proof = grant.prove(private['other'], nonce, data)
+  def shown(who, nonce=nonce):
+    return grant.present(shop, data, about, kept, who, nonce, proof)
+  assert shown(DAVE).granted and shop.catalog.challenges() == 0
+  eve = shown(Principal('eve', 'globex'))
+  assert not eve.granted and 'nonce: expected one' in eve.grant_fault
+  # Nor is one answered that the store has not asked for, or too late.
+  assert 'nonce' in shown(DAVE, '5' * 32).grant_fault
+  nonce = grant.challenge(shop)
+  proof = grant.prove(private['other'], nonce, data)
+  shop.catalog.clock.now += grant.ANSWER
+  assert 'nonce' in shown(DAVE, nonce).grant_fault
+
+
+def test_it_ends_also_for_who_holds_it(shop, kept, about, signer,  # noqa: F811
+                                       private):  # noqa: F811
+  data = issue(shop, signer, private, access.GRANTABLE, seconds=10, max_uses=9)
+  who = present(shop, data, about, kept, private)
+  found = load.load(shop, kept, who, small.host())
+  assert str(found.decision) == 'resumed(11)'
+  def late():
+    return str(load.load(shop, kept, who, small.host()).decision), (
+        shop.catalog.rows()[-1]['code'])
+  shop.catalog.clock.now += 11
+  # As a stranger, to whom it is not there; the log knows why.
+  assert late() == ('refused(E_ACL)', 'E_GRANT')
+  for right in access.GRANTABLE:
+    assert code_of(desk.examine, shop, kept, who, right) == 'E_ACL'
+  assert code_of(mint.mint, shop, found.state, 0, found.host, mint.Terms.of(
+      found.about), principal=who, stands=found.stands, parent=mint.Parent(
+          found.id, found.about)) == 'E_GRANT'
+  early = dataclasses.replace(who, times=(shop.catalog.clock() + 1,) * 2)
+  assert code_of(access.require, about, early, 'resume',
+                 now=shop.catalog.clock()) == 'E_GRANT'
+  # Whoever has the right without it has it still.
+  alice = dataclasses.replace(who, name='alice', org='acme')
+  assert str(load.load(shop, kept, alice, small.host()).decision) == (
+      'resumed(11)')
+
+
+def test_a_fork_is_a_use(shop, kept, about, signer, private):  # noqa: F811
+  data = issue(shop, signer, private, ('fork',))
+  who = present(shop, data, about, kept, private)
+  child = mint.fork(shop, mint.Parent(kept, about), who)
+  rules = about_of(shop, child.id)['governance']
+  assert rules == about['governance']  # its owner's, not the holder's
+  assert shop.catalog.rows()[-1]['principal'] == 'dave of globex'
+  there = shop.catalog.objects()
+  assert code_of(mint.fork, shop, mint.Parent(kept, about), who) == 'E_GRANT'
+  assert shop.catalog.objects() == there
+  # The grant gives nothing of the child; one for the family does.
+  assert not present(shop, data, about_of(shop, child.id), child.id,
+                     private).granted
+  wide = issue(shop, signer, private, scope='root')
+  assert present(shop, wide, about_of(shop, child.id), child.id,
+                 private).granted == {'inspect', 'resume'}
+
+
+def test_what_it_names_stays(shop, signer, private):  # noqa: F811
+  def add(**options):
+    return mint.mint(shop, small.state(), 0, small.host(), OPEN, **options).id
+  one, other = add(ref='moves'), add()
+  grant.issue(shop, 'moves', ALICE, keys.public(private['other']), ['resume'],
+              signer, seconds=9000)
+  shop.catalog.drop('moves')
+  shop.catalog.clock.now += 8000
+  gone = collect.collect(shop).objects
+  assert other in gone and one not in gone
+  shop.catalog.clock.now += 1001
+  assert one in collect.collect(shop).objects
+
+
+def test_who_signs_must_be_trusted(shop, kept, signer, private):  # noqa: F811
+  k = keys.Signer(private['other'])
+  pem = keys.public(k.private)
+  def issue(key):
+    return grant.issue(shop, kept, ALICE, pem, ['resume'], key)
+  start = shop.catalog.head().seq
+  assert code_of(issue, k) == 'E_TRUST'
+  assert code_of(transfer.issue_revocations, shop, k) == 'E_TRUST'
+  assert [(row['principal'], row['action'], row['outcome'])
+          for row in shop.catalog.rows()[start:]] == [
+              ('alice of acme', 'grant', 'allowed'),
+              ('alice of acme', 'grant', 'refused')]
+  issue(signer)
+  row = shop.catalog.rows()[-1]
+  assert (row['principal'], row['action'], row['id']) == (
+      'alice of acme', 'grant', kept)
+
+
 def test_shown_and_used_up(shop, kept, about, signer, private):  # noqa: F811
   data = issue(shop, signer, private, max_uses=2)
-  def shown(key='other', nonce=NONCE, answered=NONCE, given=data):
-    return grant.present(shop, given, about, kept, DAVE, nonce,
-                         grant.prove(private[key], answered, data))
+  def shown(key='other', nonce='', given=data):
+    asked = grant.challenge(shop)
+    return grant.present(shop, given, about, kept, DAVE, nonce or asked,
+                         grant.prove(private[key], asked, data))
   who = shown()
   assert who.granted == {'inspect', 'resume'} and not who.grant_fault
   assert str(load.load(shop, kept, who, small.host()).decision) == (
       'resumed(11)')
-  assert access.decide(about, who, 'fork').code == 'E_ACL'
+  assert access.decide(about, who, 'fork',
+                       now=shop.catalog.clock()).code == 'E_ACL'
   # A copy without the holder's key, or an old answer, is worth nothing.
-  for bad in (shown(key='acme'), shown(nonce='6' * 32)):
+  for bad in (shown(key='acme'), shown(nonce=grant.challenge(shop))):
     assert not bad.granted and bad.grant_fault
     # They hear of no artifact; the log knows why.
     assert str(load.load(shop, kept, bad, small.host()).decision) == (
@@ -113,14 +220,12 @@ def test_what_is_no_grant(shop, kept, about, signer, private):  # noqa: F811
 
 def test_to_another_organisation(shop, kept, signer, private,  # noqa: F811
                                  tmp_path):
-  """Their store has none of our secrets; the grant brings the key of one."""
-  transfer.export(shop, kept, ALICE, signer, tmp_path / 'one.tar')
-  # The exported artifact is what is granted: take it in here, to name it.
-  revoked.install(shop, 'acme',
-                            transfer.issue_revocations(shop, signer))
-  one = transfer.receive(shop, tmp_path / 'one.tar', ALICE, ref='sent').id
-  data = grant.issue(shop, 'sent', ALICE, keys.public(private['other']),
-                     ['inspect', 'resume'], signer)
+  """Their store has none of our secrets; the grant brings the keys of one.
+
+  It is for the artifact, and so for what is exported of it, then and later.
+  """
+  data = issue(shop, signer, private)
+  one = transfer.export(shop, kept, ALICE, signer, tmp_path / 'one.tar')
   theirs = objects.Store(
       tmp_path / 'theirs', objects.Secrets(tmp_path / 'keys'),
       clock=shop.catalog.clock, root=keys.public(private['root']))
@@ -133,14 +238,23 @@ def test_to_another_organisation(shop, kept, signer, private,  # noqa: F811
   transfer.receive(theirs, tmp_path / 'one.tar', DAVE, host=small.host(),
                    granted=(data, private['other']))
   about = manifest.parse((theirs.place(one) / manifest.NAME).read_bytes())
-  who = grant.present(theirs, data, about, one, DAVE, NONCE, grant.prove(
-      private['other'], NONCE, data))
+  who = present(theirs, data, about, one, private)
   assert str(load.load(theirs, one, who, small.host()).decision) == (
       'resumed(11)')
   assert str(load.load(theirs, one, DAVE, small.host()).decision) == (
       'refused(E_ACL)')
-  # The key for one artifact opens no other.
+  # The key for one artifact opens no other: nothing else of the family.
   assert len(list((tmp_path / 'keys').glob('data-*'))) == 1
+  found = load.load(shop, kept, ALICE, small.host())
+  mint.mint(shop, found.state, 0, found.host, mint.Terms.of(found.about),
+            parent=mint.Parent(kept, found.about), ref='child')
+  two = transfer.export(shop, 'child', ALICE, signer, tmp_path / 'two.tar')
+  def receive(data):
+    return transfer.receive(theirs, tmp_path / 'two.tar', DAVE,
+                            granted=(data, private['other'])).id
+  assert code_of(receive, data) == 'E_GRANT'
+  assert receive(issue(shop, signer, private, scope='root')) == two
+  assert verify.verify(theirs.place(two)).id == two
 
 
 def test_a_grant_is_for_one_artifact(shop, kept, about, signer,  # noqa: F811
@@ -150,10 +264,8 @@ def test_a_grant_is_for_one_artifact(shop, kept, about, signer,  # noqa: F811
                      dataclasses.replace(OPEN, export='any'), ref='chat').id
   data = grant.issue(shop, 'chat', ALICE, keys.public(private['other']),
                      access.GRANTABLE, signer)
-  who = grant.present(
-      shop, data, manifest.parse(layout.read(shop.place(secret), manifest.NAME)
-                                 ), secret, DAVE, NONCE,
-      grant.prove(private['other'], NONCE, data))
+  who = present(shop, data, manifest.parse(layout.read(
+      shop.place(secret), manifest.NAME)), secret, private)
   assert who.granted_for == secret
   mint.mint(shop, small.state(), 0, small.host(), OPEN, ref='chat', expect=1)
   for key in ('chat', kept):
