@@ -134,10 +134,11 @@ def private(number: int = 7, curve: str = 'SECP256R1') -> bytes:
 
 def grant(holder: str) -> dict:
   """What a grant says."""
-  return {'id': '0' * 32, 'target': ID, 'org': 'acme',
+  key = base64.b64encode(bytes(100)).decode()
+  return {'id': '0' * 32, 'target': ID, 'scope': 'id', 'org': 'acme',
           'rights': ['inspect', 'resume'], 'holder': holder,
           'not_before': NOW, 'not_after': NOW + DAY, 'max_uses': 3,
-          'key': base64.b64encode(bytes(100)).decode()}
+          'key': key, 'exports': key}
 
 
 def crl() -> dict:

@@ -340,7 +340,7 @@ def _artifact(key, charged):
     key: of the artifact.
     charged: see `load.load`.
   """
-  from statejax.artifact import access, load, verify
+  from statejax.artifact import load, verify
   from statejax.artifact import mint as minting
   shop = asking.shop()
   if asking.elsewhere(key):
@@ -372,6 +372,5 @@ def _artifact(key, charged):
         # An edit absorbs no token: what it took to come here is the same.
         account=found.about['account'], ref=name or (key if ref else ''),
         # A name that is not theirs stays, as where they resume it.
-        expect=ref[1] if ref and not name and access.owns(
-            found.about, who) else 0))
+        expect=ref[1] if ref and not name else 0))
   return _Target(found.state, model, params, keep, found.edited, origin)

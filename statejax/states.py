@@ -109,6 +109,9 @@ GRACE = flags.DEFINE_integer(
 GENERATIONS = flags.DEFINE_integer(
     'generations', 1, 'state gc: how many states that came before it stay with '
     'each named one', 0)
+LAST = flags.DEFINE_integer(
+    'last', 8, 'state gc: how many names of each who has left some beside '
+    "another's, as NAME~xxxxxxxx, stay", 0)
 NOT_AFTER = flags.DEFINE_integer(
     'not_after', 0, 'state mint: unix seconds after which nobody may resume '
     'it; 0 for no end', 0)
@@ -142,7 +145,7 @@ USES = {
               'max_uses', 'family'},
     'revoke': {'by', 'since', 'signing_key', 'epoch'}, 'delete': set(),
     'audit': {'signed_head'}, 'account': set(), 'fsck': {'adopt'},
-    'gc': {'grace', 'generations'},
+    'gc': {'grace', 'generations', 'last'},
     'keygen': set(), 'card': {'signing_key', 'workdir'},
     'trust': {'signing_key', 'retire', 'min_epoch', 'classes', 'epoch'},
     'crl': {'signing_key'}}
@@ -311,7 +314,7 @@ def resume(key):
   import jax
   import numpy as np
 
-  from statejax.artifact import access, load
+  from statejax.artifact import load
   from statejax.artifact import mint as minting
   from statejax.meter import Meter
   from statejax.tasks import text
@@ -363,8 +366,7 @@ def resume(key):
       parent=minting.Parent(found.id, found.about),
       ref=REF.value or (key if ref else ''),
       # A name that is not theirs stays: what they made is named after it.
-      expect=ref[1] if ref and not REF.value and access.owns(
-          found.about, who) else 0)
+      expect=ref[1] if ref and not REF.value else 0)
   asking.say(kept, decision.mark)
 
 
@@ -441,7 +443,7 @@ def gc():
   """Deletes what no name and no reader needs."""
   from statejax.artifact import collect
   found = collect.collect(asking.shop(), grace=GRACE.value,
-                          generations=GENERATIONS.value)
+                          generations=GENERATIONS.value, last=LAST.value)
   print(json.dumps({'objects': found.objects, 'orphans': found.orphans,
                     'leftovers': found.leftovers}))
 

@@ -280,11 +280,22 @@ class Catalog:
     row = self._one('select id from art where mint_key = ?', (mint_key,))
     return row and row[0]
 
+  def maker(self, id: str) -> str:
+    """Returns who has made an object here, '' where that is not known."""
+    row = self._one('select mint_key from art where id = ?', (id,))
+    try:
+      who, _ = json.loads(row[0])
+    except (ValueError, TypeError):  # it was made elsewhere, and taken in
+      return ''
+    return str(who)
+
   def objects(self, *, gone: bool = False) -> dict[str, tuple]:
-    """Returns {id: (bytes, kind, workflow, created)} of what is there."""
+    """Returns {id: (bytes, kind, workflow, created)} of what is there, in the
+    order in which it came.
+    """
     return {row[0]: tuple(row[1:]) for row in self._all(
-        'select id, bytes, kind, workflow, created from art where gone = ?',
-        (int(gone),))}
+        'select id, bytes, kind, workflow, created from art where gone = ? '
+        'order by created, rowid', (int(gone),))}
 
   def bury(self, id: str):
     """Marks an object as deleted; its history stays."""

@@ -12,6 +12,8 @@ from statejax.artifact import (
   commit,
   installed,
   layout,
+  manifest,
+  objects,
   revoked,
   sealing,
   shred,
@@ -57,20 +59,25 @@ def roots(shop, generations: int = 1) -> set[str]:
   return marked & there.keys()
 
 
-def collect(shop, *, grace: int = 3600, generations: int = 1,
+def collect(shop, *, grace: int = 3600, generations: int = 1, last: int = 8,
             principal: str = 'gc') -> Collected:
   """Deletes what no name, lease or child within `generations` needs.
+
+  Of the names that somebody has left beside another's, as whoever resumes a
+  state that is not theirs does each time, the last few stay.
 
   Args:
     shop: `objects.Store`.
     grace: seconds for which everything stays; longer than any mint takes.
     generations: see `roots`.
+    last: how many names of each who has made some beside the same one.
     principal: for the audit log.
   """
   leftovers = [p.name for p in (
       *commit.sweep(shop.path / 'tmp'),
       *commit.sweep(shop.scratch, sealing.scratch_name(shop)))]
   leftovers += _finish(shop)
+  _forget(shop, grace, last, principal)
   now, marked = shop.catalog.clock(), roots(shop, generations)
   gone = [id for id, (_, _, _, created) in shop.catalog.objects().items()
           if id not in marked and created + grace <= now]
@@ -84,6 +91,35 @@ def collect(shop, *, grace: int = 3600, generations: int = 1,
   shred.sweep(shop)
   revoked.destroy(shop)
   return Collected(tuple(gone), tuple(lost), tuple(leftovers))
+
+
+def _forget(shop, grace, last, principal):
+  """Frees all but the last names that others have left beside an owner's."""
+  there, sessions = shop.catalog.objects(), {}
+  refs = shop.catalog.refs()
+  order = {id: n for n, id in enumerate(there)}
+  for name, (id, version) in refs.items():
+    base, maker = objects.BESIDE.sub('', name), shop.catalog.maker(id)
+    if base != name and id in there and maker not in ('', _owner(shop, id)):
+      sessions.setdefault((base, maker), []).append((order[id], name, id,
+                                                     version))
+  for names in sessions.values():
+    for _, name, id, version in sorted(names)[:max(0, len(names) - last)]:
+      with shop.catalog.transaction():
+        # Since then somebody may have moved it.
+        if there[id][3] + grace <= shop.catalog.clock() and (
+            shop.catalog.ref(name) == (id, version)):
+          shop.catalog.drop(name)
+          shop.catalog.audit(principal, 'gc', id, f'unnamed {name}')
+
+
+def _owner(shop, id):
+  """Whose an artifact is; '' of one that cannot be read."""
+  try:
+    return access.owner(manifest.parse(layout.read(shop.place(id),
+                                                   manifest.NAME)))
+  except (Refused, OSError):
+    return ''
 
 
 def delete(shop, id: str, principal: str, *, action: str = 'delete'):

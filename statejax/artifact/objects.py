@@ -37,6 +37,8 @@ from statejax.artifact.outcome import Receipt, Refused, absent
 
 FORMAT, VERSION = 'statejax-store', 1
 _ID = re.compile(r'sj1-[0-9a-f]{64}')
+# The end of a name that was made beside one which is somebody else's.
+BESIDE = re.compile(r'(~[0-9a-f]{8})+$')
 _NAME = re.compile(r'[A-Za-z0-9_][A-Za-z0-9._~/-]{0,127}')
 
 
@@ -449,11 +451,13 @@ class Store:
     found = self.catalog.ref(ref) if ref else None
     if not ref or found and found[0] == id:
       return ref, False
-    # A name moves with its owner only.
-    if (found is None or self._owned(found[0], principal)) and (
+    # A name moves with its owner only, one beside it also with its maker.
+    mine = found is None or self._owned(found[0], principal) or (
+        BESIDE.search(ref) and self.catalog.maker(found[0]) == principal)
+    if mine and (
         self.catalog.move(ref, id, expect)):
       return ref, False
-    beside = f'{ref[:119]}~'  # a name has 128 at most
+    beside = f'{BESIDE.sub("", ref)[:119]}~'  # a name has 128 at most
     for name, (target, _) in self.catalog.refs().items():
       if target == id and name.startswith(beside):  # of the first try
         return name, True

@@ -48,7 +48,7 @@ TRUST = {'number': 1, 'min_epoch': 0, 'classes': ['public'], 'orgs': {'acme': [
      'may': ['mint']}]}}
 GRANT = {'id': '0' * 32, 'target': example.OTHER, 'org': 'acme',
          'rights': ['resume'], 'holder': PEM, 'not_before': 1, 'not_after': 2,
-         'max_uses': 1, 'key': 'AAAA'}
+         'max_uses': 1, 'key': 'AAAA', 'exports': '', 'scope': 'root'}
 
 
 def by(grammar):

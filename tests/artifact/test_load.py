@@ -21,8 +21,6 @@ from statejax import model as lm
 from statejax import state as st
 from statejax.artifact import (
   canonical,
-  collect,
-  desk,
   digest,
   identity,
   layout,
@@ -547,33 +545,6 @@ def test_what_is_not_minted(shop, change, code):
   assert [row[name] for name in (
       'principal', 'action', 'id', 'outcome', 'code')] == [
           'alice of acme', 'mint', 'new', 'refused', code]
-
-
-def test_edits_of_a_parent_stay(shop):
-  marks = [(at, f'{at:02x}' * 32) for at in (3, 11)]
-  def edited(*edits, **options):
-    mark = np.frombuffer(bytes.fromhex(names.witness(small.TOKENS, edits)),
-                         '<u4')
-    return mint.mint(
-        shop, dataclasses.replace(small.state(), witness=jnp.asarray(
-            mark, jnp.uint32)[None]), 0, small.host(), small.TERMS,
-        edited=mint.Edited(edits), **options).id
-  one = edited(*marks)
-  found = load.load(shop, one, ALICE, small.host())
-  parent = mint.Parent(found.id, found.about)
-  for left in ((), marks[:1], marks[1:]):
-    with pytest.raises(Refused, match='E_WITNESS: edits: .* the 2 of the pare'):
-      edited(*left, parent=parent)
-  two = edited(*found.edited.edits, (11, 'cc' * 32), parent=parent)
-  alone, both = (desk.examine(shop, id, ALICE, 'inspect') for id in (one, two))
-  assert '  edits: 2, after 3, 11 tokens' in desk.describe(alone)
-  assert 'edits: the first 2 are the same, then none | 1, after 11 tokens' in (
-      desk.difference(alone, both))
-  # What nobody can read any more binds nobody.
-  shutil.rmtree(shop.place(one), ignore_errors=True)
-  (shop.place(one) / manifest.PLAIN).unlink(missing_ok=True)
-  assert edited(parent=parent)
-  collect.delete(shop, one, 'alice')
 
 
 def test_wrong_model_and_names(shop):

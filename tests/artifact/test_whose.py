@@ -45,6 +45,37 @@ def test_a_name_moves_with_its_owner_only(shop):
   assert found.id == one.id and collect.check(shop) == []
 
 
+def test_names_beside_one_are_their_makers(shop):
+  """Resumed again and again by a member, who moves what is theirs."""
+  listed = dataclasses.replace(small.TERMS, acl=(('org:acme', ('resume',)),))
+  mint.mint(shop, small.state(), 0, small.host(), listed, ref='chat')
+  carol = Principal('carol', 'acme')
+  def go_on(who, name):
+    found = load.load(shop, name, who, small.host())
+    _, version = shop.catalog.ref(name)
+    return mint.mint(shop, found.state, 0, small.host(), mint.Terms.of(
+        found.about), principal=who, parent=mint.Parent(found.id, found.about),
+                     ref=name, expect=version).ref
+  mine = go_on(BOB, 'chat')
+  assert mine.startswith('chat~') and go_on(BOB, mine) == mine
+  # Not another member's; nor does the name grow.
+  hers = go_on(carol, mine)
+  assert hers not in (mine, 'chat') and len(hers) == len('chat~') + 8
+  names = [go_on(BOB, 'chat') for _ in range(4)]
+  shop.catalog.clock.now += 4000
+  late = go_on(BOB, 'chat')  # within the grace whatever stays
+  found = collect.collect(shop, last=2)
+  assert {*shop.catalog.refs()} == {'chat', hers, names[-1], late}
+  assert len(found.objects) == 4 and not collect.check(shop)
+  rows = [row for row in shop.catalog.rows() if row['action'] == 'gc']
+  assert f'unnamed {mine}' in {row['outcome'] for row in rows}
+  # Its owner's are not collected: they are told to whom they are a conflict.
+  own = [add(shop, ref='chat').ref for _ in range(3)]
+  shop.catalog.clock.now += 4000
+  collect.collect(shop, last=0)
+  assert {*shop.catalog.refs()} == {'chat', *own}
+
+
 def test_a_damaged_target_is_nobodys(shop):
   one = add(shop, ref='chat')
   file = shop.place(one.id) / manifest.NAME
