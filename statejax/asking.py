@@ -197,7 +197,8 @@ def current(shop) -> int:
   return EPOCH.value
 
 
-def _texts():
+def texts():
+  """Returns the `identity.Texts` that the flags say."""
   from statejax.artifact import identity, objects
   words = {'system': SYSTEM.value, 'safety': SAFETY.value,
            'persona': PERSONA.value}
@@ -433,7 +434,7 @@ def host(model, digest, capacity):
       program=identity.Program(capacity=capacity if st.capacity(
           model.state_schema(1, capacity)) is not None else 0),
       tokenizer={'bytes': b'%d ids' % text.VOCAB}, special={'end': text.END},
-      active_horizon=horizon(), texts=_texts(),
+      active_horizon=horizon(), texts=texts(),
       work=lambda tokens: account.mflop(model.config, tokens))
 
 

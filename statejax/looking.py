@@ -17,7 +17,7 @@ def show(key):
         *desk.describe(found),
         f'  may {asking.PRINCIPAL.value} of '
         f'{asking.ORG.value or "no organisation"} resume it here: {may}',
-        f'  does it fit here: {_fits(found.about)}']))
+        f'  does it fit here: {_fits(found)}']))
 
 
 def diff(left, right):
@@ -49,7 +49,7 @@ def verify(key):
     result = verify.said(found.vouched, found.why)
     if asking.flag('workdir') is not None:
       result |= (_load(key, found.about, who) if own
-                 else _arrays(folder, found.about))
+                 else _arrays(folder, found))
     if not own:
       result['resume'] = _may_resume(folder, who)
     print(json.dumps({
@@ -107,19 +107,22 @@ def _may_resume(folder, who):
   return 'yes' if fault is None else f'no, {fault}'
 
 
-def _fits(about):
+def _fits(found):
   """Whether a state goes with the run and its settings, in words."""
   if asking.flag('workdir') is None:
     return 'name the run with --workdir to know'
-  from statejax.artifact import compat, identity
+  from statejax.artifact import compat, identity, load
   from statejax.artifact.outcome import CODES
+  about = found.about
   try:
     model, _, digest = asking.model()
   except ValueError as error:
     return f'no, {error}'
-  here = asking.host(asking.changed(model), digest, asking.room(
-      about['state']['length'])).groups(identity.Carried.by(about))
-  verdict = compat.compare(about, here)
+  host = asking.host(asking.changed(model), digest, asking.room(
+      about['state']['length']))
+  if asking.is_store():
+    host = load.compared(asking.shop(), found.id, about, host)
+  verdict = compat.compare(about, host.groups(identity.Carried.by(about)))
   if verdict.action == 'go':
     return ' '.join(('yes, promise', verdict.promise, *verdict.warnings))
   return f'no, {verdict.code}: {verdict.detail}; {CODES[verdict.code]}'
@@ -138,13 +141,16 @@ def _load(key, about, who):
           'why': decision.detail}
 
 
-def _arrays(folder, about):
+def _arrays(folder, found):
   """Whether the arrays of an artifact that is in no store load in the run."""
   from statejax.artifact import compat, identity, load, sealing, verify
   from statejax.artifact.outcome import Refused
   model, _, digest = asking.model()
+  about = found.about
   room = asking.room(about['state']['length'])
   host = asking.host(asking.changed(model), digest, room)
+  if asking.is_store():
+    host = load.compared(asking.shop(), found.id, about, host)
   verdict = compat.compare(about, host.groups(identity.Carried.by(about)))
   try:
     if verdict.action != 'go':

@@ -435,7 +435,7 @@ def transfer(target):
   shop = asking.shop()
   who = asking.who(shop, target)
   id = transfer.export(shop, who.granted_for or target, who, asking.signer(),
-                       FILE.value)
+                       FILE.value, texts=asking.texts())
   print(json.dumps({'id': id, 'file': FILE.value}))
 
 

@@ -284,7 +284,7 @@ class Catalog:
     """Returns who has made an object here, '' where that is not known."""
     row = self._one('select mint_key from art where id = ?', (id,))
     try:
-      who, _ = json.loads(row[0])
+      who, _ = json.loads(row[0] if row else '')
     except (ValueError, TypeError):  # it was made elsewhere, and taken in
       return ''
     return str(who)

@@ -85,6 +85,68 @@ class Texts:
     """Returns the keyed digest of a text; '' of ''."""
     return names.keyed(self.secret, field, text) if text else ''
 
+  def groups(self) -> dict:
+    """Returns the groups of a manifest that have their digests."""
+    groups: dict = {
+        'policy': {'system': self.keyed('policy.system', self.system),
+                   'safety': self.keyed('policy.safety', self.safety),
+                   'epoch': self.epoch},
+        'tools': {
+            'schema': self.keyed('tools.schema', ''.join(
+                f'{name}\0{self.tools[name]}\0'
+                for name in sorted(self.tools))),
+            'items': sorted(self.keyed('tools.items', f'{name}\0{text}')
+                            for name, text in self.tools.items())}}
+    if self.assumptions is not None:
+      groups['env'] = {'assumptions': [
+          {'name': name, 'value': self.keyed(f'env.{name}', value)}
+          for name, value in sorted(self.assumptions.items())]}
+    return groups
+
+  def digests(self) -> list[str]:
+    """Returns all of its digests, in an order that depends on no key."""
+    tools = [self.keyed('tools.items', f'{name}\0{text}')
+             for name, text in sorted(self.tools.items())]
+    groups = self.groups()
+    return [groups['policy']['system'], groups['policy']['safety'],
+            groups['tools']['schema'], *tools,
+            *(item['value'] for item in groups.get('env', {}).get(
+                'assumptions', ())),
+            self.keyed('governance.persona', self.persona)]
+
+
+def exchanged(about: dict, texts: Texts, secret: bytes) -> dict:
+  """Returns a manifest with digests of texts under another secret.
+
+  Of those texts that are given; what is none of them stays as it is.
+
+  Args:
+    about: the manifest.
+    texts: those of here, under the secret of the manifest's digests.
+    secret: the other one.
+  """
+  new = {old: one for old, one in zip(texts.digests(), dataclasses.replace(
+      texts, secret=secret).digests()) if old}
+  def renewed(value):
+    if isinstance(value, dict):
+      return {name: renewed(item) for name, item in value.items()}
+    if isinstance(value, list):
+      return [renewed(item) for item in value]
+    return new.get(value, value)
+  found = {name: renewed(about[name]) for name in (
+      'policy', 'tools', 'env', 'governance') if name in about}
+  found['tools']['items'].sort()
+  return about | found
+
+
+def key_ids(about: dict) -> set[str]:
+  """Returns the ids of the keys under which a manifest names texts."""
+  env = about.get('env', {'assumptions': []})['assumptions']
+  return {text.split(':')[1] for text in (
+      about['policy']['system'], about['policy']['safety'],
+      about['tools']['schema'], *about['tools']['items'],
+      about['governance']['persona'], *(item['value'] for item in env)) if text}
+
 
 @dataclasses.dataclass(frozen=True)
 class Carried:
@@ -176,22 +238,8 @@ class Host:
         'numerics': numerics(self.program),
         'horizon': {
             'max_pos': self.max_pos, 'active_horizon': self.active_horizon,
-            'window': _window(c), 'compactions': 0, 'retention': ''},
-        'policy': {
-            'system': texts.keyed('policy.system', texts.system),
-            'safety': texts.keyed('policy.safety', texts.safety),
-            'epoch': texts.epoch},
-        'tools': {
-            'schema': texts.keyed('tools.schema', ''.join(
-                f'{name}\0{texts.tools[name]}\0'
-                for name in sorted(texts.tools))),
-            'items': sorted(texts.keyed('tools.items', f'{name}\0{text}')
-                            for name, text in texts.tools.items())}}
-    if texts.assumptions is not None:
-      groups['env'] = {'assumptions': [
-          {'name': name, 'value': texts.keyed(f'env.{name}', value)}
-          for name, value in sorted(texts.assumptions.items())]}
-    return groups
+            'window': _window(c), 'compactions': 0, 'retention': ''}}
+    return groups | texts.groups()
 
 
 def of_epoch(host: Host, about: dict) -> Host:

@@ -160,7 +160,7 @@ def _load(shop, id, principal, host, ask, capacity, mesh):
   warnings = revoked.valid(shop, id, about, vouched)
   access.require(about, principal, ask.right, now=shop.catalog.clock())
   # V8.
-  here = host.groups(identity.Carried.by(about))
+  here = compared(shop, id, about, host).groups(identity.Carried.by(about))
   if vouched != 'mac':  # nobody else's state is fed to the wrong weights
     ask = dataclasses.replace(ask, unsafe_cross_weights=False)
   verdict = compat.compare(about, here, ask,
@@ -175,6 +175,35 @@ def _load(shop, id, principal, host, ask, capacity, mesh):
   layout.check(folder, found, about)
   with sealing.opened(shop, folder, about) as clear:
     return _opened(clear, id, about, host, capacity, mesh, verdict, warnings)
+
+
+def compared(shop, id: str, about: dict, host: identity.Host) -> identity.Host:
+  """Returns the host as an artifact names its texts.
+
+  That is under the exchange key of an export, of which it is one or stems from
+  one, where that can be opened here; else as it is.
+
+  Args:
+    shop: `objects.Store`.
+    id: of the artifact.
+    about: its manifest.
+    host: what this process is.
+  """
+  wanted = identity.key_ids(about)
+  if not host.texts.secret or wanted <= {names.key_id(host.texts.secret)}:
+    return host
+  for one in (id, *shop.catalog.ancestors(id)):
+    try:
+      source = about if one == id else manifest.parse(
+          layout.read(shop.place(one), manifest.NAME))
+      secret = b'' if source['sealed'] == 'none' else sealing.exchange_key(
+          sealing.data_key(shop, one, source))
+    except (Refused, OSError):
+      continue
+    if secret and names.key_id(secret) in wanted:
+      return dataclasses.replace(host, texts=dataclasses.replace(
+          host.texts, secret=secret))
+  return host
 
 
 def _opened(folder, id, about, host, capacity, mesh, verdict, warnings):

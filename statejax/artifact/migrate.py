@@ -114,7 +114,8 @@ def migrate(shop, key: str, principal: Principal, source: identity.Host,
 def _state(shop, found, source):
   """(state, salts) of an artifact, as its own model loads it."""
   about = found.about
-  here = source.groups(identity.Carried.by(about))
+  here = load.compared(shop, found.id, about, source).groups(
+      identity.Carried.by(about))
   verdict = compat.compare(about, here)
   if verdict.action != 'go':
     raise Refused(verdict.code, f'source: {verdict.detail}')

@@ -144,6 +144,15 @@ def export_key(seed: bytes, nonce: str) -> bytes:
   return _derived(seed, 'export', nonce)
 
 
+def exchange_key(key: bytes) -> bytes:
+  """Returns the secret under which an export names texts.
+
+  It follows from the data key: whoever can open the export can compare texts of
+  their own with it, and nobody else can guess at them.
+  """
+  return _derived(key, 'exchange', '')
+
+
 def _derived(secret, use, name):
   return hmac.digest(secret, f'statejax.{use}.v1\0{name}'.encode(), 'sha256')
 

@@ -15,6 +15,7 @@ from statejax.artifact import (
   canonical,
   desk,
   grant,
+  identity,
   keys,
   layout,
   load,
@@ -30,9 +31,11 @@ from statejax.artifact.access import Principal
 from statejax.artifact.objects import Kept, said
 from statejax.artifact.outcome import Refused
 
+NO_TEXTS = identity.Texts()
 
-def export(shop, key: str, principal: Principal, signer: keys.Signer,
-           path) -> str:
+
+def export(shop, key: str, principal: Principal, signer: keys.Signer, path, *,
+           texts: identity.Texts = NO_TEXTS) -> str:
   """Writes an artifact as one new file, or into a bucket; returns its new id.
 
   Args:
@@ -42,6 +45,10 @@ def export(shop, key: str, principal: Principal, signer: keys.Signer,
     signer: in the name of the artifact's organisation.
     path: of the file, which must not exist; or the URL of a bucket and a path
       in it, see `bucket`.
+    texts: those that the artifact was minted under, with the secret of its
+      organisation. Digests of them are exchanged for such as the holder of a
+      grant can compare, see `sealing.exchange_key`; those of other texts stay,
+      and only stores of the organisation can resume it.
 
   Raises:
     Refused: not allowed, or not whole; E_TRUST: the trust document of the store
@@ -63,10 +70,12 @@ def export(shop, key: str, principal: Principal, signer: keys.Signer,
           'parents': _exported(found),
           'depth': source['depth'] + 1, 'producer': signer.name,
           'how': 'exported'}}
+  data_key = sealing.export_key(sealing.seed(shop, found.id, found.about),
+                                about['nonce'])
+  about = identity.exchanged(about, texts, sealing.exchange_key(data_key))
   wrapped, about['seal'] = sealing.new_key(
       shop, about, shop.secrets.org_name(about['governance']['org'], 'kek'),
-      sealing.export_key(sealing.seed(shop, found.id, found.about),
-                         about['nonce']))
+      data_key)
   with shop.catalog.refusals(str(principal), 'export', found.id), said(), (
       shop.catalog.lease(found.id, token_hex(8))), shop.stage() as folder:
     with sealing.opened(shop, shop.place(found.id), found.about) as clear, (

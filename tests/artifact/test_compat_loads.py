@@ -177,6 +177,11 @@ def test_crossed_weights_are_marked(shop, kept, change):  # noqa: F811
                   parent=mint.Parent(kept, found.about)).id
   row = shop.catalog.rows()[-1]
   assert (row['action'], row['id'], row['code']) == ('mint', one, 'W_WEIGHTS')
+  about = end(shop, one, ask=CROSS).about
+  two = mint.fork(shop, mint.Parent(one, about), ALICE)
+  row = shop.catalog.rows()[-1]
+  assert (row['action'], row['id'], row['code']) == (
+      'fork', two.id, 'W_WEIGHTS')
   for host in ({}, change):
     assert said(end(shop, one, **host)) == 'refused(E_WEIGHTS)'
     found = end(shop, one, ask=CROSS, **host)

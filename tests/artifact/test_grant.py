@@ -17,11 +17,13 @@ from statejax.artifact import (
   collect,
   desk,
   grant,
+  identity,
   keys,
   layout,
   load,
   manifest,
   mint,
+  names,
   objects,
   revoked,
   transfer,
@@ -255,6 +257,56 @@ def test_to_another_organisation(shop, kept, signer, private,  # noqa: F811
   assert code_of(receive, data) == 'E_GRANT'
   assert receive(issue(shop, signer, private, scope='root')) == two
   assert verify.verify(theirs.place(two)).id == two
+
+
+def test_texts_are_compared_abroad(shop, signer, private,  # noqa: F811
+                                   tmp_path):
+  """By who can open an export; the organisation's own digest is not in it."""
+  def host(place, org='acme', **changes):
+    return small.host(texts=identity.Texts(
+        place.secrets.org(org), **{'system': 'be kind', 'tools': {
+            'a': 'b', 'c': 'd'}, 'assumptions': {'e': 'f'},
+                                   'persona': 'g'} | changes))
+  id = mint.mint(shop, small.state(), 0, host(shop), dataclasses.replace(
+      OPEN, export='any'), ref='texts').id
+  one = transfer.export(shop, 'texts', ALICE, signer, tmp_path / 'one.tar',
+                        texts=host(shop).texts)
+  data = grant.issue(shop, 'texts', ALICE, keys.public(private['other']),
+                     ['inspect', 'resume'], signer, max_uses=9)
+  theirs = objects.Store(
+      tmp_path / 'theirs', objects.Secrets(tmp_path / 'keys'),
+      clock=shop.catalog.clock, root=keys.public(private['root']))
+  trust.install(theirs, keys.Signer(private['root']).document(
+      'trust', trust.extended(None, keys.public(private['acme']), 'acme')))
+  crl = transfer.issue_revocations(shop, signer)
+  for place in (shop, theirs):
+    revoked.install(place, 'acme', crl)
+  transfer.receive(theirs, tmp_path / 'one.tar', DAVE,
+                   granted=(data, private['other']))
+  about = about_of(theirs, one)
+  before, after = (canonical.dumps(about_of(place, id)).decode().count(
+      f'hmac:{names.key_id(shop.secrets.org("acme"))}:')
+      for place, id in ((shop, id), (theirs, one)))
+  assert (before, after) == (6, 0)
+  def end(**changes):
+    return str(load.load(theirs, one, present(
+        theirs, data, about, one, private), host(
+            theirs, 'globex', **changes)).decision)
+  assert end() == 'resumed(11)'
+  assert end(system='be cruel') == 'refused(E_POLICY)'
+  assert end(tools={'a': 'x'}) == 'refused(E_TOOLS)'
+  # In the organisation's other stores it is as it was, of a fork as well.
+  transfer.receive(shop, tmp_path / 'one.tar', ALICE, ref='back')
+  child = mint.fork(shop, mint.Parent(one, about_of(shop, one)), ALICE).id
+  for key in ('texts', 'back', child):
+    assert str(load.load(shop, key, ALICE, host(shop)).decision) == (
+        'resumed(11)')
+  # Of texts that are not given the organisation's own digests stay.
+  two = transfer.export(shop, 'texts', ALICE, signer, tmp_path / 'two.tar')
+  assert transfer.receive(theirs, tmp_path / 'two.tar', DAVE, granted=(
+      data, private['other'])).id == two
+  about, one = about_of(theirs, two), two
+  assert end() == 'refused(E_KEYED)'
 
 
 def test_a_grant_is_for_one_artifact(shop, kept, about, signer,  # noqa: F811
