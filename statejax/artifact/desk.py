@@ -291,8 +291,9 @@ def difference(one: verify.Verified, two: verify.Verified) -> list[str]:
     a, b = one.plain['edits'], two.plain['edits']
     same = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y),
                 min(len(a), len(b)))
-    lines.append(f'edits: the first {same} are the same, then '
-                 f'{_places(a[same:])} | {_places(b[same:])}')
+    if a or b:
+      lines.append(f'edits: the first {same} are the same, then '
+                   f'{_places(a[same:])} | {_places(b[same:])}')
   if one.tokens is not None and two.tokens is not None:
     same = next((i for i, (x, y) in enumerate(zip(one.tokens, two.tokens))
                  if x != y), min(len(one.tokens), len(two.tokens)))
