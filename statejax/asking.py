@@ -238,6 +238,18 @@ def write(path, data: bytes, mode: int = 0o644):
   Raises:
     ValueError: there is one, or no directory for it.
   """
+  path = unwritten(path)
+  with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode),
+            'wb') as out:
+    out.write(data)
+
+
+def unwritten(path) -> pathlib.Path:
+  """Says before the work that a file cannot be made; returns its path.
+
+  Raises:
+    ValueError: there is one, or no directory for it.
+  """
   path = pathlib.Path(path)
   if path.exists():
     raise ValueError(f'{path}: exists already, and nothing is overwritten; '
@@ -245,9 +257,7 @@ def write(path, data: bytes, mode: int = 0o644):
   if not path.absolute().parent.is_dir():
     raise ValueError(f'{path}: expected {path.parent} to be a directory; make '
                      'it first.')
-  with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode),
-            'wb') as out:
-    out.write(data)
+  return path
 
 
 def is_store() -> bool:

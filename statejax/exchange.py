@@ -84,6 +84,7 @@ def grant(target):
   if HOLDER.value is None or file is None:
     raise ValueError(f'{target}: expected a grant to print, or with --holder '
                      'and --file a name or id to write one of.')
+  asking.unwritten(file)  # else the log would tell of a grant that nobody has
   asking.write(file, grant.issue(
       shop, target, asking.principal(),
       keys.normal(asking.read('--holder', HOLDER.value)), RIGHTS.value,
@@ -213,6 +214,7 @@ def delete(key):
 def crl(path):
   """Writes the store's revocation list, signed, for other stores."""
   from statejax.artifact import transfer
+  asking.unwritten(path)
   asking.write(path, transfer.issue_revocations(asking.shop(),
                                                 asking.signer()))
   print(path)

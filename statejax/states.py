@@ -419,7 +419,7 @@ def migrate(key):
 
 def transfer(target):
   """Writes an artifact as one file or to a bucket, or takes one in."""
-  from statejax.artifact import bucket, transfer
+  from statejax.artifact import bucket, identity, transfer, verify
   if bucket.is_url(target) or asking.elsewhere(target):
     shop, host = asking.shop(make=True), None
     if asking.flag('workdir') is not None:
@@ -432,11 +432,17 @@ def transfer(target):
   if FILE.value is None:
     raise ValueError(f'{target}: expected a file to take in, or with --file a '
                      'name or id to write as one.')
-  shop = asking.shop()
+  shop, texts = asking.shop(), asking.texts()
   who = asking.who(shop, target)
   id = transfer.export(shop, who.granted_for or target, who, asking.signer(),
-                       FILE.value, texts=asking.texts())
+                       FILE.value, texts=texts)
   print(json.dumps({'id': id, 'file': FILE.value}))
+  about = verify.head(shop.place(shop.find(who.granted_for or target)))[2]
+  if identity.key_ids(about) & identity.key_ids(
+      identity.exchanged(about, texts, bytes(32))):
+    print(f'{target}: was minted under texts that were not given here, so that '
+          'nobody of another organisation can go on from the file; give those '
+          'of its mint, e.g. --system', file=sys.stderr)
 
 
 def gc():

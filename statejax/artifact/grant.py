@@ -19,6 +19,7 @@ from statejax.artifact import (
   envelope,
   grammar,
   keys,
+  layout,
   manifest,
   sealing,
   trust,
@@ -252,7 +253,7 @@ def parse(payload: bytes) -> dict:
   return body
 
 
-def keep_key(shop, private: bytes, body: dict, about: dict, id: str):
+def keep_key(shop, private: bytes, body: dict, about: dict, id: str, folder):
   """Keeps the key of a sealed artifact, which a grant has brought.
 
   Args:
@@ -261,6 +262,10 @@ def keep_key(shop, private: bytes, body: dict, about: dict, id: str):
     body: of `read`.
     about: manifest of the artifact.
     id: its name.
+    folder: the artifact, its files checked.
+
+  Raises:
+    Refused: E_SEALED: it does not open the artifact, so that none is kept.
   """
   def opened(name):
     return keys.decrypt(private, base64.b64decode(body[name]))
@@ -273,6 +278,8 @@ def keep_key(shop, private: bytes, body: dict, about: dict, id: str):
     key = sealing.export_key(seed, about['nonce'])
   else:
     return
+  sealing.unseal(key, about['nonce'], manifest.PLAIN,
+                 layout.read(folder, manifest.PLAIN))
   shop.secrets.put(sealing.data_name(id), key)
 
 

@@ -136,9 +136,13 @@ def receive(shop, path, principal: Principal, *, host=None, ref: str = '',
       sealing.check_foreign(about)
       if granted is not None:
         principal = _shown(shop, about, id, principal, *granted)
+        shown = not principal.grant_fault
       access.require(about, principal, 'inspect', now=shop.catalog.clock())
       shop.room(sum(found.files.values()))
       layout.check(folder, found, about)
+      if granted is not None and shown:
+        grant.keep_key(shop, granted[1], grant.read(
+            shop, granted[0], about, id), about, id, folder)
       with sealing.opened(shop, folder, about) as clear:
         plain, _ = verify.unsealed(clear, about)
         if host is not None:
@@ -215,13 +219,10 @@ def _log(shop, principal, source, id, outcome):
 
 
 def _shown(shop, about, id, principal, data, private):
-  """The principal with what their own grant gives; keeps its key."""
+  """The principal with what their own grant gives."""
   nonce = grant.challenge(shop)
-  principal = grant.present(shop, data, about, id, principal, nonce,
-                            grant.prove(private, nonce, data))
-  if not principal.grant_fault:
-    grant.keep_key(shop, private, grant.read(shop, data, about, id), about, id)
-  return principal
+  return grant.present(shop, data, about, id, principal, nonce,
+                       grant.prove(private, nonce, data))
 
 
 def _exported(found):

@@ -26,6 +26,7 @@ from statejax.artifact import (
   names,
   objects,
   revoked,
+  sealing,
   transfer,
   trust,
   verify,
@@ -245,6 +246,14 @@ def test_to_another_organisation(shop, kept, signer, private,  # noqa: F811
       'resumed(11)')
   assert str(load.load(theirs, one, DAVE, small.host()).decision) == (
       'refused(E_ACL)')
+  # One that does not open it takes the place of no key that does.
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sealing, 'seed', lambda *_: bytes(32))
+    bad = issue(shop, signer, private)
+  assert code_of(transfer.receive, theirs, tmp_path / 'one.tar', DAVE,
+                 granted=(bad, private['other'])) == 'E_SEALED'
+  assert sealing.data_key(theirs, one, about) == sealing.data_key(
+      shop, one, about)
   # The key for one artifact opens no other: nothing else of the family.
   assert len(list((tmp_path / 'keys').glob('data-*'))) == 1
   found = load.load(shop, kept, ALICE, small.host())
