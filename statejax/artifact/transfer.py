@@ -136,11 +136,10 @@ def receive(shop, path, principal: Principal, *, host=None, ref: str = '',
       sealing.check_foreign(about)
       if granted is not None:
         principal = _shown(shop, about, id, principal, *granted)
-        shown = not principal.grant_fault
       access.require(about, principal, 'inspect', now=shop.catalog.clock())
       shop.room(sum(found.files.values()))
       layout.check(folder, found, about)
-      if granted is not None and shown:
+      if granted is not None and not principal.grant_fault:
         grant.keep_key(shop, granted[1], grant.read(
             shop, granted[0], about, id), about, id, folder)
       with sealing.opened(shop, folder, about) as clear:
