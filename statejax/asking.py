@@ -83,12 +83,10 @@ def taken(shop, name, who) -> int:
   Raises:
     ValueError: one's own, without --replace: what loses its name is collected.
   """
-  from statejax.artifact import access, verify
   found = shop.catalog.ref(name)
   if found is None:
     return 0
-  about = verify.head(shop.place(found[0]))[2]
-  if not access.owns(about, who):
+  if not shop.owned(found[0], str(who)):
     return 0  # it gets a name beside it, as whoever comes second
   if REPLACE.value:
     return found[1]

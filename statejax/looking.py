@@ -35,31 +35,39 @@ def lineage(key):
 def verify(key):
   """Verifies every byte; with a run also that the arrays load there.
 
-  Who vouches for it only a store knows. Where none is asked, as of a file and
-  without a store, all files may match and the whole may yet be forged: it says
-  that it is not verified, and exits with 3.
+  It is verified where its files match, somebody vouches for it who counts here,
+  it is not revoked and its time is not over. It exits with 0 where besides the
+  principal may resume it here, and with a run it loads there; with 1 where
+  anything of that is not so, and says what. Who vouches for it only a store
+  knows. Where none is asked, as of a file and without a store, all files may
+  match and the whole may yet be forged: it exits with 3.
   """
-  from statejax.artifact import verify
+  from statejax.artifact import desk, verify
   own = not asking.elsewhere(key)
-  who = asking.who(asking.shop(), key) if own else None
+  who = asking.who(asking.shop(), key) if own else asking.principal()
   with _examined(key, who) as (found, folder):
     result = verify.said(found.vouched, found.why)
+    if found.stems:
+      result['as long as counts'] = list(found.stems)
+    ended = desk.ended(asking.shop(), found) if asking.is_store() else dict(
+        revoked='not checked', expired='not checked')
+    verified = bool(found.vouched) and {*ended.values()} == {'no'}
+    result |= ended | {'resume': _may_resume(folder, who)}
     if asking.flag('workdir') is not None:
       result |= (_load(key, found.about, who) if own
                  else _arrays(folder, found.about))
-    if not own:
-      result['resume'] = _may_resume(folder)
-    print(json.dumps({
-        'verified': bool(found.vouched), 'id': found.id,
-        'files': 'match their digests', **result}))
-  if not found.vouched and asking.is_store():
-    raise ValueError(f'{key}: expected one for which somebody vouches whom '
-                     f'{asking.STORE.value} knows, got files that match and '
-                     'nobody; see "resume"')
-  if not found.vouched:
+    print(json.dumps({'verified': verified, 'id': found.id,
+                      'files': 'match their digests', **result}))
+  if not asking.is_store():
     print(f'{key}: files that match, and nobody was asked who vouches for them;'
           ' name a store with --store', file=sys.stderr)
     sys.exit(3)
+  if not verified or result['resume'] != 'yes' or result.get(
+      'load', '').startswith('refused'):
+    print(f'{key}: expected one for which somebody vouches whom '
+          f'{asking.STORE.value} knows, and that may be resumed here, got files'
+          ' that match; see "signature", "resume" and "load"', file=sys.stderr)
+    sys.exit(1)
 
 
 @contextlib.contextmanager
@@ -80,20 +88,20 @@ def _examined(key, who=None):
     found = desk.examine(shop, key, who or asking.principal(), 'inspect')
     yield found, shop.place(found.id)
     return
-  with desk.opened(key) as folder:
+  with verify.opened(key) as folder:
     if asking.is_store():
       yield desk.known(asking.shop(), folder), folder
     else:
       yield verify.verify(folder), folder
 
 
-def _may_resume(folder):
-  """Whether the store would let the principal, in words."""
+def _may_resume(folder, who=None):
+  """Whether the store would let a principal, in words; None is of the flags."""
   from statejax.artifact import desk
   if not asking.is_store():
     return (f'not asked, there is no store at {asking.STORE.value}; name one '
             'with --store')
-  fault = desk.obstacle(asking.shop(), folder, asking.principal())
+  fault = desk.obstacle(asking.shop(), folder, who or asking.principal())
   return 'yes' if fault is None else f'no, {fault}'
 
 

@@ -26,6 +26,7 @@ from statejax.artifact import (
   canonical,
   catalog,
   commit,
+  foreign,
   head,
   layout,
   manifest,
@@ -247,6 +248,7 @@ class Store:
         self.path / 'index.db', **({'clock': clock} if clock else {}))
     try:
       self.shred()  # what a kill has cut short
+      foreign.recall(self)
     except BaseException:
       self.catalog.close()
       raise
@@ -432,6 +434,7 @@ class Store:
                       'nothing: a collection took it for abandoned')
       receipt = self.catalog.audit(principal, action, id, 'allowed',
                                    code=code)
+      foreign.remember(self, id, about)
       if id not in there:  # as what is imported may be
         self.catalog.add(id, mint_key, nbytes, about['kind'],
                          about['governance']['workflow'],
@@ -450,7 +453,7 @@ class Store:
     if not ref or found and found[0] == id:
       return ref, False
     # A name moves with its owner only.
-    if (found is None or self._owned(found[0], principal)) and (
+    if (found is None or self.owned(found[0], principal)) and (
         self.catalog.move(ref, id, expect)):
       return ref, False
     beside = f'{ref[:119]}~'  # a name has 128 at most
@@ -461,18 +464,18 @@ class Store:
     self.catalog.move(name, id, 0)
     return name, True
 
-  def _owned(self, id, principal):
-    """Whether an artifact is a principal's; not if its manifest is damaged."""
-    with said():
-      try:
-        data = layout.read(self.place(id), manifest.NAME)
-      except FileNotFoundError:  # on its way to the trash
-        return False
+  def owned(self, id: str, principal: str) -> bool:
+    """Whether an artifact is a principal's; of one that is damaged or lost the
+    ledger knows.
+    """
     try:
-      return manifest.artifact_id(data) == id and (
-          access.owner(manifest.parse(data)) == principal)
+      with said():
+        data = layout.read(self.place(id), manifest.NAME)
+      if manifest.artifact_id(data) == id:
+        return access.owner(manifest.parse(data)) == principal
     except Refused:
-      return False
+      pass
+    return bool(principal) and self.catalog.owner(id) == principal
 
   def _tree(self, id):
     """Digest of an artifact's state."""
