@@ -6,7 +6,8 @@ an earlier head:
 
     hash = H("statejax.audit.v1\0" + previous + u32 length + CJ row)
 
-The rest can be rebuilt from the objects. Imports no jax.
+The rest can be rebuilt from the objects, but for what is remembered of those
+from elsewhere that are gone; see `foreign`. Imports no jax.
 """
 
 import contextlib

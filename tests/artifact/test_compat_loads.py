@@ -189,7 +189,7 @@ def test_crossed_weights_are_marked(shop, kept, change):  # noqa: F811
 
 def test_crossed_weights_of_ones_own_only(shop, kept, monkeypatch):  # noqa: F811
   monkeypatch.setattr(load.trust, 'vouch', lambda *_: 'key:other')
-  monkeypatch.setattr(load.trust, 'valid', lambda *_: ())
+  monkeypatch.setattr(load.revoked, 'valid', lambda *_: ())
   assert said(end(shop, kept, ask=CROSS, params='1' * 64)) == (
       'refused(E_WEIGHTS)')
 

@@ -114,7 +114,8 @@ def test_a_stolen_key_cannot_date_back(
                       (now + 5, None)):
     body = revoke.extended(None, [('key', signer.name)], now=now + 9,
                            since=since)
-    (tmp_path / 'crl').write_bytes(signer.document('crl', canonical.dumps(body)))
+    (tmp_path / 'crl').write_bytes(signer.document(
+        'crl', canonical.dumps(body)))
     status, found = ask(folder, **TRUSTED, crl='crl')
     assert (status, found.get('code')) == (1 if code else 0, code)
   # Nor one whose time is over.
