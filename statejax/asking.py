@@ -101,11 +101,10 @@ def vacant(shop, name, who):
   Raises:
     ValueError: it is; or it can be no name.
   """
-  from statejax.artifact import access, objects, verify
+  from statejax.artifact import objects
   objects.check_ref(name)
   found = shop.catalog.ref(name)
-  if found is not None and access.owns(
-      verify.head(shop.place(found[0]))[2], who):
+  if found is not None and shop.owned(found[0], str(who)):
     raise _taken(name)
 
 
