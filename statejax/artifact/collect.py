@@ -278,7 +278,10 @@ def _finish(shop):
       shred.condemn_one(shop, trash)
     shop.shred()
     # What cannot be removed now, the next collection removes.
-    shutil.rmtree(trash, ignore_errors=True)
+    if trash.is_symlink() or trash.is_file():  # what damage has put there
+      trash.unlink()
+    else:
+      shutil.rmtree(trash, ignore_errors=True)
     if not trash.exists():
       done.append(trash.name)
   return done

@@ -256,7 +256,17 @@ def lose(shop, id):
   shop.place(id).rename(shop.path.parent / 'elsewhere')
 
 
+def replace(shop, id, put):
+  """By what is no directory of its own."""
+  lose(shop, id)
+  put(shop.place(id))
+
+
 @pytest.mark.parametrize('harm, code', [
+    (lambda shop, id: replace(shop, id, lambda p: p.write_bytes(b'')),
+     'E_LAYOUT'),
+    (lambda shop, id: replace(shop, id, lambda p: p.symlink_to(
+        shop.path.parent / 'elsewhere')), 'E_LAYOUT'),
     (lambda shop, id: flip(shop, id, manifest.NAME), 'E_MANIFEST|E_ID'),
     (lambda shop, id: flip(shop, id, layout.MAC), 'E_SIG'),
     (lambda shop, id: flip(shop, id, manifest.PLAIN), 'E_FILES'),
