@@ -83,12 +83,10 @@ def taken(shop, name, who) -> int:
   Raises:
     ValueError: one's own, without --replace: what loses its name is collected.
   """
-  from statejax.artifact import access, verify
   found = shop.catalog.ref(name)
   if found is None:
     return 0
-  about = verify.head(shop.place(found[0]))[2]
-  if not access.owns(about, who):
+  if not shop.owned(found[0], str(who)):
     return 0  # it gets a name beside it, as whoever comes second
   if REPLACE.value:
     return found[1]
@@ -103,11 +101,10 @@ def vacant(shop, name, who):
   Raises:
     ValueError: it is; or it can be no name.
   """
-  from statejax.artifact import access, objects, verify
+  from statejax.artifact import objects
   objects.check_ref(name)
   found = shop.catalog.ref(name)
-  if found is not None and access.owns(
-      verify.head(shop.place(found[0]))[2], who):
+  if found is not None and shop.owned(found[0], str(who)):
     raise _taken(name)
 
 

@@ -39,30 +39,38 @@ def lineage(key):
 def verify(key):
   """Verifies every byte; with a run also that the arrays load there.
 
-  Who vouches for it only a store knows. Where none is asked, as of a file and
-  without a store, all files may match and the whole may yet be forged: it says
-  that it is not verified, and exits with 3.
+  It is verified where its files match, somebody vouches for it who counts here,
+  it is not revoked and its time is not over. It exits with 0 where besides the
+  principal may resume it here, and with a run it loads there; with 1 where
+  anything of that is not so, and says what. Who vouches for it only a store
+  knows. Where none is asked, as of a file and without a store, all files may
+  match and the whole may yet be forged: it exits with 3.
   """
-  from statejax.artifact import verify
+  from statejax.artifact import desk, verify
   own, who = not asking.elsewhere(key), _who(key)
   with _examined(key, who) as (found, folder):
     result = verify.said(found.vouched, found.why)
+    if found.stems:
+      result['as long as counts'] = list(found.stems)
+    ended = desk.ended(asking.shop(), found) if asking.is_store() else dict(
+        revoked='not checked', expired='not checked')
+    verified = bool(found.vouched) and {*ended.values()} == {'no'}
+    result |= ended | {'resume': _may_resume(folder, who)}
     if asking.flag('workdir') is not None:
       result |= (_load(key, found.about, who) if own
                  else _arrays(folder, found))
-    if not own:
-      result['resume'] = _may_resume(folder, who)
-    print(json.dumps({
-        'verified': bool(found.vouched), 'id': found.id,
-        'files': 'match their digests', **result}))
-  if not found.vouched and asking.is_store():
-    raise ValueError(f'{key}: expected one for which somebody vouches whom '
-                     f'{asking.STORE.value} knows, got files that match and '
-                     'nobody; see "resume"')
-  if not found.vouched:
+    print(json.dumps({'verified': verified, 'id': found.id,
+                      'files': 'match their digests', **result}))
+  if not asking.is_store():
     print(f'{key}: files that match, and nobody was asked who vouches for them;'
           ' name a store with --store', file=sys.stderr)
     sys.exit(3)
+  if not verified or result['resume'] != 'yes' or result.get(
+      'load', '').startswith('refused'):
+    print(f'{key}: expected one for which somebody vouches whom '
+          f'{asking.STORE.value} knows, and that may be resumed here, got files'
+          ' that match; see "signature", "resume" and "load"', file=sys.stderr)
+    sys.exit(1)
 
 
 def _who(key):
@@ -90,7 +98,7 @@ def _examined(key, who):
     found = desk.examine(shop, who.granted_for or key, who, 'inspect')
     yield found, shop.place(found.id)
     return
-  with desk.opened(key) as folder:
+  with verify.opened(key) as folder:
     if asking.is_store():
       yield desk.known(asking.shop(), folder), folder
     else:

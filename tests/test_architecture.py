@@ -36,7 +36,7 @@ ALLOWED = {
     # What a verifier runs on: the standard library.
     **{f'artifact/{name}': 'artifact' for name in (
         'access', 'canonical', 'catalog', 'collect', 'commit', 'compat',
-        'desk', 'envelope', 'grammar', 'installed',
+        'desk', 'envelope', 'foreign', 'grammar', 'installed',
         'journal', 'layout', 'manifest', 'names', 'objects', 'outcome',
         'portable', 'revoke', 'tree', 'verify', 'withdraw')},
     'artifact/bucket': 'artifact tensorstore',

@@ -6,7 +6,8 @@ an earlier head:
 
     hash = H("statejax.audit.v1\0" + previous + u32 length + CJ row)
 
-The rest can be rebuilt from the objects. Imports no jax.
+The rest can be rebuilt from the objects, but for what is remembered of those
+from elsewhere that are gone; see `foreign`. Imports no jax.
 """
 
 import contextlib
@@ -29,6 +30,8 @@ create table if not exists art (
   gone integer not null default 0);
 create table if not exists kin (
   child text not null, parent text not null, primary key (child, parent));
+create table if not exists foreign_art (
+  id text primary key, seen integer not null, body text not null);
 create table if not exists ref (
   name text primary key, id text not null, version integer not null);
 create table if not exists lease (
@@ -297,6 +300,59 @@ class Catalog:
         'select id, bytes, kind, workflow, created from art where gone = ? '
         'order by created, rowid', (int(gone),))}
 
+  def object(self, id: str) -> tuple | None:
+    """Returns an object's row of `objects`, None where it is not here."""
+    return self._one('select bytes, kind, workflow, created from art '
+                     'where id = ? and not gone', (id,))
+
+  def owner(self, id: str) -> str:
+    """Returns whom the ledger holds an object's bytes against, as it was
+    entered; '' where it never was.
+    """
+    rows = (self._parsed('ledger', *row) for row in self._all(
+        'select seq, body from ledger where instr(body, ?) order by seq',
+        (id,)))
+    return next((row['principal'] for row in rows
+                 if row['id'] == id and row['unit'] == 'live_bytes'), '')
+
+  def remember(self, id: str, facts: dict, seen: int | None = None):
+    """Keeps what is said of an object from elsewhere; the first time counts.
+
+    Args:
+      id: of the object.
+      facts: what `foreign` returns, also when it is gone.
+      seen: unix seconds when it came; None is now.
+    """
+    self._all('insert or ignore into foreign_art values (?, ?, ?)', (
+        id, self.clock() if seen is None else seen,
+        canonical.dumps(facts).decode()))
+
+  def foreign(self, ids) -> dict[str, tuple[int, dict]]:
+    """Returns {id: (when it first came, facts)} of what is remembered among
+    some objects and all from which they stem.
+    """
+    rows = self._all('''
+        with recursive above(id) as (
+          select value from json_each(?)
+          union select parent from kin join above on kin.child = above.id)
+        select foreign_art.id, seen, body from above
+        join foreign_art on foreign_art.id = above.id order by 1''',
+        (json.dumps(sorted(ids)),))
+    try:
+      return {id: (int(seen), canonical.loads(body.encode()))
+              for id, seen, body in rows}
+    except (ValueError, AttributeError, RecursionError) as error:
+      raise Refused('E_IO', f'{self.path}: foreign_art: expected what a '
+                    f'manifest says, got {error}') from error
+
+  def remembers(self) -> bool:
+    """Whether what came from elsewhere is remembered, as since some release."""
+    return self._one('pragma user_version') != (0,)
+
+  def remembering(self):
+    """From now on it is."""
+    self._all('pragma user_version = 1')
+
   def bury(self, id: str):
     """Marks an object as deleted; its history stays."""
     self._all('update art set gone = 1 where id = ?', (id,))
@@ -342,6 +398,11 @@ class Catalog:
     """Returns {name: (id, version)}."""
     return {row[0]: (row[1], row[2]) for row in self._all(
         'select name, id, version from ref order by name')}
+
+  def named(self, id: str) -> list[str]:
+    """Returns the names that point to an object."""
+    return [row[0] for row in self._all(
+        'select name from ref where id = ? order by name', (id,))]
 
   def move(self, name: str, id: str, expect: int) -> bool:
     """Moves a name if it has the expected version, 0 for none yet."""

@@ -10,6 +10,7 @@ from secrets import token_hex
 from statejax.artifact import (
   access,
   commit,
+  foreign,
   installed,
   layout,
   manifest,
@@ -208,13 +209,15 @@ def check(shop) -> list[str]:
 
 def _unlike(shop, id, about, size):
   """Where the catalog's row of an artifact is not what it is."""
-  nbytes, kind, workflow, _ = shop.catalog.objects()[id]
+  nbytes, kind, workflow, _ = shop.catalog.object(id)
   parents = sorted({p['id'] for p in about['provenance']['parents']})
+  _, told = shop.catalog.foreign([id]).get(id, (0, None))
   return [f'{id}: catalog: {name}: expected {expected!r}, as the artifact has '
           f'it, got {got!r}' for name, expected, got in (
               ('bytes', size, nbytes), ('kind', about['kind'], kind),
               ('workflow', about['governance']['workflow'], workflow),
-              ('parents', parents, shop.catalog.parents(id)))
+              ('parents', parents, shop.catalog.parents(id)),
+              ('signed elsewhere', foreign.facts(about), told))
           if expected != got]
 
 
@@ -257,7 +260,7 @@ def _needed(shop, id, generations):
 def _take(shop, id, principal, action, wanted):
   """Moves an artifact to the trash if it is there and `wanted(id)`."""
   with shop.catalog.transaction():
-    if id not in shop.catalog.objects() or not wanted(id):
+    if shop.catalog.object(id) is None or not wanted(id):
       return False
     _to_trash(shop, id)
     _note(shop, id, principal, action)
@@ -271,7 +274,7 @@ def _take_orphan(shop, id, principal, grace):
       return False
     with shop.catalog.transaction():
       # Its mint may have ended since, or be just about to.
-      if commit.living(place) or id in shop.catalog.objects():
+      if commit.living(place) or shop.catalog.object(id):
         return False
       _to_trash(shop, id)
       shop.catalog.audit(principal, 'gc', id, 'orphan')
@@ -292,13 +295,12 @@ def _to_trash(shop, id):
 
 
 def _note(shop, id, principal, action):
-  size = shop.catalog.objects()[id][0]
+  size = shop.catalog.object(id)[0]
   shop.catalog.audit(principal, action, id, 'allowed')
   shop.catalog.charge(principal, id, live_bytes=-size)
   shop.catalog.bury(id)
-  for name, (target, _) in shop.catalog.refs().items():
-    if target == id:
-      shop.catalog.drop(name)
+  for name in shop.catalog.named(id):
+    shop.catalog.drop(name)
 
 
 def _finish(shop):
@@ -307,12 +309,15 @@ def _finish(shop):
   for trash in sorted((shop.path / 'trash').iterdir()):
     id = trash.name[:68]
     with shop.catalog.transaction():
-      if id in shop.catalog.objects() and not shop.place(id).exists():
+      if shop.catalog.object(id) and not shop.place(id).exists():
         _note(shop, id, 'gc', 'gc')
       shred.condemn_one(shop, trash)
     shop.shred()
     # What cannot be removed now, the next collection removes.
-    shutil.rmtree(trash, ignore_errors=True)
+    if trash.is_symlink() or trash.is_file():  # what damage has put there
+      trash.unlink()
+    else:
+      shutil.rmtree(trash, ignore_errors=True)
     if not trash.exists():
       done.append(trash.name)
   return done

@@ -27,7 +27,6 @@ class Ask:
       here.
     unsafe_cross_weights: go on under other parameters than made it; all that
       comes of it is marked. Of a store's own artifacts only.
-    min_epoch: oldest epoch of policies that is trusted.
     max_bytes: of all files.
   """
 
@@ -36,7 +35,6 @@ class Ask:
   on_mismatch: str = 'refuse'
   policy_upgrade: str = 'refuse'
   unsafe_cross_weights: bool = False
-  min_epoch: int = 0
   max_bytes: int = 1 << 40
 
   def __post_init__(self):
@@ -238,9 +236,6 @@ def _texts(about, here, ask, refuse, warn):
         yield Finding('E_POLICY', 'replay', 'none', f'policy.{field} differs')
       else:
         yield refuse('E_POLICY', f'policy.{field}', theirs, ours)
-  if about['policy']['epoch'] < ask.min_epoch:
-    yield refuse('E_EPOCH', 'policy.epoch', about['policy']['epoch'],
-                 f'at least {ask.min_epoch}')
   theirs, ours = about['tools'], here['tools']
   if theirs != ours:
     keys = [{_key(item) for item in (side['schema'], *side['items']) if item}

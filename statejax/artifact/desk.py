@@ -10,6 +10,7 @@ from secrets import token_hex
 from statejax.artifact import (
   access,
   collect,
+  foreign,
   layout,
   manifest,
   revoked,
@@ -26,7 +27,9 @@ def examine(shop, key: str, principal: Principal, right: str, *,
             action: str = '') -> verify.Verified:
   """Verifies an artifact for a right, all but its arrays: V1 to V7, V9, V11.
 
-  V9 and V11 not where it shall be revoked or deleted.
+  V9 and V11 not where it shall be revoked or deleted. What does not count any
+  more, as its key was retired, can be looked at, revoked and deleted all the
+  same.
 
   Args:
     shop: `objects.Store`.
@@ -45,12 +48,14 @@ def examine(shop, key: str, principal: Principal, right: str, *,
     place = shop.place(id)
     with said(), shop.catalog.lease(id, token_hex(8)):
       found, data, about, _ = verify.head(place, name=id)
-      vouched = trust.vouch(shop, place, found, data, about)
-      hit = revoked.why(shop, id, about)
+      vouched, why = _vouched(shop, place, found, data, about, right)
+      # To end it nobody need know whether it is ended.
+      hit = right in access.GRANTABLE and revoked.why(shop, id, about)
+      stems = foreign.above(shop, about)
       allowed = access.require(about, principal, right, revoked=bool(hit),
                                now=shop.catalog.clock())
       if right in access.USES:  # what somebody else has revoked counts too
-        revoked.valid(shop, id, about, vouched)
+        revoked.valid(shop, id, about, vouched, stems)
       if right in access.GRANTABLE:  # to end one it need not be whole
         layout.check(place, found, about)
       # The key of what is sealed and revoked is destroyed.
@@ -66,7 +71,22 @@ def examine(shop, key: str, principal: Principal, right: str, *,
   shop.catalog.audit(str(principal), action or right, id, 'allowed')
   if allowed.redacted:
     about, plain, tokens = access.redact(about), None, None
-  return verify.Verified(id, about, plain, tokens, vouched)
+  return verify.Verified(id, about, plain, tokens, vouched, why,
+                         tuple(map(str, stems)))
+
+
+def _vouched(shop, folder, found, data, about, right):
+  """(who vouches for an artifact, why nobody does) if that will do for a right.
+  """
+  try:
+    return trust.vouch(shop, folder, found, data, about), ''
+  except Refused as error:
+    # What is asked for by its name, the digest of its manifest, says itself
+    # whose it is.
+    if right in access.USES or right == 'inspect' and error.code not in (
+        'E_TRUST', 'E_UNSIGNED'):
+      raise
+    return '', str(error)
 
 
 def unseen(shop, id: str, principal: Principal) -> bool:
@@ -87,9 +107,6 @@ def unseen(shop, id: str, principal: Principal) -> bool:
     return False
   return manifest.artifact_id(data) == id and not access.sees(
       about, principal, shop.catalog.clock())
-
-
-opened = verify.opened
 
 
 def known(shop, folder) -> verify.Verified:
@@ -141,6 +158,17 @@ def obstacle(shop, folder, principal: Principal,
   return None
 
 
+def ended(shop, found: verify.Verified) -> dict[str, str]:
+  """Returns in words whether an artifact is revoked here, and whether its time
+  is over, for a line of output.
+  """
+  hit = revoked.why(shop, found.id, found.about)
+  end = found.about['governance']['not_after']
+  over = 0 < end <= shop.catalog.clock()
+  return {'revoked': f'by {hit}' if hit else 'no',
+          'expired': f'at {end}' if over else 'no'}
+
+
 def withdraw(shop, key: str, principal: Principal) -> list[tuple[str, str]]:
   """Revokes an artifact, and its descendants where its scope says so.
 
@@ -166,12 +194,33 @@ def withdraw(shop, key: str, principal: Principal) -> list[tuple[str, str]]:
 def delete(shop, key: str, principal: Principal) -> str:
   """Deletes an artifact; returns its id.
 
+  Of one that is damaged or lost the ledger knows whose it is.
+
   Raises:
     Refused: the principal may not.
   """
-  found = examine(shop, key, principal, 'delete')
-  collect.delete(shop, found.id, str(principal), action='deleted')
-  return found.id
+  id = _damaged(shop, key, principal) or examine(
+      shop, key, principal, 'delete').id
+  collect.delete(shop, id, str(principal), action='deleted')
+  return id
+
+
+def _damaged(shop, key, principal):
+  """Id of the principal's artifact that does not say any more whose it is, ''
+  of any other one.
+  """
+  try:
+    id = shop.find(key)
+  except Refused:
+    return ''
+  try:
+    verify.head(shop.place(id), name=id)
+    return ''
+  except (Refused, OSError):
+    if not principal.name or shop.catalog.owner(id) != str(principal):
+      return ''
+  shop.catalog.audit(str(principal), 'delete', id, 'allowed')
+  return id
 
 
 def describe(found: verify.Verified) -> list[str]:
@@ -206,7 +255,8 @@ def describe(found: verify.Verified) -> list[str]:
       f'  policies: system {_short(about["policy"]["system"])}, safety '
       f'{_short(about["policy"]["safety"])}, epoch {about["policy"]["epoch"]}; '
       f'{len(about["tools"]["items"])} tools',
-      f'  vouched for by: {found.vouched or _nobody(found)}']
+      f'  vouched for by: {found.vouched or _nobody(found)}',
+      *(f'  as long as counts: {one}' for one in found.stems)]
   lines += [f'  {name}: {value}' for name, value in about.items()
             if name.startswith('x-')]
   return lines

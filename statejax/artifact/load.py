@@ -23,6 +23,7 @@ from statejax.artifact import (
   compat,
   desk,
   digest,
+  foreign,
   grant,
   identity,
   layout,
@@ -157,11 +158,12 @@ def _load(shop, id, principal, host, ask, capacity, mesh):
   found, data, about, _ = verify.head(folder, name=id, max_bytes=ask.max_bytes)
   vouched = trust.vouch(shop, folder, found, data, about)
   # V5 to V7.
-  warnings = revoked.valid(shop, id, about, vouched)
+  stems = foreign.above(shop, about)
+  warnings = revoked.valid(shop, id, about, vouched, stems)
   access.require(about, principal, ask.right, now=shop.catalog.clock())
   # V8.
   here = compared(shop, id, about, host).groups(identity.Carried.by(about))
-  if vouched != 'mac':  # nobody else's state is fed to the wrong weights
+  if vouched != 'mac' or stems:  # nobody else's state, to the wrong weights
     ask = dataclasses.replace(ask, unsafe_cross_weights=False)
   verdict = compat.compare(about, here, ask,
                            retokenizes=host.retokenize is not None)

@@ -26,6 +26,7 @@ from statejax.artifact import (
   canonical,
   catalog,
   commit,
+  foreign,
   head,
   layout,
   manifest,
@@ -249,6 +250,7 @@ class Store:
         self.path / 'index.db', **({'clock': clock} if clock else {}))
     try:
       self.shred()  # what a kill has cut short
+      foreign.recall(self)
     except BaseException:
       self.catalog.close()
       raise
@@ -434,6 +436,7 @@ class Store:
                       'nothing: a collection took it for abandoned')
       receipt = self.catalog.audit(principal, action, id, 'allowed',
                                    code=code)
+      foreign.remember(self, id, about)
       if id not in there:  # as what is imported may be
         self.catalog.add(id, mint_key, nbytes, about['kind'],
                          about['governance']['workflow'],
@@ -452,7 +455,7 @@ class Store:
     if not ref or found and found[0] == id:
       return ref, False
     # A name moves with its owner only, one beside it also with its maker.
-    mine = found is None or self._owned(found[0], principal) or (
+    mine = found is None or self.owned(found[0], principal) or (
         BESIDE.search(ref) and self.catalog.maker(found[0]) == principal)
     if mine and (
         self.catalog.move(ref, id, expect)):
@@ -465,18 +468,18 @@ class Store:
     self.catalog.move(name, id, 0)
     return name, True
 
-  def _owned(self, id, principal):
-    """Whether an artifact is a principal's; not if its manifest is damaged."""
-    with said():
-      try:
-        data = layout.read(self.place(id), manifest.NAME)
-      except FileNotFoundError:  # on its way to the trash
-        return False
+  def owned(self, id: str, principal: str) -> bool:
+    """Whether an artifact is a principal's; of one that is damaged or lost the
+    ledger knows.
+    """
     try:
-      return manifest.artifact_id(data) == id and (
-          access.owner(manifest.parse(data)) == principal)
+      with said():
+        data = layout.read(self.place(id), manifest.NAME)
+      if manifest.artifact_id(data) == id:
+        return access.owner(manifest.parse(data)) == principal
     except Refused:
-      return False
+      pass
+    return bool(principal) and self.catalog.owner(id) == principal
 
   def _tree(self, id):
     """Digest of an artifact's state."""

@@ -357,7 +357,7 @@ def vouch(shop, folder, found: layout.Walk, data: bytes, about: dict) -> str:
 
 
 def signed(known: Trust, folder, data: bytes, about: dict,
-           since: int = 0) -> str:
+           since: int) -> str:
   """As `vouch`, of a signed artifact, by a trust document at hand.
 
   When it was made is its producer's word, also of one whose key was stolen: so
@@ -366,17 +366,33 @@ def signed(known: Trust, folder, data: bytes, about: dict,
   Args:
     known: the trust document.
     folder, data, about: see `vouch`.
-    since: unix seconds when the store first had it, 0 where there is none.
+    since: unix seconds when the store first had it; now where there is none.
   """
   payload, signature, hint = verify.bundle(folder, data, about)
-  org = about['governance']['org']
-  pem = known.key(hint, org, 'mint', about['created'])
-  known.key(hint, org, 'mint', max(since, about['created']))
+  pem = counts(known, hint, about, since)
   keys.check(pem, envelope.STATEMENT, payload, signature)
   if about['provenance']['producer'] != f'key:{hint}':
     raise Refused('E_TRUST', f'provenance.producer: expected key:{hint}, got '
                   f'{about["provenance"]["producer"]}')
+  return f'key:{hint}'
+
+
+def counts(known: Trust, hint: str, about: dict, since: int) -> str:
+  """V5 of what a key has signed: returns the PEM of the key.
+
+  Args:
+    known: the trust document.
+    hint: of the key.
+    about: the manifest, or `foreign.FIELDS` of it.
+    since: see `signed`.
+
+  Raises:
+    Refused: E_TRUST.
+  """
+  org = about['governance']['org']
+  pem = known.key(hint, org, 'mint', about['created'])
+  known.key(hint, org, 'mint', max(since, about['created']))
   if about['governance']['class'] not in known.classes:
     raise Refused('E_TRUST', f'expected a class of {known.classes}, got '
                   f'{about["governance"]["class"]}')
-  return f'key:{hint}'
+  return pem

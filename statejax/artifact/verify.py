@@ -41,6 +41,8 @@ class Verified:
     vouched: by whom: 'mac', 'key:' and the hint of who has signed, or '' where
       nobody was asked, or nobody does.
     why: why nobody does, '' where nobody was asked.
+    stems: in words, what it stems from that others have signed; as long as they
+      count, it does.
   """
 
   id: str
@@ -49,6 +51,7 @@ class Verified:
   tokens: list[int] | None
   vouched: str
   why: str = ''
+  stems: tuple[str, ...] = ()
 
 
 def mac(secret: bytes, data: bytes) -> bytes:
@@ -228,8 +231,12 @@ def opened(path):
 
 
 def _by_trust(given, folder, found) -> dict:
-  """V4 to V7 without a store: returns in words what was checked."""
-  from statejax.artifact import revoke, trust
+  """V4 to V7 without a store: returns in words what was checked.
+
+  Nobody can tell when it came to be but its producer, whose key may be stolen:
+  so it is first seen now.
+  """
+  from statejax.artifact import revoke, revoked, trust
   data = layout.read(folder, manifest.NAME)
   if layout.walk(folder).voucher != layout.SIG:
     raise Refused('E_UNSIGNED', f'expected {layout.SIG}, got {layout.MAC}, '
@@ -237,15 +244,14 @@ def _by_trust(given, folder, found) -> dict:
   root, now = pathlib.Path(given.root).read_text(), int(time.time())
   known = trust.parse(pathlib.Path(given.trust).read_bytes(), root)
   about = found.about
-  words = said(trust.signed(known, folder, data, about))
-  if about['policy']['epoch'] < known.min_epoch:
-    raise Refused('E_EPOCH', f'policy.epoch: expected at least '
-                  f'{known.min_epoch}, got {about["policy"]["epoch"]}')
+  words, lists = said(trust.signed(known, folder, data, about, now)), []
   if given.crl:
-    revoke.require(trust.signed_revocations(
+    lists = [(trust.signed_revocations(
         known, about['governance']['org'], pathlib.Path(given.crl).read_bytes(),
-        now=now), about, found.id, foreign=True, now=now)
+        now=now), True)]
     words['revoked'] = 'no'
+  revoked.holds(about, found.id, revoke.Known(seen=now),
+                oldest=known.min_epoch, lists=lists, now=now)
   end = about['governance']['not_after']
   if 0 < end <= now:
     raise Refused('E_EXPIRED', f'expected a time until {end}, got {now}')

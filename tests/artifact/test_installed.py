@@ -237,7 +237,7 @@ def test_what_stems_from_an_export(make, signer, tmp_path,  # noqa: F811
   withdraw.withdraw(one, id, ALICE)
   give(one, here, signer)
   assert says(here, came.id) == 'E_REVOKED'
-  assert says(here, below) == ('E_REVOKED' if scope == 'descendants' else '')
+  assert says(here, below) == 'E_REVOKED'
   # A parent that somebody still holds.
   assert code_of(mint.may_fork, here, came, ALICE) == 'E_REVOKED'
   assert code_of(revoked.refuse, here, came.id, came.about) == 'E_REVOKED'

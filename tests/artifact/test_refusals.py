@@ -26,7 +26,7 @@ from statejax.artifact.compat import Ask
 SECRET = bytes(range(32))
 # What only a mint or the reader of a single file raises beside them.
 ELSEWHERE = {'E_NOSPACE'}
-SIGNED = ('E_TRUST', 'E_CRL_STALE', 'E_SEALED')
+SIGNED = ('E_TRUST', 'E_CRL_STALE', 'E_SEALED', 'E_EPOCH')
 
 
 def texts(**changes):
@@ -88,10 +88,6 @@ def revoked(shop, id, patch):
   return {}
 
 
-def asked(**changes):
-  return lambda shop, id, patch: dict(ask=Ask(**changes))
-
-
 def by(**changes):
   who = dataclasses.replace(Principal('eve', 'globex'), **changes)
   return lambda shop, id, patch: dict(who=who)
@@ -131,6 +127,9 @@ def signed(code):
     trust.install(other, keys.Signer(root).document('trust', trust.extended(
         None, keys.public(acme), 'acme',
         may=['grant'] if code == 'E_TRUST' else ['mint'])))
+    if code == 'E_EPOCH':
+      trust.install(other, keys.Signer(root).document('trust', trust.ruled(
+          trust.load(other), min_epoch=1)))
     terms = dataclasses.replace(small.TERMS, sealed=code == 'E_SEALED')
     key = mint.mint(other, small.state(), 0, HOST, terms, vouch=(
         None if code == 'E_SEALED' else keys.Signer(acme))).id
@@ -155,7 +154,7 @@ CAUSES = {
     'E_CHAT': lambda *_: dict(ask=Ask(chat=True), host=dataclasses.replace(
         HOST, special={'end': 1})),
     'E_HORIZON': here(max_pos=10), 'E_POLICY': other_texts(system='be cruel'),
-    'E_EPOCH': asked(min_epoch=1), 'E_TOOLS': other_texts(tools={'b': 'B'}),
+    'E_EPOCH': signed('E_EPOCH'), 'E_TOOLS': other_texts(tools={'b': 'B'}),
     'E_KEYED': other_texts(secret=bytes(32)), 'E_FILES': broken('E_FILES'),
     'E_SEALED': signed('E_SEALED'), 'E_PLAIN': contradicting,
     'E_PAYLOAD': unreadable(ValueError('Invalid checksum')),

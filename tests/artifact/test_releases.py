@@ -32,7 +32,7 @@ def test_all_are_there():
 @pytest.mark.parametrize('file', FILES)
 def test_verifies_and_shows(file):
   expected = EXPECTED[file]
-  with desk.opened(golden.FOLDER / file) as folder:
+  with verify.opened(golden.FOLDER / file) as folder:
     found = verify.verify(folder, secret=golden.SECRET)
   assert (found.id, found.vouched) == (expected['id'], 'mac')
   assert found.plain['leaves'] == expected['leaves']
@@ -46,7 +46,7 @@ def test_verifies_and_shows(file):
 def test_loads_and_mints_the_same(file, tmp_path):
   expected, shop = EXPECTED[file], golden.store(tmp_path)
   name = expected['model']
-  with desk.opened(golden.FOLDER / file) as folder:
+  with verify.opened(golden.FOLDER / file) as folder:
     found = verify.verify(folder, secret=golden.SECRET)
     # It moves into its place: under the name by which it is known.
     with shop.stage() as place:

@@ -389,7 +389,7 @@ def test_hostile_files(file, other, tmp_path):
 
 
 def test_looking_at_a_file(file):
-  with desk.opened(file) as folder:
+  with verify.opened(file) as folder:
     found = verify.verify(folder)
   text = '\n'.join(desk.describe(found))
   assert 'whose: alice of acme' in text and 'sealed: aes256gcm1' in text

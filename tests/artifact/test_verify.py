@@ -102,6 +102,29 @@ def test_revoked_and_expired(
   assert ask(ended, **TRUSTED)[1]['code'] == 'E_EXPIRED'
 
 
+def test_a_stolen_key_cannot_date_back(
+    shop, ask, signer, private, tmp_path, monkeypatch):  # noqa: F811
+  """Nobody but its producer says when it was made: it is seen now."""
+  now = shop.catalog.clock()
+  with monkeypatch.context() as patch:
+    patch.setattr(shop.catalog.clock, 'now', now - 2000)
+    folder = add(shop, vouch=signer)
+  assert verify.head(folder)[2]['created'] == now - 2000
+  for since, code in ((now - 1000, 'E_REVOKED'), (now, 'E_REVOKED'),
+                      (now + 5, None)):
+    body = revoke.extended(None, [('key', signer.name)], now=now + 9,
+                           since=since)
+    (tmp_path / 'crl').write_bytes(signer.document(
+        'crl', canonical.dumps(body)))
+    status, found = ask(folder, **TRUSTED, crl='crl')
+    assert (status, found.get('code')) == (1 if code else 0, code)
+  # Nor one whose time is over.
+  (tmp_path / 'over').write_bytes(keys.Signer(private['root']).document(
+      'trust', trust.extended(trust.load(shop), keys.public(private['acme']),
+                              'acme', not_after=now - 1000)))
+  assert ask(folder, root='root', trust='over')[1]['code'] == 'E_TRUST'
+
+
 def test_a_broken_signature_is_seen_without_a_key(
     shop, ask, signer, private):  # noqa: F811
   folder = add(shop, vouch=signer)

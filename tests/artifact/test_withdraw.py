@@ -225,7 +225,10 @@ def test_a_retired_key(tmp_path, private, signer):  # noqa: F811
   known = trust.load(shop)
   assert known.number == 2 and [e['status'] for e in known.orgs['acme']] == [
       'retired']
-  assert code_of(desk.examine, shop, id, ALICE, 'inspect') == 'E_TRUST'
+  assert code_of(desk.examine, shop, id, ALICE, 'fork') == 'E_TRUST'
+  # Its owner may still look at it.
+  found = desk.examine(shop, id, ALICE, 'inspect')
+  assert not found.vouched and 'got retired' in found.why
   assert code_of(withdraw.withdraw, shop, 'new', ALICE, 'workflow',
                  signer=signer) == 'E_TRUST'
   # The key that follows it goes on with the lists.
