@@ -51,6 +51,7 @@ def test_only_those_who_ask_are_answered():
   jax.tree.map(np.testing.assert_array_equal, state, same)
 
 
+@pytest.mark.slow
 def test_chunks_by_hand():
   """Two blocks of 4 or what there is of them; one of a slot; none."""
   config, params, x = made()

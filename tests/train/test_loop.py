@@ -58,6 +58,7 @@ def test_what_a_run_leaves(whole):
   assert columns['loss'].tolist() == small.column(workdir, 'loss')
 
 
+@pytest.mark.slow
 def test_loss_falls(tmp_path):
   train(tmp_path, layers=[small.KDA, small.FULL], steps=60, rows=16, peak=1e-2,
         save_every=60)
