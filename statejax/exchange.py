@@ -212,22 +212,25 @@ def delete(key):
 
 
 def crl(path):
-  """Writes the store's revocation list, signed, for other stores."""
+  """Writes an organisation's revocation list, signed, for other stores."""
   from statejax.artifact import transfer
   asking.unwritten(path)
-  asking.write(path, transfer.issue_revocations(asking.shop(),
-                                                asking.signer()))
+  asking.write(path, transfer.issue_revocations(
+      asking.shop(), asking.signer(), asking.ORG.value or None))
   print(path)
 
 
 def fsck():
   """Prints what is wrong with a store; with --adopt takes in what is whole.
 
-  And ends what a kill has left of a revocation.
+  And ends what a kill has left of a revocation, and makes anew from the log a
+  list of revocations that is lost; says so.
   """
-  from statejax.artifact import collect, revoked
+  from statejax.artifact import collect, revoked, told
   from statejax.artifact.outcome import Refused
   shop, who = asking.shop(), asking.principal()
+  for text in told.mend(shop):
+    print(json.dumps({'mended': text}))
   revoked.destroy(shop)
   for id in collect.orphans(shop) if ADOPT.value else ():
     try:

@@ -35,10 +35,11 @@ ALLOWED = {
         'grant', 'keys', 'sealing', 'trust')},
     # What a verifier runs on: the standard library.
     **{f'artifact/{name}': 'artifact' for name in (
-        'access', 'canonical', 'catalog', 'collect', 'commit', 'compat',
-        'desk', 'envelope', 'foreign', 'grammar', 'installed',
+        'access', 'canonical', 'catalog', 'chains', 'collect', 'commit',
+        'compat', 'desk', 'envelope', 'foreign', 'grammar', 'home', 'installed',
         'journal', 'layout', 'manifest', 'names', 'objects', 'outcome',
-        'portable', 'revoke', 'tree', 'verify', 'withdraw')},
+        'portable', 'revoke', 'revoked', 'shred', 'told', 'tree', 'verify',
+        'withdraw')},
     'artifact/bucket': 'artifact tensorstore',
     'tasks': 'numpy grain config',
     'metrics': 'numpy grain config',

@@ -6,250 +6,29 @@ an earlier head:
 
     hash = H("statejax.audit.v1\0" + previous + u32 length + CJ row)
 
-The rest can be rebuilt from the objects, but for what is remembered of those
-from elsewhere that are gone; see `foreign`. Imports no jax.
+What the store has revoked, and how often grants were used, stand in tables of
+their own; rows of the log, "listed" and "used", bind them, so that one that was
+lost or put back does not count. The rest can be rebuilt from the objects, but
+for what is remembered of those from elsewhere that are gone; see `foreign`.
+Imports no jax.
 """
 
 import contextlib
-import hashlib
 import json
 import re
-import sqlite3
-import time
-from collections.abc import Callable
 
-from statejax.artifact import canonical
-from statejax.artifact.outcome import Receipt, Refused, absent
+from statejax.artifact import canonical, chains, names, revoke
+from statejax.artifact.outcome import Refused, absent
 
-_GENESIS = '0' * 64
-EVERY = 256  # rows of the audit log
-_TABLES = '''
-create table if not exists art (
-  id text primary key, mint_key text not null unique, bytes integer not null,
-  kind text not null, workflow text not null, created integer not null,
-  gone integer not null default 0);
-create table if not exists kin (
-  child text not null, parent text not null, primary key (child, parent));
-create table if not exists foreign_art (
-  id text primary key, seen integer not null, body text not null);
-create table if not exists ref (
-  name text primary key, id text not null, version integer not null);
-create table if not exists lease (
-  id text not null, owner text not null, until integer not null,
-  primary key (id, owner));
-create table if not exists grant_seen (
-  id text primary key, uses integer not null);
-create table if not exists challenge (
-  nonce text primary key, until integer not null);
-create table if not exists crl (number integer primary key, body text not null);
-create table if not exists condemned (name text primary key);
-create table if not exists installed (
-  file text primary key, number integer not null, digest text not null,
-  body text not null);
-create table if not exists audit (
-  seq integer primary key, body text not null, hash text not null);
-create table if not exists ledger (
-  seq integer primary key, body text not null, hash text not null);
-'''
-UNITS = ('live_bytes', 'tokens_absorbed', 'tokens_skipped',
-         'tokens_reprefilled', 'device_us', 'device_us_avoided',
-         'mflop_avoided', 'resumes', 'forks', 'exports')
+# The newest such row of an action on something; of the index.
+_TOLD = f'''
+select body from audit where {chains.BINDS}
+  and json_extract(body, '$.action') = ? and json_extract(body, '$.id') = ?
+  order by seq desc limit 1'''
 
 
-def _write_ahead(base, patience=60.):
-  """Sets WAL mode; here SQLite gives up at once where others open it too."""
-  until = time.monotonic() + patience
-  while True:
-    try:
-      return base.execute('pragma journal_mode=wal')
-    except sqlite3.OperationalError as error:
-      busy = getattr(error, 'sqlite_errorname', '').startswith('SQLITE_BUSY')
-      if not busy or time.monotonic() > until:
-        raise
-    time.sleep(.01)
-
-
-class Catalog:
-  """An open catalog; of one thread.
-
-  Attributes:
-    path: of the file.
-    clock: () -> unix seconds.
-    noted: () -> None, called once every `EVERY`th row of the audit log is
-      durable; None calls nobody.
-  """
-
-  def __init__(self, path, *, clock=lambda: int(time.time())):
-    """Opens a catalog, or makes an empty one.
-
-    Raises:
-      Refused: E_IO: no such catalog can be opened there.
-    """
-    self.path, self.clock, self._inside = path, clock, False
-    self.noted: Callable[[], None] | None = None
-    self._due = False
-    try:
-      # Whichever thread collects it may close it.
-      self._base = sqlite3.connect(path, timeout=60, isolation_level=None,
-                                   check_same_thread=False)
-      _write_ahead(self._base)
-      self._base.execute('pragma synchronous=full')
-      self._base.executescript(_TABLES)
-    except sqlite3.Error as error:
-      if hasattr(self, '_base'):
-        self.close()
-      raise Refused('E_IO', f'{path}: expected a catalog, got {error}'
-                    ) from error
-
-  def close(self):
-    """Closes the file."""
-    self._base.close()
-
-  def __del__(self):
-    if hasattr(self, '_base'):  # else it could not be opened
-      self.close()
-
-  @contextlib.contextmanager
-  def transaction(self):
-    """All that is done inside is done or not done together, and durable.
-
-    Raises:
-      Refused: E_NOSPACE or E_IO; then nothing was done.
-    """
-    if self._inside:
-      yield
-      return
-    with self._said():
-      if self._base.in_transaction:  # one whose end has failed
-        self._base.execute('rollback')
-      self._base.execute('begin immediate')
-      self._inside, self._due = True, False
-      try:
-        yield
-        self._base.execute('commit')
-      except BaseException:
-        if self._base.in_transaction:
-          self._base.execute('rollback')
-        raise
-      finally:
-        self._inside = False
-    if self._due and self.noted:
-      self.noted()
-
-  @contextlib.contextmanager
-  def _said(self):
-    """What the file cannot do becomes a refusal."""
-    try:
-      yield
-    except sqlite3.IntegrityError:
-      raise
-    except sqlite3.Error as error:
-      full = getattr(error, 'sqlite_errorname', '') == 'SQLITE_FULL'
-      raise Refused('E_NOSPACE' if full else 'E_IO',
-                    f'{self.path}: {error}') from error
-
-  def _all(self, statement, values=()):
-    """Runs a statement; returns all its rows."""
-    with self._said():
-      return self._base.execute(statement, values).fetchall()
-
-  def _one(self, statement, values=()):
-    """Runs a statement; returns its first row, None without one."""
-    return next(iter(self._all(statement, values)), None)
-
-  # The chains.
-
-  def audit(self, principal: str, action: str, id: str, outcome: str, *,
-            code: str = '', promise: str = '') -> Receipt:
-    """Writes down a decision, allow or deny; returns the receipt of it."""
-    # Whatever was asked for can be written down.
-    principal, id = (text.encode('ascii', 'replace').decode()
-                     for text in (principal, id))
-    return self._append('audit', {
-        'principal': principal, 'action': action, 'id': id,
-        'outcome': outcome, 'code': code, 'promise': promise})
-
-  @contextlib.contextmanager
-  def refusals(self, principal: str, action: str, id: str):
-    """Writes down that what is done inside was refused, where it was."""
-    try:
-      yield
-    except Refused as error:
-      # What has failed is told even if it is the disk, which takes no row.
-      with contextlib.suppress(Refused):
-        self.audit(principal, action, id, 'refused', code=error.code)
-      raise
-
-  def charge(self, principal: str, id: str, **deltas: int):
-    """Adds to the ledger, one row per unit of `UNITS`."""
-    for unit, delta in deltas.items():
-      if unit not in UNITS:
-        raise ValueError(f'unit: expected one of {UNITS}, got {unit!r}.')
-      self._append('ledger', {'principal': principal, 'id': id, 'unit': unit,
-                              'delta': int(delta)})
-
-  def head(self, table: str = 'audit') -> Receipt:
-    """Returns the last row's number and hash; 0 and zeros where empty."""
-    row = self._one(
-        f'select seq, hash from {table} order by seq desc limit 1')
-    if not row:
-      return Receipt(0, _GENESIS)
-    seq, mark = int(row[0]), str(row[1])
-    if not re.fullmatch('[0-9a-f]{64}', mark):
-      raise Refused('E_IO', f'{self.path}: {table} row {seq}: expected a hash '
-                    f'of 64 hex digits, got {mark[:80]!r}')
-    return Receipt(seq, mark)
-
-  def _append(self, table, row):
-    with self.transaction():
-      last = self.head(table)
-      row = {'seq': last.seq + 1, 'time': self.clock(), **row}
-      body = canonical.dumps(row)
-      found = _link(table, last.head, body)
-      self._all(f'insert into {table} values (?, ?, ?)',
-                (row['seq'], body.decode(), found))
-      self._due |= table == 'audit' and row['seq'] % EVERY == 0
-    return Receipt(row['seq'], found)
-
-  def newest(self) -> int:
-    """Returns the time of the last row of the audit log, 0 where empty."""
-    found = self._one('select seq, body from audit order by seq desc limit 1')
-    return self._parsed('audit', *found)['time'] if found else 0
-
-  def rows(self, table: str = 'audit') -> list[dict]:
-    """Returns the rows of a chain, oldest first, after checking all of it.
-
-    Raises:
-      Refused: E_IO: a row was changed, lost or inserted; says which.
-    """
-    rows, last = [], _GENESIS
-    for seq, body, found in self._all(
-        f'select seq, body, hash from {table} order by seq'):
-      row = self._parsed(table, seq, body)
-      if (seq != len(rows) + 1 or row['seq'] != seq
-          or found != _link(table, last, body.encode())):
-        raise Refused('E_IO', f'{self.path}: {table} row {seq}: expected a row '
-                      'that follows the one before it, got a changed, lost or '
-                      'inserted one')
-      rows.append(row)
-      last = found
-    return rows
-
-  def _parsed(self, table, seq, body):
-    """A row of a chain by its text; raises E_IO where it cannot be one."""
-    try:
-      row = json.loads(body.encode())  # text, and no blob
-      if isinstance(row['seq'], int) and isinstance(row['time'], int):
-        return row
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-      pass
-    raise Refused('E_IO', f'{self.path}: {table} row {seq}: expected a row, got'
-                  f' {body[:80]!r}')
-
-  def holds(self, receipt: Receipt) -> bool:
-    """Whether the audit log still has the row of a receipt, unchanged."""
-    row = self._one('select hash from audit where seq = ?', (receipt.seq,))
-    return row is not None and row[0] == receipt.head
+class Catalog(chains.Chains):
+  """An open catalog; of one thread: all that it knows beside its chains."""
 
   def code(self, id: str) -> str:
     """Returns the code under which an object was made here, '' for none."""
@@ -455,26 +234,67 @@ class Catalog:
 
   # Revocations and grants.
 
-  def revocations(self) -> dict | None:
-    """Returns the newest revocation list, None where there is none."""
-    row = self._one('select body from crl order by number desc limit 1')
-    try:
-      return row and canonical.loads(row[0].encode())
-    except (ValueError, AttributeError, RecursionError) as error:
-      raise Refused('E_IO', f'{self.path}: crl: expected a list, got {error}'
-                    ) from error
+  def revocations(self, org: str | None = None) -> dict | None:
+    """Returns the store's own newest revocation list, None where there is none.
 
-  def keep_revocations(self, body: dict):
-    """Keeps a newer list; raises ValueError if it is not newer."""
+    Args:
+      org: whose artifacts it is about; None is everybody's.
+
+    Raises:
+      Refused: E_IO: it is damaged, or not the one that was kept last.
+    """
+    newest = 'select body from crl order by number desc limit 1' if (
+        org is None) else 'select body from listed where org = ?'
+    # At once: another one may come in between.
+    (body, told), = self._all(f'select ({newest}), ({_TOLD})', (
+        *(() if org is None else (org,)), 'listed', whose(org)))
+    last = _outcome(told)
+    wrong = '' if not last or last == _noted(body) else (
+        f'the one that the log names last, {last}, got '
+        f'{_noted(body) if body else "none"}; state fsck makes it anew')
+    found = None
+    try:
+      if body is not None:
+        found = canonical.loads(body.encode(), max_bytes=revoke.MAX_BYTES)
+    except (ValueError, AttributeError, RecursionError) as error:
+      wrong = wrong or f'a list, got {error}'
+    if wrong:
+      raise Refused('E_IO', f'{self.path}: crl {whose(org)}: expected {wrong}')
+    return found
+
+  def keep_revocations(self, body: dict, org: str | None = None, *,
+                       principal: str = 'host', anew: bool = False):
+    """Keeps a newer list; raises ValueError if it is not newer.
+
+    Args:
+      body: the list.
+      org: see `revocations`.
+      principal: who acts.
+      anew: in place of one that is not there as it was.
+    """
     with self.transaction():
-      old = self.revocations()
+      old = None if anew else self.revocations(org)
       if old and body['number'] <= old['number']:
         raise ValueError(f'crl: expected a number above {old["number"]}, got '
                          f'{body["number"]}; lists never go back.')
+      text = canonical.dumps(body).decode()
       # What is in an older one is in this one, and in the log.
-      self._all('delete from crl')
-      self._all('insert into crl values (?, ?)', (
-          body['number'], canonical.dumps(body).decode()))
+      if org is None:
+        self._all('delete from crl')
+        self._all('insert into crl values (?, ?)', (body['number'], text))
+      else:
+        self._all('replace into listed values (?, ?, ?)',
+                  (org, body['number'], text))
+      self.audit(principal, 'listed', whose(org), _noted(text))
+
+  def last_number(self, org: str | None) -> int:
+    """Returns the number of a list that was kept last, 0 for none."""
+    (told,), = self._all(f'select ({_TOLD})', ('listed', whose(org)))
+    return int((_outcome(told) or '0').split()[0])
+
+  def listing(self) -> list[str]:
+    """Returns the organisations that have a list of their own here."""
+    return [row[0] for row in self._all('select org from listed order by org')]
 
   def install(self, file: str, number: int, digest: str, body: str):
     """Notes a document that is to be there, in place of an earlier one.
@@ -512,6 +332,40 @@ class Catalog:
     """A condemned secret is destroyed."""
     with self.transaction():
       self._all('delete from condemned where name = ?', (name,))
+      self._all('delete from secret where name = ?', (name,))
+
+  def expect(self, name: str, id: str = '', about: str = ''):
+    """Writes down whose a secret is, before it is made.
+
+    Args:
+      name: of the secret.
+      id: of the artifact that it opens; '' where that is still to be minted.
+      about: its manifest, where that outlives the artifact.
+    """
+    with self.transaction():
+      self._all('replace into secret values (?, ?, ?, ?)',
+                (name, id, self.clock(), about))
+
+  def came(self, name: str, id: str):
+    """What an expected secret was made for is here now."""
+    self._all("update secret set id = ? where name = ? and id = ''", (id, name))
+
+  def expected(self) -> dict[str, tuple[str, int, str]]:
+    """Returns {name: (id, when it was made, manifest)}, see `expect`."""
+    return {row[0]: tuple(row[1:]) for row in self._all(
+        'select name, id, made, about from secret order by name')}
+
+  def forget_expected(self):
+    """Nobody knows any more of secrets whose artifacts are not here, but of
+    those that come with a manifest.
+    """
+    with self.transaction():
+      self._all("delete from secret where about = '' and id not in ("
+                'select id from art where not gone)')
+
+  def knows(self, id: str) -> bool:
+    """Whether an artifact is or was here."""
+    return self._one('select 1 from art where id = ?', (id,)) is not None
 
   def ask(self, nonce: str, seconds: int):
     """Notes a nonce that is to be answered once, within so many seconds."""
@@ -532,21 +386,42 @@ class Catalog:
     return row is not None and self.clock() < row[0]
 
   def grant_uses(self, id: str) -> int:
-    """Returns how often a grant was used."""
-    row = self._one('select uses from grant_seen where id = ?', (id,))
-    return row[0] if row else 0
+    """Returns how often a grant was used, also where only the log knows."""
+    (uses, told), = self._all(
+        f'select (select uses from grant_seen where id = ?), ({_TOLD})',
+        (id, 'used', id))
+    return max(uses or 0, int(_outcome(told) or 0))
 
-  def use_grant(self, id: str, most: int) -> bool:
-    """Counts a use of a grant; False where it had `most` already."""
+  def use_grant(self, id: str, most: int, principal: str = 'host') -> bool:
+    """Counts a principal's use of a grant; False where it had `most` already.
+    """
     with self.transaction():
       uses = self.grant_uses(id)
       if uses >= most:
         return False
       self._all('replace into grant_seen values (?, ?)', (id, uses + 1))
+      self.audit(principal, 'used', id, str(uses + 1))
     return True
 
+  def grants(self) -> dict[str, int]:
+    """Returns {grant: uses} as the table has it."""
+    return dict(self._all('select id, uses from grant_seen'))
 
-def _link(table, previous, body):
-  return hashlib.sha256(
-      b'statejax.%s.v1\0' % table.encode() + bytes.fromhex(previous)
-      + len(body).to_bytes(4, 'little') + body).hexdigest()
+
+def whose(org: str | None) -> str:
+  """Returns how the log says whose artifacts a list is about."""
+  return 'of all' if org is None else f'of "{org}"'.encode(
+      'ascii', 'replace').decode()
+
+
+def _outcome(told):
+  """How a row of the log ends that binds something, '' for no such row."""
+  found = re.search('"outcome":"([0-9]+[^"]*)"', told or '')
+  return found[1] if found else ''
+
+
+def _noted(text):
+  """How the log knows a list."""
+  raw = text.encode() if isinstance(text, str) else text or b''
+  found = re.search(rb'"number":(\d+)', raw)
+  return f'{found[1].decode() if found else 0} {names.sha256(raw)}'

@@ -18,6 +18,7 @@ from statejax.artifact import (
   revoked,
   sealing,
   shred,
+  told,
   trust,
   verify,
 )
@@ -89,7 +90,7 @@ def collect(shop, *, grace: int = 3600, generations: int = 1, last: int = 8,
   lost = [id for id in orphans(shop) if _take_orphan(shop, id, principal,
                                                      grace)]
   _finish(shop)
-  shred.sweep(shop)
+  shred.sweep(shop, grace)
   revoked.destroy(shop)
   return Collected(tuple(gone), tuple(lost), tuple(leftovers))
 
@@ -134,10 +135,14 @@ def delete(shop, id: str, principal: str, *, action: str = 'delete'):
   Raises:
     Refused: E_ACL: there is none; E_IO: the catalog does not know of it yet,
       and the next collection ends it.
+    ValueError: it is deleted, but this is a copy of a store whose keys it has.
   """
   if not _take(shop, id, principal, action, lambda id: True):
     raise absent(id)
-  _finish(shop)
+  stay: list[str] = []
+  _finish(shop, stay)
+  if stay:
+    raise ValueError(f'{id}: it is deleted here, but {stay[0]}.')
 
 
 def orphans(shop) -> list[str]:
@@ -166,6 +171,7 @@ def adopt(shop, id: str, principal: str) -> str:
                      [p['id'] for p in found.about['provenance']['parents']])
     shop.catalog.charge(access.owner(found.about), id,
                         live_bytes=nbytes)
+    shop.catalog.came(sealing.own_name(shop, found.about['nonce']), id)
   return id
 
 
@@ -181,7 +187,7 @@ def check(shop) -> list[str]:
       shop.catalog.rows(table)
     except Refused as error:
       wrong.append(str(error))
-  wrong += [] if wrong else installed.check(shop)
+  wrong += [] if wrong else installed.check(shop) + told.check(shop)
   total = 0
   for id in shop.catalog.objects():
     try:
@@ -303,15 +309,18 @@ def _note(shop, id, principal, action):
     shop.catalog.drop(name)
 
 
-def _finish(shop):
-  """Ends deletions that were cut short; returns the directories removed."""
-  done = []
+def _finish(shop, stay=None):
+  """Ends deletions that were cut short; returns the directories removed.
+
+  Why keys stay, see `shred.condemn`, goes into a list.
+  """
+  done, stay = [], [] if stay is None else stay
   for trash in sorted((shop.path / 'trash').iterdir()):
     id = trash.name[:68]
     with shop.catalog.transaction():
       if shop.catalog.object(id) and not shop.place(id).exists():
         _note(shop, id, 'gc', 'gc')
-      shred.condemn_one(shop, trash)
+      stay += filter(None, [shred.condemn_one(shop, trash)])
     shop.shred()
     # What cannot be removed now, the next collection removes.
     if trash.is_symlink() or trash.is_file():  # what damage has put there

@@ -184,10 +184,8 @@ def withdraw(shop, key: str, principal: Principal) -> list[tuple[str, str]]:
   found = examine(shop, key, principal, 'revoke')
   entries = [('artifact', found.id)]
   if found.about['governance']['revoke_scope'] == 'descendants':
-    # By name those of here; by what they stem from those of other stores.
-    entries += [('root', found.id), *(
-        ('artifact', id) for id in shop.catalog.descendants(found.id))]
-  revoked.withdraw(shop, entries, str(principal))
+    entries.append(('root', found.id))
+  revoked.withdraw(shop, entries, str(principal), org=principal.org)
   return entries
 
 

@@ -160,7 +160,7 @@ def use(shop, principal: Principal, id: str):
   if not access.lasts(principal, shop.catalog.clock()):
     return  # it has given nothing; what is allowed is so without it
   if principal.granted and principal.granted_for == id and grant and (
-      not shop.catalog.use_grant(grant, most)):
+      not shop.catalog.use_grant(grant, most, str(principal))):
     raise Refused('E_GRANT', _used_up(most))
 
 
@@ -280,7 +280,7 @@ def keep_key(shop, private: bytes, body: dict, about: dict, id: str, folder):
     return
   sealing.unseal(key, about['nonce'], manifest.PLAIN,
                  layout.read(folder, manifest.PLAIN))
-  shop.secrets.put(sealing.data_name(id), key)
+  sealing.keep_granted(shop, id, key)
 
 
 def _asked(nonce, data):

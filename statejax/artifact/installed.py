@@ -4,16 +4,20 @@ They are files below `trust/`. Whoever can write there could put back an older
 one, by which what was revoked since would be valid again. So number and digest
 of each stand in the audit log, with who has signed it, and in the catalog,
 which is asked whenever one is read. Documents that an earlier release has
-installed are noted nowhere, and count until others take their place. Imports no
+installed, or whose installing a kill has cut short, are noted nowhere; such a
+list counts where a key has signed it that may, see `revoked.kept`. Imports no
 jax.
 """
 
+import contextlib
 import pathlib
+import re
 
 from statejax.artifact import commit, envelope, names, revoke
 from statejax.artifact.outcome import Refused
 
 TRUST, CRL = 'trust.dsse.json', 'crl.dsse.json'
+_LIST = re.compile(f'[0-9a-f]{{16}}-.*{re.escape(CRL)}')
 MOST = 64  # lists of an organisation that are kept beside each other
 
 
@@ -91,7 +95,7 @@ def check_newer(shop, org: str, new: dict, data: bytes):
   Raises:
     Refused: E_TRUST: it is older than one that is kept; E_LIMIT: too many.
   """
-  file, kept = _name(org, data), bodies(shop, org)
+  file, kept = _name(org, data), _noted(shop, org)
   for other, body in kept.items():
     if other != file and body != new and revoke.covers(body, new) and (
         new['number'] <= body['number']
@@ -110,19 +114,27 @@ def add(shop, org: str, new: dict, data: bytes):
   """Keeps a signed list, in place of those which it covers."""
   file = _name(org, data)
   keep(shop, file, 'crl', new['number'], data, instead=[
-      other for other, body in bodies(shop, org).items()
+      other for other, body in (
+          _noted(shop, org) | _unnoted(shop, org)).items()
       if other != file and revoke.covers(new, body)])
 
 
-def bodies(shop, org: str) -> dict[str, dict]:
+def _noted(shop, org) -> dict[str, dict]:
   """Returns {file: list} of an organisation as it was installed, also of what
   is not there any more.
   """
-  texts = {file: envelope.open_document('crl', data)[0]
-           for file in _files(shop, org)
-           if (data := found(shop.path / 'trust' / file)) is not None}
-  texts |= {file: note[2].encode() for file, note in _notes(shop, org).items()}
-  return {file: revoke.parse(text) for file, text in texts.items()}
+  return {file: revoke.parse(note[2].encode())
+          for file, note in _notes(shop, org).items()}
+
+
+def _unnoted(shop, org):
+  """The same of what is there and noted nowhere, if it is a list at all."""
+  bodies = {}
+  for file in _files(shop, org) - _notes(shop, org).keys():
+    with contextlib.suppress(Refused, FileNotFoundError):
+      bodies[file] = revoke.parse(envelope.open_document(
+          'crl', (shop.path / 'trust' / file).read_bytes())[0])
+  return bodies
 
 
 def check(shop) -> list[str]:
@@ -130,6 +142,10 @@ def check(shop) -> list[str]:
   notes = shop.catalog.installed()
   wrong = [text for file, note in notes.items() if (
       text := fault(file, note, found(shop.path / 'trust' / file)))]
+  wrong += [f'trust/{path.name}: expected a list that was installed, got one '
+            'that is noted nowhere; install it again where it is right, else '
+            'remove it' for path in sorted((shop.path / 'trust').iterdir())
+            if _LIST.fullmatch(path.name) and path.name not in notes]
   told: dict[str, dict[str, str]] = {'trust': {}, 'crl': {}}
   for row in shop.catalog.rows():
     if row['action'] in told and row['outcome'].startswith('installed '):

@@ -28,6 +28,7 @@ from statejax.artifact import (
   commit,
   foreign,
   head,
+  home,
   layout,
   manifest,
   names,
@@ -231,7 +232,8 @@ class Store:
     self.secrets, self.quota = secrets, quota
     self.root, self.scratch, self.notary = root, scratch, notary
     about = self.path / 'STORE.json'
-    if not self.path.exists():
+    new = not self.path.exists()
+    if new:
       self._make()
     try:
       facts = canonical.loads(about.read_bytes())
@@ -249,6 +251,8 @@ class Store:
     self.catalog = catalog.Catalog(
         self.path / 'index.db', **({'clock': clock} if clock else {}))
     try:
+      if new:
+        home.elsewhere(self)  # noted before there is a copy
       self.shred()  # what a kill has cut short
       foreign.recall(self)
     except BaseException:
@@ -274,8 +278,12 @@ class Store:
       head.sign(self)
 
   def shred(self):
-    """Destroys the secrets that the catalog has condemned; see `shred`."""
-    for name in self.catalog.condemned():
+    """Destroys the secrets that the catalog has condemned; see `shred`.
+
+    Not from a copy of the store, which has them too: there they wait.
+    """
+    names = self.catalog.condemned()
+    for name in () if not names or home.elsewhere(self) else names:
       self.secrets.destroy(name)
       self.catalog.settle(name)
 
@@ -445,6 +453,7 @@ class Store:
         self.catalog.charge(access.owner(about), id,
                             live_bytes=nbytes)
         self.catalog.charge(principal, id, **(charges or {}))
+      self.catalog.came(sealing.own_name(self, about['nonce']), id)
       name, conflict = self._name(ref, id, expect, principal)
     return Kept(id, receipt, name, conflict)
 

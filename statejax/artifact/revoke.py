@@ -1,18 +1,22 @@
 """Revocation lists: what is no longer valid, and how an artifact is matched.
 
-A list holds everything revoked so far; a newer one replaces it. Imports no jax.
+A list is of one organisation and concerns its artifacts alone. It holds
+everything revoked so far; a newer one replaces it. Imports no jax.
 """
 
 import dataclasses
 import time
 
-from statejax.artifact import canonical, grammar, manifest
+from statejax.artifact import canonical, envelope, grammar, manifest
 from statejax.artifact.outcome import Refused
 
 # What an entry may name; `root` is a family: an artifact and all that stems
 # from it.
 KINDS = ('artifact', 'root', 'key', 'org', 'params', 'persona', 'workflow',
          'epoch')
+# What one signed document has room for, also where a list is the store's own:
+# about 26,000 entries.
+MAX_BYTES = envelope.MAX_BYTES // 4 * 3 - 4096
 EPOCH = grammar.Text(16, '0|[1-9][0-9]*', empty=False, name='an integer')
 GRAMMAR = grammar.Record({
     'number': grammar.Int(1), 'this_update': manifest.U,
@@ -23,7 +27,18 @@ GRAMMAR = grammar.Record({
 
 
 def check(body: dict):
-  """Raises ValueError unless `body` is a revocation list."""
+  """Raises unless `body` is a revocation list.
+
+  Raises:
+    ValueError: it is none.
+    Refused: E_LIMIT: it is larger than what is read again.
+  """
+  size = len(canonical.dumps(body))
+  if size > MAX_BYTES:
+    raise Refused('E_LIMIT', f'crl: expected a list of at most {MAX_BYTES} '
+                  f'bytes, got {size} with {len(body["entries"])} entries; '
+                  'revoke by what they have in common: one entry names a '
+                  'family, a workflow, a model')
   GRAMMAR(body, '')
   for i, entry in enumerate(body['entries']):
     if entry['kind'] == 'epoch':
@@ -37,7 +52,7 @@ def parse(payload: bytes) -> dict:
     Refused: E_TRUST.
   """
   try:
-    body = canonical.loads(payload)
+    body = canonical.loads(payload, max_bytes=MAX_BYTES)
     check(body)
   except (ValueError, RecursionError) as error:
     raise Refused('E_TRUST', f'crl: {error}') from None
@@ -58,6 +73,7 @@ def extended(old: dict | None, entries, *, now: int, valid: int = 7 * 86400,
 
   Raises:
     ValueError: an entry is of no known kind.
+    Refused: E_LIMIT: there would be too many.
   """
   kept = {(e['kind'], e['value']): e['from']
           for e in (old['entries'] if old else ())}

@@ -1,11 +1,15 @@
-"""What is revoked here: by the store's own list and by those installed.
+"""What is revoked here: by the store's own lists and by those installed.
 
-`revoke` says what a list is and what it matches, `trust` who may sign one.
+The store has a list for each organisation, and one for everybody, which is its
+host's. `revoke` says what a list is and what it matches, `trust` who may sign
+one.
 """
 
+import contextlib
 import functools
 
 from statejax.artifact import (
+  catalog,
   envelope,
   foreign,
   installed,
@@ -45,8 +49,9 @@ def install(shop, org: str, data: bytes) -> dict:
   return new
 
 
-def withdraw(shop, entries, principal: str, *, since: int | None = None):
-  """Adds to the store's own list, with a row of the log for each entry.
+def withdraw(shop, entries, principal: str, *, org: str | None = None,
+             since: int | None = None):
+  """Adds to a list of the store's own, with a row of the log for each entry.
 
   And destroys the keys of what the list names. Which ones is written down with
   it, so that a kill before the last one leaves nothing undone: the next open
@@ -56,28 +61,74 @@ def withdraw(shop, entries, principal: str, *, since: int | None = None):
     shop: `objects.Store`.
     entries: (kind, value), decided on already; see `revoke.extended`.
     principal: who has decided.
+    org: whose artifacts it is about; None is everybody's, which only the host
+      of the store may decide.
     since: see `revoke.extended`.
+
+  Raises:
+    Refused: E_LIMIT: more than a list has room for, or than the signed one has
+      that others get; nothing is revoked then.
+    ValueError: it is revoked, but this is a copy of a store whose keys it has.
   """
   with shop.catalog.transaction():
-    new = revoke.extended(
-        shop.catalog.revocations(), entries, now=shop.catalog.clock(),
-        since=since)
-    shop.catalog.keep_revocations(new)
+    old, now = shop.catalog.revocations(org), shop.catalog.clock()
+    new = revoke.extended(old, entries, now=now, since=since)
     for kind, value in entries:
-      shop.catalog.audit(principal, 'revoked', value, kind)
-    shred.condemn(shop, lambda id, about: _hit(
-        shop, id, about, lambda _: (new,)))
+      when = f' since {now if since is None else since}' if (
+          kind == 'key') else ''
+      shop.catalog.audit(principal, 'revoked', value,
+                         f'{kind} {catalog.whose(org)}{when}')
+    shop.catalog.keep_revocations(new, org, principal=principal)
+    published(shop, org)
+    stay = shred.condemn(shop, lambda id, about: _hit(
+        shop, id, about, lambda its: (new,) if org in (None, its) else ()))
   try:
     shop.shred()
   except Refused as error:
     raise Refused(error.code, 'it is revoked, but keys are still to be '
                   f'destroyed, which state fsck does: {error.detail}'
                   ) from error
+  if stay:
+    raise ValueError(f'it is revoked here, but {stay}.')
+
+
+def published(shop, org: str | None) -> list[dict]:
+  """Returns the entries of an organisation's list as others need them.
+
+  Those of everybody's too, and all that stems from what is revoked with its
+  descendants: elsewhere nobody knows of what lies in between. Of a family's
+  root each of its artifacts tells by itself.
+
+  Raises:
+    Refused: E_LIMIT: more than a signed list has room for.
+  """
+  lists = [shop.catalog.revocations()]
+  lists += [] if org is None else [shop.catalog.revocations(org)]
+  entries = revoke.together(filter(None, lists))
+  below = [{'kind': 'artifact', 'value': child, 'from': entry['from']}
+           for entry in entries
+           if entry['kind'] == 'root' and _inside(shop, entry['value'])
+           for child in shop.catalog.descendants(entry['value'])]
+  entries = revoke.together([{'entries': entries}, {'entries': below}])
+  revoke.check({'number': 1, 'this_update': 0, 'next_update': 0,
+                'entries': entries})
+  return entries
+
+
+def _inside(shop, id):
+  """Whether an artifact is not the first of its family, or nobody knows."""
+  return bool(shop.catalog.parents(id)) or not shop.catalog.knows(id)
 
 
 def destroy(shop):
-  """Destroys what keys are left of all that is revoked here, by any list."""
-  shred.condemn(shop, lambda id, about: why(shop, id, about))
+  """Destroys what keys are left of all that is revoked here for sure.
+
+  That is by the store's own lists and by those that were installed; not by a
+  file that is noted nowhere, as it may be gone tomorrow and a key is gone for
+  good.
+  """
+  lists = _lists(shop, noted=True)
+  shred.condemn(shop, lambda id, about: _hit(shop, id, about, lists))
   shop.shred()
 
 
@@ -88,9 +139,18 @@ def why(shop, id: str, about: dict) -> str:
   what is or was here tell; and what revokes one of these that came from
   elsewhere, if it does not name that one alone.
   """
-  own = shop.catalog.revocations()
-  return _hit(shop, id, about, functools.cache(
-      lambda org: (own, kept(shop, org))))
+  return _hit(shop, id, about, _lists(shop))
+
+
+def _lists(shop, *, noted=False):
+  """All lists that concern an organisation's artifacts: org -> lists."""
+  return functools.cache(lambda org: (
+      *_own(shop, org), kept(shop, org, noted=noted)))
+
+
+def _own(shop, org):
+  """Those of the store's own, None where there is none."""
+  return shop.catalog.revocations(), shop.catalog.revocations(org)
 
 
 def refuse(shop, id: str, about: dict):
@@ -156,17 +216,42 @@ def signed(shop, known: trust.Trust, org: str) -> dict | None:
   for none.
 
   Raises:
-    Refused: E_SIG, E_TRUST: of one of them.
+    Refused: E_SIG, E_TRUST: of one of them, which it names.
   """
-  now = shop.catalog.clock()
-  return revoke.joined([trust.signed_revocations(known, org, data, now=now)
-                        for data in installed.lists(shop, org).values()])
+  now, sure, found = shop.catalog.clock(), shop.catalog.installed(), []
+  for file, data in installed.lists(shop, org).items():
+    try:
+      found.append(trust.signed_revocations(known, org, data, now=now))
+    except Refused as error:
+      advice = ('install one that has its entries and is signed by another key,'
+                ' as state crl writes it') if file in sure else (
+                    'nobody has installed it here, so remove it')
+      raise Refused(error.code, f'trust/{file}, a revocation list of '
+                    f'{org or "no organisation"}: {error.detail}; {advice}'
+                    ) from None
+  return revoke.joined(found)
 
 
-def kept(shop, org: str) -> dict | None:
-  """The same, as they were when installed: their keys may have ended since."""
-  return revoke.joined([revoke.parse(envelope.open_document('crl', data)[0])
-                        for data in installed.lists(shop, org).values()])
+def kept(shop, org: str, *, noted: bool = False) -> dict | None:
+  """The same, as they were when installed: their keys may have ended since.
+
+  What lies there and is noted nowhere, as after a kill, counts where a key has
+  signed it that may, and else says nothing; `installed.check` tells of it.
+
+  Args:
+    shop: `objects.Store`.
+    org: the organisation.
+    noted: only of what is noted.
+  """
+  sure, found = shop.catalog.installed(), []
+  for file, data in installed.lists(shop, org).items():
+    if file in sure:
+      found.append(revoke.parse(envelope.open_document('crl', data)[0]))
+    elif not noted and (known := trust.believed(shop)) is not None:
+      with contextlib.suppress(Refused):
+        found.append(trust.signed_revocations(
+            known, org, data, now=shop.catalog.clock()))
+  return revoke.joined(found)
 
 
 def valid(shop, id: str, about: dict, vouched: str,
@@ -193,10 +278,11 @@ def valid(shop, id: str, about: dict, vouched: str,
     raise Refused('E_CLOCK', f'expected a time after {last}, the newest in the '
                   f'audit log, got {now}')
   stems = foreign.above(shop, about) if stems is None else stems
-  mine, oldest = shop.catalog.revocations(), trust.oldest_epoch(shop)
+  oldest = trust.oldest_epoch(shop)
   def lists(facts, own):
-    yield mine, False
     org = facts['governance']['org']
+    for mine in _own(shop, org):
+      yield mine, False
     yield (kept(shop, org), False) if own else (_fresh(shop, org), True)
   (_, _, known), *others = _subjects(shop, id, about, stems)
   warnings = holds(about, id, known, oldest=oldest, now=now,

@@ -11,12 +11,13 @@ The manifest names the secret that wraps the data key, KEK. What a store keeps
 has one of its own, so that destroying it destroys this content and no other:
 
     art-<store>-<nonce>    of one artifact of one store; made with it
-    data-<id>              a data key that a grant has brought
-    pushed-<id>            a data key of what was pushed to a bucket
+    data-<store>-<id>      a data key that a grant has brought to a store
+    pushed-<store>-<id>    a data key of what a store has pushed to a bucket
     org-<org>-kek          the organisation's: of what was exported, which its
                            other stores must open, and of older artifacts
 
-`shred` destroys the first three when an artifact is revoked or deleted.
+`shred` destroys the first three when an artifact is revoked or deleted. An
+earlier release kept data-<id> and pushed-<id> for all stores of these secrets.
 """
 
 import base64
@@ -26,7 +27,7 @@ import os
 import pathlib
 import struct
 
-from statejax.artifact import commit, layout, manifest
+from statejax.artifact import commit, home, layout, manifest
 from statejax.artifact.outcome import Refused
 
 CHUNK = 1 << 20
@@ -109,6 +110,9 @@ def new_key(shop, about: dict, kek: str,
     key: see `export_key`; None is a fresh one.
   """
   key = os.urandom(32) if key is None else key
+  if kek == own_name(shop, about['nonce']):
+    home.elsewhere(shop)  # where the store lies, while there is but one
+    shop.catalog.expect(kek)
   return key, {'kek': kek, 'chunk': CHUNK, 'wrapped': wrap(
       shop.secrets.get(kek), key, about['nonce'])}
 
@@ -166,14 +170,38 @@ def seal_tree(source, target, nonce: str, key: bytes):
     (target / name).write_bytes(seal(key, nonce, name, file.read_bytes()))
 
 
-def data_name(id: str) -> str:
+def data_name(shop, id: str) -> str:
   """Returns the name of the secret that a grant has brought."""
-  return f'data-{id[4:36]}'
+  return f'data-{shop.id[:16]}-{id[4:36]}'
 
 
-def pushed_name(id: str) -> str:
+def pushed_name(shop, id: str) -> str:
   """Returns the name of the secret of what was pushed to a bucket."""
-  return f'pushed-{id[4:36]}'
+  return f'pushed-{shop.id[:16]}-{id[4:36]}'
+
+
+def shared_names(id: str) -> tuple[str, str]:
+  """Returns the names of both in an earlier release, the same in all stores."""
+  return f'data-{id[4:36]}', f'pushed-{id[4:36]}'
+
+
+def keep_granted(shop, id: str, key: bytes):
+  """Keeps a data key that a grant has brought."""
+  shop.catalog.expect(data_name(shop, id), id)
+  shop.secrets.put(data_name(shop, id), key)
+
+
+def keep_pushed(shop, id: str, about: dict):
+  """Keeps the data key of what is pushed, as its own goes when it is deleted.
+
+  With its manifest, by which it can be revoked later.
+
+  Raises:
+    Refused: as `data_key`.
+  """
+  key, name = data_key(shop, id, about), pushed_name(shop, id)
+  shop.catalog.expect(name, id, manifest.dumps(about).decode())
+  shop.secrets.put(name, key)
 
 
 def data_key(shop, id: str, about: dict) -> bytes:
@@ -182,7 +210,7 @@ def data_key(shop, id: str, about: dict) -> bytes:
   Raises:
     Refused: E_SEALED: neither is here, or it is another one.
   """
-  for name in (data_name(id), pushed_name(id)):
+  for name in (data_name(shop, id), pushed_name(shop, id), *shared_names(id)):
     bare = shop.secrets.find(name)
     if bare is not None:
       return bare

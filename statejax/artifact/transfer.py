@@ -172,8 +172,7 @@ def push(shop, key: str, principal: Principal, url: str) -> str:
       shop.catalog.lease(found.id, token_hex(8))):
     _log(shop, principal, found.id, found.id, 'pushed')
     # To `pull` it after it was deleted here, which destroys its other key.
-    shop.secrets.put(sealing.pushed_name(found.id), sealing.data_key(
-        shop, found.id, found.about))
+    sealing.keep_pushed(shop, found.id, found.about)
     bucket.push(shop.place(found.id), url)
   return found.id
 
@@ -236,47 +235,57 @@ def _exported(found):
   return parents[:7] + parents[7:][-1:]
 
 
-def _some_may_revoke(known, signer, now):
-  """Raises unless a key may revoke for some organisation."""
-  hint, why = signer.name.removeprefix('key:'), Refused(
-      'E_TRUST', 'expected a key that the trust document lets revoke, got none')
-  for org in known.orgs:
-    try:
-      known.key(hint, org, 'revoke', now)
-      return
-    except Refused as error:
-      if any(keys.hint(e['pem']) == hint for e in known.orgs[org]):
-        why = error
-  raise why
+def issue_revocations(shop, signer: keys.Signer,
+                      org: str | None = None) -> bytes:
+  """Returns what an organisation has revoked here, as a document for others.
 
-
-def issue_revocations(shop, signer: keys.Signer) -> bytes:
-  """Returns the store's revocation list as a signed document for others.
-
-  It also has what other stores of the signer's organisations have revoked, as
-  far as their lists are installed here: so it can take the place of the list of
-  a store that is there no more.
+  It also has what its other stores have revoked, as far as their lists are
+  installed here: so it can take the place of the list of a store that is there
+  no more.
 
   Args:
     shop: `objects.Store`.
     signer: a key that may revoke.
+    org: the organisation; None is the one for which the store's trust document
+      lets the key revoke.
 
   Raises:
-    Refused: E_TRUST: a list that was installed here is not there as it was, or
-      nobody here lets the key revoke.
-    ValueError: more entries than a list has room for.
+    Refused: E_TRUST: it lets it revoke for none, or a list that was installed
+      here is not there as it was; E_LIMIT: more entries than a list has room
+      for.
+    ValueError: no organisation is named, and the trust document names none or
+      several.
   """
-  now, known = shop.catalog.clock(), trust.believed(shop)
-  if known is not None:
-    _some_may_revoke(known, signer, now)
+  org = _revoking(shop, signer) if org is None else org
+  trust.may_sign(shop, signer, org, 'revoke')
+  entries = [{'entries': revoked.published(shop, org)}]
+  if (theirs := revoked.kept(shop, org)) is not None:
+    entries.append(theirs)
   with shop.catalog.transaction():
-    own = revoke.extended(shop.catalog.revocations(), (), now=now)
-    shop.catalog.keep_revocations(own)
-  theirs = [revoked.kept(shop, org)
-            for org, entries in (known.orgs if known else {}).items()
-            if any(f'key:{keys.hint(entry["pem"])}' == signer.name
-                   and entry['status'] == 'active' and 'revoke' in entry['may']
-                   for entry in entries)]
-  body = own | {'entries': revoke.together([own, *filter(None, theirs)])}
-  revoke.check(body)
+    own = revoke.extended(shop.catalog.revocations(org), (),
+                          now=shop.catalog.clock())
+    # Of a store with a list of an earlier release no number is used again.
+    everybodys = shop.catalog.revocations() or {'number': 0}
+    body = own | {'number': own['number'] + everybodys['number'],
+                  'entries': revoke.together(entries)}
+    revoke.check(body)
+    shop.catalog.keep_revocations(own, org, principal=signer.name)
   return signer.document('crl', canonical.dumps(body))
+
+
+def _revoking(shop, signer):
+  """The one organisation for which a key may revoke."""
+  known = trust.believed(shop)
+  found = [org for org, entries in (known.orgs if known else {}).items()
+           if any(f'key:{keys.hint(entry["pem"])}' == signer.name
+                  and entry['status'] == 'active' and 'revoke' in entry['may']
+                  for entry in entries)]
+  if known is not None and not found:
+    raise Refused('E_TRUST', f'{signer.name[:20]}: expected a key that the '
+                  'trust document lets revoke, got another one: nobody would '
+                  'take the list')
+  if len(found) != 1:
+    raise ValueError(f'--org: expected the organisation whose list it is, got '
+                     f'none; the trust document names {len(found)} for this '
+                     'key.')
+  return found[0]

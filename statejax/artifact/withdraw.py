@@ -2,15 +2,16 @@
 
     by             revokes
     artifact       it, and all that stems from it if its scope says so
-    descendants    it and all that stems from it here
-    family         its root and all that stems from that, also what will come
+    descendants    it and all that stems from it
+    family         its root and all that stems from that
     key, org, params, persona, workflow, epoch
                    what names it and is the principal's, here and now; with a
-                   signer all that names it, also what will come
+                   signer all of the organisation that names it, also what will
+                   come
 
-An entry of the list for what will come concerns others' artifacts too. So it
-needs a key that the trust document lets revoke for the principal's
-organisation, and none of another organisation may be hit here.
+Every entry concerns artifacts of the principal's organisation alone. One for
+what will come concerns those of other members too: so it needs a key that the
+trust document lets revoke for the organisation.
 """
 
 from statejax.artifact import (
@@ -83,7 +84,8 @@ def withdraw(shop, what: str, principal: Principal, by: str = 'artifact', *,
       entries = _own(shop, by, what, principal)
     else:
       entries = _signed(shop, by, what, principal, signer)
-    revoked.withdraw(shop, entries, str(principal), since=since)
+    revoked.withdraw(shop, entries, str(principal), org=principal.org,
+                     since=since)
   return entries
 
 
@@ -107,7 +109,7 @@ def hits(shop, kind: str, value: str) -> dict[str, dict]:
 def _named(shop, key, principal, by):
   found = desk.examine(shop, key, principal, 'revoke')
   if by == 'descendants':
-    return [('artifact', found.id), *_below(shop, [found.id])]
+    return [('artifact', found.id), ('root', found.id)]
   root = found.about['provenance']['root']
   root = found.id if root == 'self' else root
   if root in shop.catalog.objects():
@@ -127,7 +129,7 @@ def _own(shop, by, value, principal):
     raise Refused('E_ACL', f'{by} {value[:80]}: expected an artifact of '
                   f'{principal.name} here, got none; for those of others, and '
                   'those to come, sign with a key that may revoke')
-  return [('artifact', id) for id in mine] + _closure(shop, mine)
+  return [('artifact', id) for id in mine] + _wide(mine)
 
 
 def _signed(shop, by, value, principal, signer):
@@ -141,27 +143,15 @@ def _signed(shop, by, value, principal, signer):
                   f'document names for {principal.org or "no organisation"}, '
                   'also one that is retired, got none; name the file of the '
                   'public key')
-  found = hits(shop, by, value)
-  others = {about['governance']['org'] for about in found.values()} | (
-      {value} if by == 'org' else set())
-  if others - {principal.org}:
-    raise Refused('E_TRUST', f'{by} {value[:80]}: expected nothing of another '
-                  f'organisation than {principal.org or "none"} to be hit, got '
-                  f'{sorted(others - {principal.org})[:4]}')
-  return [(by, value)] + _closure(shop, found)
+  if by == 'org' and value != principal.org:
+    raise Refused('E_TRUST', f'org: expected {principal.org or "none"}, whose '
+                  f'artifacts alone an entry concerns, got {value[:80]}')
+  return [(by, value)] + _wide({
+      id: about for id, about in hits(shop, by, value).items()
+      if about['governance']['org'] == principal.org})
 
 
-def _closure(shop, found):
-  """What stems from those whose scope is wide, and no entry names yet.
-
-  Here by name, and in other stores by what it stems from.
-  """
-  wide = [id for id, about in found.items()
+def _wide(found):
+  """The entries for all that stems from those whose scope says so."""
+  return [('root', id) for id, about in found.items()
           if about['governance']['revoke_scope'] == 'descendants']
-  return [('root', id) for id in wide] + [
-      (kind, id) for kind, id in _below(shop, wide) if id not in found]
-
-
-def _below(shop, ids):
-  return [('artifact', id) for id in dict.fromkeys(
-      child for id in ids for child in shop.catalog.descendants(id))]

@@ -91,7 +91,8 @@ class Moments:
       self.at('M10')
 
     def statement(text):
-      if text.lower().startswith('begin'):
+      # Before that a key of its own is written down.
+      if text.lower().startswith('begin') and self.renamed:
         self.step = 'M12'
       if self.step == 'M12':
         self.at('M13' if text.lower() == 'commit' else '')

@@ -142,7 +142,7 @@ class Said:
               if not any(target == id for target, _ in refs.values())]
     if refs.get('chat', ('', 0))[1] < self.version:
       wrong.append('chat fell back')
-    crl = shop.catalog.revocations()
+    crl = shop.catalog.revocations('acme')
     wrong += [f'{id}: its revocation is lost' for id in self.revoked
               if not revoke.match(crl, bare.about(0), id)]
     collect.collect(shop, grace=0, generations=0)

@@ -115,7 +115,7 @@ def present(shop, data, id, who, key):
 def facts(shop):
   """All that a refused verb must leave as it is."""
   return (shop.catalog.objects(), shop.catalog.refs(),
-          shop.catalog.revocations(), shop.catalog.head('ledger'))
+          shop.catalog.revocations('acme'), shop.catalog.head('ledger'))
 
 
 def test_the_table_through_stores(shop, signer, private, tmp_path):  # noqa: F811

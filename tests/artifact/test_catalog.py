@@ -6,7 +6,7 @@ import threading
 import pytest
 from small_store import Clock, store
 
-from statejax.artifact import catalog
+from statejax.artifact import catalog, chains
 from statejax.artifact.objects import Secrets, Store
 from statejax.artifact.outcome import Receipt, Refused
 
@@ -50,7 +50,7 @@ def test_chain_shows_every_change(book, tmp_path):
   with pytest.raises(Refused, match='audit row 3'):
     with book.transaction():
       book._base.execute('update audit set body = ?, hash = ? where seq = 2', (
-          other, catalog._link('audit', first, other.encode())))
+          other, chains._link('audit', first, other.encode())))
       book.rows()  # the transaction ends undone
   # A log cut short is whole in itself; a receipt tells.
   base = sqlite3.connect(tmp_path / 'index.db')

@@ -144,8 +144,8 @@ class Delete(Collect):
 class Revoke(Case):
   def prepare(self):
     self.id = bare.mint(self.shop, self.next()).id
-    self.listed = len((self.shop.catalog.revocations() or {'entries': ()})[
-        'entries'])
+    found = self.shop.catalog.revocations('acme') or {'entries': ()}
+    self.listed = len(found['entries'])
 
   def act(self):
     desk.withdraw(self.shop, self.id, ALICE)
@@ -153,11 +153,11 @@ class Revoke(Case):
   def undone(self):
     if 'it is revoked, but' in str(self.told):
       return
-    found = self.shop.catalog.revocations() or {'entries': ()}
+    found = self.shop.catalog.revocations('acme') or {'entries': ()}
     assert len(found['entries']) == self.listed
 
   def done(self):
-    found = self.shop.catalog.revocations()
+    found = self.shop.catalog.revocations('acme')
     assert revoke.match(found, {**bare.about(0)}, self.id)
 
 

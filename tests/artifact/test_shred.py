@@ -165,9 +165,15 @@ def test_deleted(shop, tmp_path):
   assert copies[1].opened_by([tmp_path])[1] == 0
   assert opens(shop, three) == 'resumed(11)'
   # A mint that was killed leaves a key that nothing needs.
-  shop.secrets.get(sealing.own_name(shop, '5' * 32))
+  left = sealing.own_name(shop, '5' * 32)
+  sealing.new_key(shop, {'nonce': '5' * 32}, left)
+  there = {copies[2].about['seal']['kek']}
   collect.collect(shop)
-  assert shop.secrets.names(sealing.OWN) == {copies[2].about['seal']['kek']}
+  assert shop.secrets.names(sealing.OWN) == {left, *there}
+  shop.catalog.clock.now += 3600
+  collect.collect(shop)
+  assert shop.secrets.names(sealing.OWN) == there
+  assert shop.catalog.expected().keys() == there
 
 
 def test_pushed_opens_again_until_it_is_revoked(shop, tmp_path):
@@ -200,7 +206,7 @@ def test_an_installed_list_destroys_a_granted_copy(
                       ('inspect', 'resume'), signer)
   transfer.receive(there, tmp_path / 'one.tar', Principal('dave', 'globex'),
                    granted=(given, private['other']))
-  assert there.secrets.find(sealing.data_name(sent))
+  assert there.secrets.find(sealing.data_name(there, sent))
   copy = Copy(there, sent, tmp_path / 'copy')
   destroy = there.secrets.destroy
   def killed(name):
@@ -212,9 +218,9 @@ def test_an_installed_list_destroys_a_granted_copy(
     revoked.install(there, 'acme', signer.document(
         'crl', canonical.dumps(body)))
   there.secrets.destroy = destroy
-  assert there.secrets.find(sealing.data_name(sent))
+  assert there.secrets.find(sealing.data_name(there, sent))
   there = there.again()
-  assert not there.secrets.find(sealing.data_name(sent))
+  assert not there.secrets.find(sealing.data_name(there, sent))
   assert copy.opened_by([there.path, tmp_path / 'elsewhere'])[1] == 0
 
 

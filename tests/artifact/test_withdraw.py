@@ -62,7 +62,7 @@ class Family:
 
   def gone(self):
     """Letters of those that are revoked now."""
-    crl, found = self.shop.catalog.revocations(), ''
+    crl, found = self.shop.catalog.revocations('acme'), ''
     for letter in 'abcdef':
       id = getattr(self, letter)
       about = desk.examine(self.shop, id, Principal(
@@ -88,7 +88,7 @@ def test_named(shop, by, what, gone):
   # A family also has what will come.
   more = family.make(family.c, root=family.a)
   about = desk.examine(shop, more, ALICE, 'inspect').about
-  assert bool(revoke.match(shop.catalog.revocations(), about, more)) == (
+  assert bool(revoke.match(shop.catalog.revocations('acme'), about, more)) == (
       by == 'family')
 
 
@@ -104,7 +104,7 @@ def test_what_was_exported_before(shop, scope):
   for id, gone in ((away, True), (child, scope == 'descendants'),
                    (family.d, False)):
     about = desk.examine(shop, id, ALICE, 'inspect').about
-    found = revoke.match(shop.catalog.revocations(), about, id)
+    found = revoke.match(shop.catalog.revocations('acme'), about, id)
     assert bool(found) == gone, id
 
 
@@ -152,16 +152,19 @@ def test_by_a_key_that_may(shop, signer, private, by, scope,  # noqa: F811
   rows = shop.catalog.rows()[start:start + 2 + len(entries)]
   assert [row['code'] for row in rows[:2]] == 2 * ['E_TRUST']
   assert [(row['principal'], row['action'], row['outcome'], row['id'])
-          for row in rows[2:]] == [(str(BOB), 'revoked', *one)
-                                   for one in entries]
+          for row in rows[2:]] == [
+              (str(BOB), 'revoked', f'{kind} of "acme"', value)
+              for kind, value in entries]
   # Also what comes later.
   more = family.make(params=OLD, workflow='old', epoch=3, persona=K2)
   about = desk.examine(shop, more, ALICE, 'inspect').about
-  assert revoke.match(shop.catalog.revocations(), about, more)
-  # Not what is another organisation's.
-  family.make(owner='erin', org='globex', params=NEW)
-  assert code_of(withdraw.withdraw, shop, NEW, BOB, 'params',
-                 signer=signer) == 'E_TRUST'
+  assert revoke.match(shop.catalog.revocations('acme'), about, more)
+  # Not what is another organisation's, now or later.
+  for _ in range(2):
+    theirs = family.make(owner='erin', org='globex', params=OLD, epoch=3,
+                         workflow='old', persona=K2)
+    assert desk.obstacle(shop, shop.place(theirs), ERIN) is None
+    withdraw.withdraw(shop, VALUES[by], BOB, by, signer=signer)
 
 
 def test_an_organisation(shop, signer):  # noqa: F811
@@ -181,7 +184,7 @@ def test_a_key_since_some_time(shop, signer, private):  # noqa: F811
   id = bare.mint(shop, 1, vouch=bad, provenance={'producer': bad.name}).id
   about = desk.examine(shop, id, ALICE, 'inspect').about
   def hit():
-    return bool(revoke.match(shop.catalog.revocations(), about, id))
+    return bool(revoke.match(shop.catalog.revocations('acme'), about, id))
   shop.catalog.clock.now += 100
   assert withdraw.withdraw(shop, bad.name, ALICE, 'key', signer=signer,
                            since=made + 1) == [('key', bad.name)]
@@ -190,7 +193,7 @@ def test_a_key_since_some_time(shop, signer, private):  # noqa: F811
   withdraw.withdraw(shop, bad.name, ALICE, 'key', signer=signer, since=made)
   assert hit()
   withdraw.withdraw(shop, bad.name, ALICE, 'key', signer=signer)
-  assert hit() and len(shop.catalog.revocations()['entries']) == 1
+  assert hit() and len(shop.catalog.revocations('acme')['entries']) == 1
 
 
 def test_what_is_not_said_rightly(shop, signer):  # noqa: F811
@@ -205,7 +208,7 @@ def test_what_is_not_said_rightly(shop, signer):  # noqa: F811
   for by in withdraw.NAMED:
     with pytest.raises(ValueError, match='signer: expected none'):
       withdraw.withdraw(shop, 'x', ALICE, by, signer=signer)
-  assert shop.catalog.revocations() is None
+  assert shop.catalog.revocations('acme') is None
 
 
 # The trust document.

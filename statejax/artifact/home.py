@@ -1,0 +1,76 @@
+"""Which of the copies of a store is the one whose keys lie among the secrets.
+
+A copy has the id of its store. Where it is opened with the same secrets, a key
+that it destroyed would be missing there. So a note beside the secrets says
+where the store lies, and another one with its id destroys none while that one
+is there. A store that was moved, or put back at its place, is the store. So is
+a copy that has secrets of its own. Imports no jax.
+"""
+
+import json
+import os
+import pathlib
+
+from statejax.artifact.outcome import Refused
+
+
+def elsewhere(shop) -> str:
+  """Returns where the store lies of which this is a copy, '' if it is none.
+
+  Takes a note of this one where there is none, or nothing where it says.
+
+  Raises:
+    Refused: E_IO: the note is damaged.
+  """
+  here = {'store': str(shop.path),
+          'secrets': os.path.abspath(shop.secrets.path)}
+  noted = _noted(shop)
+  if noted == here:
+    return ''
+  if noted is not None:
+    copied = _same(noted['secrets'], here['secrets']) is False
+    if not copied and _is(noted['store'], shop.id):
+      if not _same(noted['store'], here['store']):
+        return noted['store']
+    else:
+      # It may be a copy all the same, of one that is not to be seen now: there
+      # may be what was deleted here, or what was being minted.
+      shop.catalog.forget_expected()
+  shop.secrets.note(_name(shop), json.dumps(here))
+  return ''
+
+
+def _name(shop):
+  return f'home-{shop.id}'
+
+
+def _noted(shop):
+  file = pathlib.Path(shop.secrets.path) / f'{_name(shop)}.json'
+  try:
+    found = json.loads(file.read_bytes())
+    if {name: type(value) for name, value in found.items()} == {
+        'store': str, 'secrets': str}:
+      return found
+  except FileNotFoundError:
+    return None
+  except (ValueError, AttributeError, RecursionError):
+    pass
+  raise Refused('E_IO', f'{file}: expected where the store lies, got something '
+                'else; remove the file, and open the store itself, not a copy')
+
+
+def _same(one, other):
+  """Whether two paths are of one directory; None where the first is none."""
+  try:
+    return os.path.samefile(one, other)
+  except OSError:
+    return None
+
+
+def _is(path, id):
+  """Whether the store of an id lies at a path."""
+  try:
+    return json.loads((pathlib.Path(path) / 'STORE.json').read_bytes())[
+        'id'] == id
+  except (OSError, ValueError, TypeError, KeyError):
+    return False
