@@ -30,7 +30,8 @@ def test_to_another_organisation(state, tmp_path, monkeypatch):  # noqa: F811
   assert state('grant', 'chat', *acme, '--holder=bob.pub', '--file=bob.grant',
                '--rights=inspect,resume,fork,export', '--max_uses=3')[0] == 0
   assert state('crl', 'acme.crl', *acme)[0] == 0
-  last = json.loads(state('audit', '--root=root.pub')[1].splitlines()[-2])
+  # Before the row of the list.
+  last = json.loads(state('audit', '--root=root.pub')[1].splitlines()[-3])
   assert state('grant', 'chat', *acme, '--holder=bob.pub',
                '--file=bob.grant')[0] == 2
   assert last['principal'] == 'local of acme' and last['action'] == 'grant'
