@@ -22,7 +22,7 @@ def signer():
 @pytest.fixture
 def opened(tmp_path, monkeypatch, signer):
   """Opens the store of the test, with a key or without."""
-  monkeypatch.setattr(catalog, 'EVERY', EVERY)
+  monkeypatch.setattr(chains, 'EVERY', EVERY)
   def one(notary=signer):
     return objects.Store(tmp_path / 'store', objects.Secrets(
         tmp_path / 'secrets'), clock=lambda: 1_700_000_000, notary=notary)
