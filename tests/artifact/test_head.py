@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip('cryptography', reason='the extra [sign] is missing')
 
-from statejax.artifact import canonical, catalog, envelope, head, keys, objects
+from statejax.artifact import canonical, chains, envelope, head, keys, objects
 from statejax.artifact.outcome import Refused
 
 EVERY = 8
