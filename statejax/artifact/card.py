@@ -31,7 +31,6 @@ from statejax.artifact.grammar import Int, Items, OneOf, Record, Text
 from statejax.artifact.outcome import Refused
 
 FORMAT, VERSION = 'statejax-model-card', 1
-MEDIA = 'application/vnd.statejax.card+json'
 HOW = ('full', 'card', 'fingerprint')
 GRAMMAR = Record({
     'format': OneOf((FORMAT,)), 'version': OneOf((VERSION,)),
@@ -96,10 +95,7 @@ def signed(body: dict, signer: keys.Signer) -> bytes:
   same right.
   """
   GRAMMAR(body, '')
-  payload = canonical.dumps(body)
-  signature = keys.sign(signer.private, MEDIA, payload)
-  return canonical.dumps(envelope._fields(
-      MEDIA, payload, signature, signer.name.removeprefix('key:')))
+  return signer.document('card', canonical.dumps(body))
 
 
 def read(shop, data: bytes, org: str) -> dict:
@@ -116,7 +112,7 @@ def read(shop, data: bytes, org: str) -> dict:
       another one; E_REVOKED: its key, its parameters, or all of the
       organisation.
   """
-  payload, signature, hint = _opened(data)
+  payload, signature, hint = envelope.open_document('card', data)
   body, known, now = parse_body(payload), trust.require(shop), (
       shop.catalog.clock())
   if body['org'] != org:
@@ -124,7 +120,7 @@ def read(shop, data: bytes, org: str) -> dict:
                   f', got one of {body["org"] or "no organisation"}')
   pem = known.key(hint, org, 'mint', body['created'])
   known.key(hint, org, 'mint', max(now, body['created']))
-  keys.check(pem, MEDIA, payload, signature)
+  keys.check(pem, envelope.media('card'), payload, signature)
   # A key that is bad since some time: when it was signed is its word alone.
   names = {('key', f'key:{hint}'), ('params', body['params']), ('org', org)}
   for crl in (shop.catalog.revocations(),
@@ -142,16 +138,7 @@ def unsure(data: bytes) -> dict:
   Raises:
     Refused: E_SIG, E_VERSION.
   """
-  return parse_body(_opened(data)[0])
-
-
-def _opened(data):
-  """(payload, signature, hint), as `envelope.open_document` of its kinds."""
-  value = envelope._read(data, envelope._envelope(MEDIA, envelope._HINT),
-                         'card')
-  one = value['signatures'][0]
-  return (envelope._bytes(value['payload']), envelope._bytes(one['sig']),
-          one['keyid'])
+  return parse_body(envelope.open_document('card', data)[0])
 
 
 def parse_body(payload: bytes) -> dict:

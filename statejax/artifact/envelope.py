@@ -18,7 +18,7 @@ from statejax.artifact.outcome import Refused
 
 STATEMENT = 'application/vnd.in-toto+json'
 MEDIA = 'application/vnd.dev.sigstore.bundle.v0.3+json'
-KINDS = ('trust', 'grant', 'crl', 'head')
+KINDS = ('trust', 'grant', 'crl', 'head', 'card')
 MAX_BYTES = 4 << 20
 _B64 = Text(MAX_BYTES, '[A-Za-z0-9+/]+={0,2}', empty=False, name='base64')
 _HINT = Text(64, '[0-9a-f]{64}', empty=False, name='64 hex digits')

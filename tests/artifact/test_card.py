@@ -72,9 +72,8 @@ def test_whose_word_counts(shop, signers):
       b'model-card', raw)
   as_head = canonical.dumps(canonical.loads(data) | {
       'payloadType': envelope.media('head')})
-  other = canonical.dumps(envelope._fields(
-      card.MEDIA, canonical.dumps(body), b'0' * 70,
-      signers['acme'].name.removeprefix('key:')))
+  other = envelope.seal('card', canonical.dumps(body), b'0' * 70,
+                        signers['acme'].name.removeprefix('key:'))
   head = signers['acme'].document('head', canonical.dumps(body))
   for forged, org, code in (
       (card.signed(body, signers['stranger']), 'acme', 'E_TRUST'),
