@@ -218,7 +218,14 @@ class Catalog(chains.Chains):
 
   def pin(self, id: str, owner: str, until: int):
     """Keeps an object from being collected until some unix second."""
-    self._all('replace into lease values (?, ?, ?)', (id, owner, until))
+    with self.transaction():
+      self._all('delete from lease where until <= ?', (self.clock(),))
+      self._all('replace into lease values (?, ?, ?)', (id, f'pin {owner}',
+                                                        until))
+
+  def unpin(self, id: str):
+    """Undoes all `pin` of an object; whoever reads it still does."""
+    self._all("delete from lease where id = ? and owner like 'pin %'", (id,))
 
   def leased(self) -> set[str]:
     """Returns the objects under a lease that has not run out."""

@@ -78,6 +78,8 @@ def withdraw(shop, entries, principal: str, *, org: str | None = None,
           kind == 'key') else ''
       shop.catalog.audit(principal, 'revoked', value,
                          f'{kind} {catalog.whose(org)}{when}')
+      if kind == 'artifact':  # nobody resumes it by a grant any more
+        shop.catalog.unpin(value)
     shop.catalog.keep_revocations(new, org, principal=principal)
     published(shop, org)
     stay = shred.condemn(shop, lambda id, about: _hit(

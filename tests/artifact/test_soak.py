@@ -65,7 +65,7 @@ class Soak:
       desk.examine(shop, sealed.id, BOB, 'resume')
     data = grant.issue(shop, sealed.id, ALICE, keys.public(self.bob),
                        ['inspect'], self.signer)
-    nonce = f'{number:032x}'
+    nonce = grant.challenge(shop)
     who = grant.present(shop, data, about, sealed.id, BOB, nonce,
                         grant.prove(self.bob, nonce, data))
     desk.examine(shop, sealed.id, who, 'inspect')
