@@ -198,6 +198,7 @@ class Sum:
         state, layers={'sum': SumState(total[None])}, length=length)
 
 
+@pytest.mark.slow
 def test_any_object_with_a_step():
   report = laws.check(Sum())
   silent = {name for name, error in report.worst.items() if error is None}

@@ -81,9 +81,8 @@ CASES = {'one pattern': [(PAIR, 2)],
          'nearest': [(('owner', *PAIR, 'reader'), 1)]}
 
 
-@pytest.mark.parametrize('case', [
-    'nearest', *(pytest.param(n, marks=pytest.mark.slow)
-                 for n in CASES if n != 'nearest')])
+@pytest.mark.slow
+@pytest.mark.parametrize('case', CASES)
 def test_scan_loop_and_remat_agree(registered, case):
   model = _model(*CASES[case])
   params = model.init(jax.random.key(0))

@@ -58,9 +58,8 @@ def check(name, params, x, cuts):
   return whole
 
 
-@pytest.mark.parametrize('name', [
-    pytest.param(n, marks=() if n == 'qsa' else pytest.mark.slow)
-    for n in SILENT])
+@pytest.mark.slow
+@pytest.mark.parametrize('name', SILENT)
 def test_all_scores_are_equal(name):
   params, x = single.draw(MIXERS[name], 24)
   params[SILENT[name]] = jax.tree.map(jnp.zeros_like, params[SILENT[name]])

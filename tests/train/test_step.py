@@ -41,7 +41,8 @@ def loss_by_hand(model, params, batch, z_loss=0.0):
   return jnp.mean(norm - hit + z_loss * norm**2)
 
 
-@pytest.mark.parametrize('z_loss', [0.0, 0.1])
+@pytest.mark.parametrize('z_loss', [
+    0.1, pytest.param(0.0, marks=pytest.mark.slow)])
 def test_loss_and_gradient(z_loss):
   config = small.get_config(z_loss=z_loss)
   model, batch = LanguageModel(config.model), batch_of(config)
