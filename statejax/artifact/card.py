@@ -123,8 +123,7 @@ def read(shop, data: bytes, org: str) -> dict:
   keys.check(pem, envelope.media('card'), payload, signature)
   # A key that is bad since some time: when it was signed is its word alone.
   names = {('key', f'key:{hint}'), ('params', body['params']), ('org', org)}
-  for crl in (shop.catalog.revocations(),
-              revoked.kept(shop, org)):
+  for crl in revoked.concerning(shop)(org):
     for entry in crl['entries'] if crl else ():
       if (entry['kind'], entry['value']) in names:
         raise Refused('E_REVOKED', f'card: the revocation list names '

@@ -129,7 +129,7 @@ def destroy(shop):
   file that is noted nowhere, as it may be gone tomorrow and a key is gone for
   good.
   """
-  lists = _lists(shop, noted=True)
+  lists = concerning(shop, noted=True)
   shred.condemn(shop, lambda id, about: _hit(shop, id, about, lists))
   shop.shred()
 
@@ -141,11 +141,11 @@ def why(shop, id: str, about: dict) -> str:
   what is or was here tell; and what revokes one of these that came from
   elsewhere, if it does not name that one alone.
   """
-  return _hit(shop, id, about, _lists(shop))
+  return _hit(shop, id, about, concerning(shop))
 
 
-def _lists(shop, *, noted=False):
-  """All lists that concern an organisation's artifacts: org -> lists."""
+def concerning(shop, *, noted=False):
+  """Returns all lists that concern an organisation: org -> lists."""
   return functools.cache(lambda org: (
       *_own(shop, org), kept(shop, org, noted=noted)))
 

@@ -103,14 +103,19 @@ def test_whose_word_counts(shop, signers):
 def test_what_is_revoked_is_no_word(shop, signers):
   body = made()
   data = card.signed(body, signers['acme'])
-  for number, entry in ((2, ('key', signers['acme'].name)),
-                        (4, ('params', body['params'])), (6, ('org', 'acme'))):
-    assert not code_of(card.read, shop, data, 'acme')
-    revoked.withdraw(shop, [entry], 'alice')
-    assert code_of(card.read, shop, data, 'acme') == 'E_REVOKED'
-    shop.catalog.keep_revocations({
-        'number': number, 'this_update': NOW, 'next_update': NOW,
-        'entries': []})
+  def take_back(org):
+    old = shop.catalog.revocations(org)
+    shop.catalog.keep_revocations(old | {
+        'number': old['number'] + 1, 'entries': []}, org)
+  for entry in (('key', signers['acme'].name), ('params', body['params']),
+                ('org', 'acme')):
+    for org in (None, 'acme'):  # everybody's list, and the organisation's own
+      assert not code_of(card.read, shop, data, 'acme')
+      revoked.withdraw(shop, [entry], 'alice', org=org)
+      assert code_of(card.read, shop, data, 'acme') == 'E_REVOKED'
+      take_back(org)
+  revoked.withdraw(shop, [entry], 'alice', org='globex')
+  assert not code_of(card.read, shop, data, 'acme')
 
 
 def test_without_trust_nothing_counts(signers, tmp_path):
