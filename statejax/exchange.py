@@ -105,7 +105,7 @@ def keygen(name):
 
 def card(path):
   """Writes a model card of the run's parameters, or prints what one says."""
-  from statejax.artifact import card
+  from statejax.artifact import card, trust
   from statejax.artifact.outcome import Refused
   if asking.SIGNING_KEY.value is None and pathlib.Path(path).is_file():
     data, shop = asking.read('target', path), asking.shop()
@@ -117,7 +117,10 @@ def card(path):
       counts = f'no, {error}'
     print('\n'.join([*card.describe(body), f'  does it count here: {counts}']))
     return
-  signer, (model, params) = asking.signer(), asking.trained()
+  signer = asking.signer()
+  if asking.is_store():
+    trust.may_sign(asking.shop(), signer, asking.ORG.value, 'mint')
+  model, params = asking.trained()
   asking.write(path, card.signed(card.make(
       params, model.config, created=int(time.time()), org=asking.ORG.value),
                                  signer))

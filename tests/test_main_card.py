@@ -46,6 +46,10 @@ def test_a_card_says_the_parameters(state, monkeypatch):
   assert state('trust', 'acme.pub', '--org=acme', '--signing_key=root.pem')[
       0] == 0
   assert 'count here: yes' in state('card', 'a.card', *root)[1]
+  # What would count for nobody is not written.
+  code, out, err = state('card', 'b.card', '--workdir=x', '--org=acme',
+                         '--signing_key=root.pem')
+  assert code == 2 and 'E_TRUST' in err and not out
   code, _, err = state('resume', 'chat', *GO, *said, '--org=other')
   assert code == 2 and 'E_TRUST: card: expected one of other' in err
   # Whichever way it is known, it is the same model.

@@ -1,6 +1,7 @@
 """The command `state`: going on, and what else keeps a user from it."""
 
 import json
+import sys
 
 import jax
 import numpy as np
@@ -109,3 +110,18 @@ def test_the_head_is_signed_after_a_refusal(state, tmp_path):  # noqa: F811
   code, out, _ = state('audit')
   wrong = json.loads(out.splitlines()[-1])['wrong']
   assert code == 2 and 'got none' in wrong[0]
+
+
+def test_without_the_package_that_opens_what_is_sealed(state,  # noqa: F811
+                                                       monkeypatch):
+  pytest.importorskip('cryptography', reason='it is to be taken away')
+  go = ['--workdir=x', '--temperature=0', '--tokens=1']
+  sealed = ['--prompt=ab', '--sensitivity=confidential']
+  assert state('mint', 'chat', *go, *sealed)[0] == 0
+  for name in [x for x in sys.modules if x.startswith('cryptography')]:
+    monkeypatch.setitem(sys.modules, name, None)
+  for argv in (['resume', 'chat', *go], ['show', 'chat'],
+               ['mint', 'other', *go, *sealed]):
+    code, out, err = state(*argv)
+    assert code == 2 and not out
+    assert "install it with: pip install 'statejax[sign]'" in err

@@ -134,9 +134,13 @@ def delete(shop, id: str, principal: str, *, action: str = 'delete'):
 
   Raises:
     Refused: E_ACL: there is none; E_IO: the catalog does not know of it yet,
-      and the next collection ends it.
+      and the next collection ends it, or no artifact at all is where it was.
     ValueError: it is deleted, but this is a copy of a store whose keys it has.
   """
+  there = shop.catalog.objects()
+  if len(there) > 1 and not any(shop.place(one).exists() for one in there):
+    raise Refused('E_IO', f'{shop.path}/objects: expected {len(there)} '
+                  'artifacts, got none of them; see whether the disk is there')
   if not _take(shop, id, principal, action, lambda id: True):
     raise absent(id)
   stay: list[str] = []
@@ -268,7 +272,9 @@ def _take(shop, id, principal, action, wanted):
   with shop.catalog.transaction():
     if shop.catalog.object(id) is None or not wanted(id):
       return False
-    _to_trash(shop, id)
+    # Whatever a kill cuts short now, whoever opens the store destroys its key.
+    if (trash := _to_trash(shop, id)) is not None:
+      shred.condemn_one(shop, trash)
     _note(shop, id, principal, action)
   return True
 
@@ -290,14 +296,17 @@ def _take_orphan(shop, id, principal, grace):
 
 
 def _to_trash(shop, id):
+  """Moves what is there of an artifact; returns where it is now, or None."""
   trash = shop.path / 'trash' / f'{id}-{token_hex(8)}'
   place = shop.place(id)
   try:
     os.rename(place, trash)
   except FileNotFoundError:
-    return  # as after a crash that kept its catalog only: nothing is left of it
+    # As after a crash that kept its catalog only: nothing is left of it.
+    return None
   commit.sync(trash.parent)
   commit.sync(place.parent)
+  return trash
 
 
 def _note(shop, id, principal, action):

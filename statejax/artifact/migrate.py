@@ -97,7 +97,8 @@ def migrate(shop, key: str, principal: Principal, source: identity.Host,
     mint.may_fork(shop, parent, principal)
     with shop.catalog.lease(found.id, token_hex(8)):
       state, salts = _state(shop, found, source)
-    migration = _choose(about, source, target, cast, registered)
+    migration = _choose(about, source, load.compared(
+        shop, found.id, about, target), cast, registered)
     state = _converted(state, migration, target)
     grant.use(shop, principal, found.id)
   terms = mint.Terms.of(about, kind=about['kind'], how='migrated')

@@ -132,7 +132,7 @@ def test_a_store_that_was_moved(shop, tmp_path):
 
 
 def test_objects_that_are_not_to_be_seen(shop, tmp_path):
-  one = add(shop, 1)
+  one, three = add(shop, 1), add(shop, 3)
   about = bare.about(2, sealed='aes256gcm1')
   left = sealing.own_name(shop, about['nonce'])
   sealing.new_key(shop, about, left)
@@ -140,8 +140,10 @@ def test_objects_that_are_not_to_be_seen(shop, tmp_path):
   (shop.path / 'objects').mkdir()
   shop.catalog.clock.now += 2 * HOUR
   shop.catalog.move('keep', one, 0)
+  shop.catalog.move('also', three, 0)
   collect.collect(shop)
   assert shop.secrets.find(left)  # nobody knows now
+  assert code_of(collect.delete, shop, one, 'alice') == 'E_IO'
   (shop.path / 'objects').rmdir()
   (tmp_path / 'elsewhere').rename(shop.path / 'objects')
   assert opens(shop, one)

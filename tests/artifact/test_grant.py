@@ -11,6 +11,7 @@ pytest.importorskip('cryptography', reason='the extra [sign] is not installed')
 import test_trust
 from test_trust import ALICE, OPEN, code_of, private, signer  # noqa: F401
 
+from statejax import model as lm
 from statejax.artifact import (
   access,
   canonical,
@@ -22,6 +23,7 @@ from statejax.artifact import (
   layout,
   load,
   manifest,
+  migrate,
   mint,
   names,
   objects,
@@ -302,6 +304,21 @@ def test_texts_are_compared_abroad(shop, signer, private,  # noqa: F811
         theirs, data, about, one, private), host(
             theirs, 'globex', **changes)).decision)
   assert end() == 'resumed(11)'
+  # What comes of it has the persona under the old key, all else under its own.
+  mine = host(shop, persona='')
+  transfer.receive(shop, tmp_path / 'one.tar', ALICE, ref='on')
+  for _ in range(2):
+    found = load.load(shop, 'on', ALICE, mine)
+    assert str(found.decision) == 'resumed(11)', found.decision.detail
+    mint.mint(shop, found.state, 0, found.host, mint.Terms.of(found.about),
+              principal=ALICE, parent=mint.Parent(found.id, found.about),
+              edited=found.edited, ref='on',
+              expect=shop.catalog.ref('on')[1])
+  # Another layout of it is made under the names that it has.
+  wide = small.host(lm.LanguageModel(dataclasses.replace(
+      small.CONFIG, store_dtype='float32')), texts=host(shop).texts)
+  transfer.receive(shop, tmp_path / 'one.tar', ALICE, ref='wide')
+  assert migrate.migrate(shop, 'wide', ALICE, host(shop), wide, cast=True).id
   assert end(system='be cruel') == 'refused(E_POLICY)'
   assert end(tools={'a': 'x'}) == 'refused(E_TOOLS)'
   # In the organisation's other stores it is as it was, of a fork as well.
