@@ -49,7 +49,7 @@ def install(shop, org: str, data: bytes) -> dict:
   return new
 
 
-def withdraw(shop, entries, principal: str, *, org: str | None = None,
+def withdraw(shop, entries, principal: str, *, org: str | None,
              since: int | None = None):
   """Adds to a list of the store's own, with a row of the log for each entry.
 

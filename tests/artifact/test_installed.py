@@ -104,7 +104,7 @@ def test_the_list_of_another_store_revives_nothing(
       'E_REVOKED')
   # Both go on, whichever is first, and no file is left of what is covered.
   for shop, value in ((two, 'b'), (one, 'c'), (two, 'd')):
-    revoked.withdraw(shop, [('workflow', value)], 'alice')
+    revoked.withdraw(shop, [('workflow', value)], 'alice', org=None)
     give(shop, here, signer)
   assert values(here) == sorted(['b', 'c', 'd', id])
   assert len(installed.lists(here, 'acme')) == 2 and collect.check(here) == []
@@ -139,7 +139,7 @@ def test_the_list_of_every_store_must_be_fresh(
   one, two, here = make('one'), make('two'), make('here')
   transfer.export(one, add(one, 1), ALICE, signer, tmp_path / 'a.tar')
   for shop, value in ((one, 'x'), (two, 'y')):
-    revoked.withdraw(shop, [('workflow', value)], 'alice')
+    revoked.withdraw(shop, [('workflow', value)], 'alice', org=None)
     give(shop, here, signer)
   id = transfer.receive(here, tmp_path / 'a.tar', ALICE).id
   assert says(here, id) == ''

@@ -107,9 +107,9 @@ def test_as_safe_as_where_they_come_from(shop):
 def test_what_is_revoked_goes_into_nothing(shop):
   one, two = parent(shop, small.TERMS), parent(shop, small.TERMS)
   about = child(shop, one, two)
-  revoked.withdraw(shop, [('artifact', two.id)], 'alice')
+  revoked.withdraw(shop, [('artifact', two.id)], 'alice', org=None)
   assert child(shop, one, two).startswith('E_REVOKED')
   # What came of it before falls with the family of either.
-  revoked.withdraw(shop, [('root', two.id)], 'alice')
+  revoked.withdraw(shop, [('root', two.id)], 'alice', org=None)
   id = next(id for id in shop.catalog.descendants(two.id))
   assert revoked.why(shop, id, about) == f'root {two.id}'

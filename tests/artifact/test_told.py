@@ -158,7 +158,7 @@ def test_everybodys(make, signer):  # noqa: F811
     shop.catalog.audit('alice', 'revoked', 'support', 'workflow')
   assert says(shop, id) == 'E_REVOKED' and collect.check(shop) == []
   assert published(shop, signer) == {('workflow', 'support')}
-  revoked.withdraw(shop, [('epoch', '1')], 'the host')
+  revoked.withdraw(shop, [('epoch', '1')], 'the host', org=None)
   assert published(shop, signer) == {('workflow', 'support'), ('epoch', '1')}
   data = transfer.issue_revocations(shop, signer)
   assert revoke.parse(envelope.open_document('crl', data)[0])['number'] > 7
