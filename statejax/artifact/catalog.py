@@ -265,9 +265,22 @@ class Catalog(chains.Chains):
         found = canonical.loads(body.encode(), max_bytes=revoke.MAX_BYTES)
     except (ValueError, AttributeError, RecursionError) as error:
       wrong = wrong or f'a list, got {error}'
+    if found and not last and (org is not None or not self._logged(found)):
+      wrong = wrong or ('one that the log names, got none of which it knows; '
+                        'state fsck makes it anew')
     if wrong:
       raise Refused('E_IO', f'{self.path}: crl {whose(org)}: expected {wrong}')
     return found
+
+  def _logged(self, crl):
+    """Whether each entry is in the log: a list of an earlier release, which no
+    row names.
+    """
+    rows = self._all("select json_extract(body, '$.outcome'), "
+                     "json_extract(body, '$.id') from audit "
+                     "where json_extract(body, '$.action') = 'revoked'")
+    return {(e['kind'], e['value']) for e in crl['entries']} <= {
+        (kind.split(' ')[0], value) for kind, value in rows}
 
   def keep_revocations(self, body: dict, org: str | None = None, *,
                        principal: str = 'host', anew: bool = False):

@@ -181,6 +181,25 @@ def test_whose_list_a_key_signs(make, signer, private):  # noqa: F811
 # What binds them.
 
 
+@pytest.mark.parametrize('insert', [
+    'insert into crl values (9, ?)',
+    "insert into listed values ('acme', 9, ?)"])
+def test_a_list_that_nobody_has_kept(make, insert):
+  """It revokes nothing, and no key is destroyed for it."""
+  shop = make('one')
+  id = add(shop, 1)
+  kept = shop.secrets.names('')
+  shop.catalog._all(insert, (canonical.dumps(revoke.extended(
+      None, [('org', 'acme')], now=shop.catalog.clock()) | {
+          'number': 9}).decode(),))
+  assert says(shop, id) == 'E_IO'
+  assert code_of(collect.collect, shop) == 'E_IO'
+  assert any('expected one that the log names' in text
+             for text in collect.check(shop))
+  assert len(told.mend(shop)) == 1 and collect.check(shop) == []
+  assert says(shop, id) == '' and shop.secrets.names('') == kept
+
+
 @pytest.mark.parametrize('change', [
     'delete from listed', "update listed set body = '{'",
     'update listed set body = replace(body, "sj1-", "sj2-")'])
