@@ -12,6 +12,7 @@ from concurrent import futures
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from statejax import state as st
 from statejax.artifact import mint
@@ -58,8 +59,7 @@ class Minter:
       raise ValueError(f'most: expected >= 1, got {most}.')
     self._shop, self._facts = shop.again(), _facts(state)
     self._lock = threading.Lock()
-    # Where the row lies on its devices is as it comes out of the state.
-    self._free = [_hold(_first(state), state, 0) for _ in range(most)]
+    self._free = [_room(state) for _ in range(most)]
     self._most = most
     self._thread = futures.ThreadPoolExecutor(1, 'mint', _give_way)
 
@@ -86,8 +86,8 @@ class Minter:
       raise ValueError(f'row: expected 0..{st.rows(state) - 1}, got {row}.')
     if _facts(state) != self._facts:
       raise ValueError('state: expected the layers and the capacity of the '
-                       'state that this Minter was made for, got others; make '
-                       'another Minter.')
+                       'state that this Minter was made for, on such devices, '
+                       'got others; make another Minter.')
     with self._lock:
       if not self._free:
         raise Busy(f'expected fewer than {self._most} mints under way, got '
@@ -95,7 +95,7 @@ class Minter:
                    'one out.')
       room = self._free.pop()
     try:
-      held = room = _hold(room, state, row)
+      held = room = (_copy if _at_hand(state) else _hold)(room, state, row)
       done = self._thread.submit(self._mint, held, host, terms, more)
     except BaseException:
       self._give_back(room)
@@ -117,7 +117,8 @@ class Minter:
 
   def _mint(self, held, host, terms, more):
     try:
-      return mint.mint(self._shop, held, 0, host, terms, **more)
+      return mint.mint(self._shop, jax.tree.map(jnp.asarray, held), 0, host,
+                       terms, **more)
     finally:  # before its result is there: whoever waits for it may start one
       self._give_back(held)
 
@@ -133,10 +134,40 @@ def _give_way():
 
 def _facts(state):
   """All that makes two states' rows fit into the same memory."""
-  return state.capacity, state.strides, [
+  return state.capacity, state.strides, _at_hand(state), [
       (path, axes, x.dtype, tuple(n for n, a in zip(x.shape, axes)
                                   if a != 'batch'))
       for path, x, axes, _ in st.leaves(state)]
+
+
+def _at_hand(state):
+  """Whether every array lies whole in this host's memory."""
+  return all([device.platform for device in x.devices()] == ['cpu']
+             for x in jax.tree.leaves(state))
+
+
+def _room(state):
+  """Memory for one row, where `_copy` or `_hold` will put it."""
+  first = _first(state)
+  if _at_hand(state):
+    return jax.tree.map(np.array, first)
+  # Where the row lies on its devices is as it comes out of the state.
+  return _hold(first, state, 0)
+
+
+def _copy(room, state, row):
+  """As `_hold`, of arrays in this host's memory, which numpy copies faster."""
+  strides, length = dict(state.strides), int(np.asarray(state.length)[row])
+  def one(path, axes, kind, held, x):
+    at = [slice(None)] * x.ndim
+    at[axes.index('batch')] = slice(0, 1)
+    if kind == 'growing':
+      at[axes.index('capacity')] = slice(length // strides.get(path, 1))
+    there = list(at)
+    there[axes.index('batch')] = slice(row, row + 1)
+    np.copyto(held[tuple(at)], np.asarray(x)[tuple(there)])
+    return held
+  return st.map_leaves(one, room, state)
 
 
 @jax.jit

@@ -83,7 +83,7 @@ def withdraw(shop, what: str, principal: Principal, by: str = 'artifact', *,
     elif signer is None:
       entries = _own(shop, by, what, principal)
     else:
-      entries = _signed(shop, by, what, principal, signer)
+      entries = _signed(shop, by, what, principal, signer, since)
     revoked.withdraw(shop, entries, str(principal), org=principal.org,
                      since=since)
   return entries
@@ -132,7 +132,7 @@ def _own(shop, by, value, principal):
   return [('artifact', id) for id in mine] + _wide(mine)
 
 
-def _signed(shop, by, value, principal, signer):
+def _signed(shop, by, value, principal, signer, since):
   known = trust.require(shop)
   known.key(signer.name.removeprefix('key:'), principal.org, 'revoke',
             shop.catalog.clock())
@@ -146,9 +146,23 @@ def _signed(shop, by, value, principal, signer):
   if by == 'org' and value != principal.org:
     raise Refused('E_TRUST', f'org: expected {principal.org or "none"}, whose '
                   f'artifacts alone an entry concerns, got {value[:80]}')
-  return [(by, value)] + _wide({
-      id: about for id, about in hits(shop, by, value).items()
-      if about['governance']['org'] == principal.org})
+  found = {id: about for id, about in hits(shop, by, value).items()
+           if about['governance']['org'] == principal.org}
+  return [(by, value)] + _elsewhere(shop, by, found, since) + _wide(found)
+
+
+def _elsewhere(shop, by, found, since):
+  """The entries for what was exported of it, or of what stems from it.
+
+  That has another signer, and its persona under another key: other stores know
+  it by the name of what it was made of.
+  """
+  if by == 'key':
+    since = shop.catalog.clock() if since is None else since
+    return [(kind, id) for id, about in found.items()
+            if max(about['created'], trust.seen(shop, id)) >= since
+            for kind in ('artifact', 'root')]
+  return [('artifact', id) for id in found] if by == 'persona' else []
 
 
 def _wide(found):

@@ -129,7 +129,9 @@ def rows_of(*lengths):
   return dataclasses.replace(state, length=jnp.asarray(lengths, jnp.int32))
 
 
-def test_one_row_of_many(shop, monkeypatch):
+@pytest.mark.parametrize('at_hand', (True, False))
+def test_one_row_of_many(shop, monkeypatch, at_hand):
+  monkeypatch.setattr(background, '_at_hand', lambda state: at_hand)
   monkeypatch.setattr(background, '_BLOCK', 5)  # does not divide the capacity
   state = rows_of(24, 3, 21)
   with background.Minter(shop, state, most=1) as minter:

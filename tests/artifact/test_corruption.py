@@ -82,7 +82,10 @@ def write(place, old, new):
 
 
 def corrupt(case, kind, tries, rng):
-  """Returns {how: times accepted}; prints what was tried."""
+  """Returns {how: times accepted}; prints what was tried.
+
+  Whatever is raised that is no refusal is an abort.
+  """
   place = case.shop.place(case.id)
   for path in (place, *place.rglob('*')):
     path.chmod(0o700)
@@ -90,7 +93,7 @@ def corrupt(case, kind, tries, rng):
            for p in place.rglob('*') if p.is_file()}
   name = next(n for n in files if n.startswith(CLASSES[kind]))
   case.accepts()
-  accepted, tried = {}, {}
+  accepted, tried, aborts = {}, {}, []
   for _ in range(tries):
     new, how = damaged(files, name, rng)
     write(place, files, new)
@@ -100,10 +103,13 @@ def corrupt(case, kind, tries, rng):
       accepted[how] = accepted.get(how, 0) + 1
     except Refused:
       pass
+    except Exception as error:
+      aborts.append(f'{how}: {error!r}')
     write(place, new, files)
   case.accepts()
   print(f'corruptions of {kind}: tried {tries} ({tried}), accepted wrongly '
-        f'{sum(accepted.values())}, aborts 0')
+        f'{sum(accepted.values())}, aborts {len(aborts)}')
+  assert aborts == []
   return accepted
 
 

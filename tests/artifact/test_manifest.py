@@ -116,22 +116,26 @@ def mutants():
 @pytest.mark.parametrize('every', [
     3, pytest.param(1, marks=pytest.mark.slow)])
 def test_mutated_fields_are_refused(every):
-  tried = 0
+  tried, wrong = 0, []
   for path, name, value in itertools.islice(mutants(), 0, None, every):
-    with pytest.raises(Refused) as error:
+    try:
       manifest.parse(canonical.dumps(value))
-      raise AssertionError(f'{path} {name} was accepted')
-    assert error.value.code == 'E_MANIFEST', (path, name)
+      wrong.append((path, name))
+    except Refused as error:
+      assert error.code == 'E_MANIFEST', (path, name)
     tried += 1
   # Each field twice, in the text.
   data = canonical.dumps(example.MANIFEST)
   for key in example.MANIFEST:
     one = canonical.dumps({key: example.MANIFEST[key]})[1:-1]
-    with pytest.raises(Refused, match='one field|canonical'):
+    try:
       manifest.parse(data.replace(one, one + b',' + one, 1))
+      wrong.append((key, 'twice'))
+    except Refused as error:
+      assert 'one field' in error.detail or 'canonical' in error.detail
     tried += 1
-  print(f'manifest mutations: tried {tried}, accepted wrongly 0')
-  assert tried > 600
+  print(f'manifest mutations: tried {tried}, accepted wrongly {len(wrong)}')
+  assert tried > 600 and wrong == []
 
 
 @pytest.mark.parametrize('changes, text', [

@@ -17,7 +17,6 @@ from statejax.artifact import (
   collect,
   commit,
   installed,
-  objects,
   revoke,
   trust,
 )
@@ -202,8 +201,7 @@ MUTANTS = {
 @pytest.mark.slow
 @pytest.mark.parametrize('name', MUTANTS)
 def test_a_missing_sync_is_seen(tmp_path, monkeypatch, name):
-  for module in (commit, objects.commit, trust.commit, collect.commit):
-    monkeypatch.setattr(module, 'sync', only(MUTANTS[name]))
+  monkeypatch.setattr(commit, 'sync', only(MUTANTS[name]))
   recorder = record(tmp_path)
   monkeypatch.undo()
   wrong = {}

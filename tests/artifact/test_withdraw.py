@@ -108,6 +108,25 @@ def test_what_was_exported_before(shop, scope):
     assert bool(found) == gone, id
 
 
+def exported(number, parent, root):
+  """Manifest and id of what was exported, which another store alone has."""
+  return bare.about(number, provenance={
+      'root': root, 'depth': 1, 'how': 'exported',
+      'parents': [{'id': parent, 'role': 'exported'}]}), f'sj1-{number:064x}'
+
+
+def test_a_persona_follows_into_exports(shop, signer):  # noqa: F811
+  """There it stands under the key of the file."""
+  family = Family(shop)
+  withdraw.withdraw(shop, K2, ALICE, 'persona', signer=signer)
+  shop.catalog.bury(family.d)
+  for number, (id, gone) in enumerate(
+      ((family.a, True), (family.d, True), (family.f, False))):
+    about, away = exported(90 + number, id, id)
+    assert bool(revoke.match({'entries': revoked.published(shop, 'acme')},
+                             about, away)) == gone
+
+
 def test_a_family_of_several_owners(shop):
   """Its root's owner decides; where that is gone, whoever has all of it."""
   family = Family(shop)
@@ -193,7 +212,17 @@ def test_a_key_since_some_time(shop, signer, private):  # noqa: F811
   withdraw.withdraw(shop, bad.name, ALICE, 'key', signer=signer, since=made)
   assert hit()
   withdraw.withdraw(shop, bad.name, ALICE, 'key', signer=signer)
-  assert hit() and len(shop.catalog.revocations('acme')['entries']) == 1
+  entries = shop.catalog.revocations('acme')['entries']
+  assert hit() and [(e['kind'], e['value'], e['from']) for e in entries] == [
+      (kind, value, made) for kind, value in (
+          ('key', bad.name), ('artifact', id), ('root', id))]
+  # Also what was exported of it, or of what was made of it: signed by others.
+  child = bare.mint(shop, 2, provenance={'root': id, 'depth': 1, 'parents': [
+      {'id': id, 'role': 'state'}]}, parents=()).id
+  for number, parent in enumerate((id, child)):
+    about, away = exported(90 + number, parent, id)
+    assert revoke.match({'entries': revoked.published(shop, 'acme')}, about,
+                        away)
 
 
 def test_what_is_not_said_rightly(shop, signer):  # noqa: F811
