@@ -5,7 +5,7 @@
 For a tiny model of every registered mixer and a hybrid: batches of 64 rows
 with prompts, sampler keys and lengths of their own generate 100 tokens in one
 go, and again in two pieces; between them the state is saved, and a process that
-compiles its programs anew loads it and goes on. So at five places, from 1 to 99
+compiles its programs anew loads it and goes on. So at eight places, from 1 to 99
 tokens; at one place more each of 16 rows becomes an artifact of its own, which
 the other process loads with every check and puts into another slot. Tokens of
 the second piece and the digest of every leaf of every row are compared, to the
@@ -13,7 +13,8 @@ bit; nothing is counted twice. Random weights, temperature 0.8. One numerics id:
 same versions, device, batch and capacity. What was measured is kept: a run that
 was stopped goes on there.
 
-Expected: at least 1,000,000 tokens, 0 rows whose tokens or digest differ.
+Expected: at least 1,000,000 tokens after a stop, 0 rows whose tokens or digest
+differ.
 """
 
 import contextlib
@@ -37,7 +38,7 @@ OUT = flags.DEFINE_string(
     'out', 'experiments/results/resume_million.json', 'results')
 SMOKE = flags.DEFINE_bool('smoke', False, 'two families, few tokens')
 
-CUTS, MINT_CUT, MINTS = (1, 21, 38, 63, 99), 50, 16
+CUTS, MINT_CUT, MINTS = (1, 3, 5, 9, 21, 38, 63, 99), 50, 16
 EXPECTED = 1_000_000
 
 
@@ -155,9 +156,10 @@ def main(_):
            for name in ('tokens', 'resumed_tokens', 'runs', 'states',
                         'artifacts', 'mismatches')}
   claims = [
-      report.Row('tokens generated in one go and in two pieces',
-                 f'>= {EXPECTED:,}', f'{total["tokens"]:,} in '
-                 f'{total["runs"]:,} runs', total['tokens'] >= EXPECTED),
+      report.Row('tokens generated after a stop, of all that were',
+                 f'>= {EXPECTED:,}', f'{total["resumed_tokens"]:,} of '
+                 f'{total["tokens"]:,} in {total["runs"]:,} runs',
+                 total['resumed_tokens'] >= EXPECTED),
       report.Row('runs whose tokens or final leaves differ', '0',
                  f'{total["mismatches"]:,}', total['mismatches'] == 0)]
   lines = table(found)
