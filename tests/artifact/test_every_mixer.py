@@ -201,6 +201,7 @@ def test_schedules(name, schedule, tmp_path):
   model = model_of(MIXERS[name])
   schedule(small.store(tmp_path), model, model.init(jax.random.key(0)),
            model.init_state(1, CAPACITY))
+  jax.clear_caches()  # a process may map only so many programs
 
 
 def restart(shop, ids):
