@@ -19,8 +19,7 @@ training has left counts only, its misses are paired as they count worst.
 Expected: 600 of 600 with slots; without fallback what was evicted or never
 written is lost and nothing else, without locks what was protected; with
 shuffled labels no more than one answer given always; and the best rule is
-worse, by a paired bootstrap of the items of each seed. The results that are
-there are older: attention and delta at the rate of slots, nothing shuffled.
+worse, by a paired bootstrap of the items of each seed.
 """
 
 import dataclasses

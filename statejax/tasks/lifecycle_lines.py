@@ -53,13 +53,14 @@ class LifecycleLinesSource:
     return f'LifecycleLinesSource({self._way!r}, {self._text!r})'
 
   def __getitem__(self, index):
-    """Returns {lines, names, answer, want, object, alias, version, scenario}.
+    """Returns {lines, names, answer, scenario} and hints.
 
     lines: of the log, then of nothing, and last the question; events
       [73, 13], or tokens [73, 32], -1 behind the last. names: the name that a
       line or a question is about and the other one that it gives, alone:
       fields [73, 2, 7], or tokens [73, 2, 4]. answer: [5], 10 for none. The
-      hints are [73].
+      hints are [73]: want, object, alias, version; and figure [73, 5], what
+      each line says.
     """
     record = self._text.record(index)
     asked = record.questions[0]
@@ -68,10 +69,13 @@ class LifecycleLinesSource:
     hints = {n: np.full(LINES + 1, -1, np.int32)
              for n in ('object', 'alias', 'version')}
     hints['want'] = np.zeros(LINES + 1, np.int32)
+    hints['figure'] = np.full((LINES + 1, DIGITS), -1, np.int32)
     for i, x in enumerate(record.lines):
       hints['want'][i] = lifecycle_text.WANTED.get(x.kind, 0)
       hints['object'][i] = -1 if x.key is None else number(x.key)
       hints['alias'][i] = -1 if x.tag is None else number(x.tag)
+      if x.value is not None:
+        hints['figure'][i] = [int(d) for d in f'{x.value:05d}']
     hints['object'][-1] = number(asked.name)
     hints['version'][-1] = asked.kind == 'before'
     answer = ([10] * DIGITS if asked.answer is None else
