@@ -7,11 +7,11 @@ with prompts, sampler keys and lengths of their own generate 100 tokens in one
 go, and again in two pieces; between them the state is saved, and a process that
 compiles its programs anew loads it and goes on. So at eight places, from 1 to
 99 tokens; at one place more each of 16 rows becomes an artifact of its own,
-which the other process loads with every check and puts into another slot. Tokens of
-the second piece and the digest of every leaf of every row are compared, to the
-bit; nothing is counted twice. Random weights, temperature 0.8. One numerics id:
-same versions, device, batch and capacity. What was measured is kept: a run that
-was stopped goes on there.
+which the other process loads with every check and puts into another slot.
+Tokens of the second piece and the digest of every leaf of every row are
+compared, to the bit; nothing is counted twice. Random weights, temperature 0.8.
+One numerics id: same versions, device, batch and capacity. What was measured is
+kept: a run that was stopped goes on there.
 
 Expected: at least 1,000,000 tokens after a stop, 0 rows whose tokens or digest
 differ.
