@@ -66,8 +66,9 @@ class LifecycleLinesSource:
     asked = record.questions[0]
     names = {}
     number = lambda name: names.setdefault(name, len(names))
-    hints = {n: np.full(LINES + 1, -1, np.int32)
-             for n in ('object', 'alias', 'version')}
+    hints: dict[str, np.ndarray] = {
+        n: np.full(LINES + 1, -1, np.int32)
+        for n in ('object', 'alias', 'version')}
     hints['want'] = np.zeros(LINES + 1, np.int32)
     hints['figure'] = np.full((LINES + 1, DIGITS), -1, np.int32)
     for i, x in enumerate(record.lines):
