@@ -62,7 +62,8 @@ def commit(model, name, state, events):
   """Applies events to the slots of a layer; pure, for use inside `jax.jit`.
 
   What the model has decided and not committed yet, and would undo them, is
-  dropped: see `statejax.ops.lifecycle.overruled`.
+  dropped: see `statejax.ops.lifecycle.overruled`. An expired slot is none: a
+  write makes a new object, in its place or elsewhere.
 
   Args:
     model: `LanguageModel`.
@@ -94,12 +95,20 @@ def _commit(rules, held, length, events):
       events.time < 0, length[:, None], events.time))
   fields = [f.name for f in dataclasses.fields(sl.Bank)]
   flat = jax.tree.map(lambda x: x[0], held)
-  before = sl.Bank(**{n: getattr(flat, n) for n in fields})
+  held = sl.Bank(**{n: getattr(flat, n) for n in fields})
+  # Hidden from edits as from reads, but left for the stream to empty: an edit
+  # of one slot changes no other. A PURGE gets at what is still there.
+  purged = jnp.any((events.op == sl.PURGE)[..., None] & jax.nn.one_hot(
+      events.slot, rules.slots, dtype=bool), axis=1)
+  gone = (held.expires >= 0) & (length[:, None] >= held.expires) & ~purged
+  before = dataclasses.replace(
+      held, status=jnp.where(gone, sl.EMPTY, held.status))
   bank, receipts = lifecycle.commit(
-      # Expiry is the stream's: an edit of one row empties no slot of another.
       rules, before, events, jnp.full_like(length, -1))
   flat = layer.drop(flat, lifecycle.overruled(
       rules, before, bank, events, receipts, layer.waiting(flat)))
+  bank = dataclasses.replace(bank, status=jnp.where(
+      gone & (bank.oid == held.oid), held.status, bank.status))
   flat = dataclasses.replace(flat, **{n: getattr(bank, n) for n in fields})
   return jax.tree.map(lambda x: x[None], flat), receipts
 

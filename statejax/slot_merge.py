@@ -69,12 +69,11 @@ def steps(rules, ours, theirs, *, lengths, principal: int,
   _require_like(ours, theirs)
   here, there = ([held for held in (
       slot_facts.of(bank, m) for m in range(rules.slots))
-                  if held.status != 'empty' and held.owner == principal]
-                 for bank in (ours, theirs))
+                  if held.status != 'empty' and held.owner == principal
+                  and not 0 <= held.expires <= length]
+                 for bank, length in zip((ours, theirs), lengths))
   late: list[slot_facts.Slot] = []
   for held in there:
-    if 0 <= held.expires <= lengths[1]:
-      continue
     found, twins = ([x for x in side if x.key == held.key]
                     for side in (here, there))
     if not held.key or held.status == 'quarantined':

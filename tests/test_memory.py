@@ -306,6 +306,55 @@ def test_what_can_be_seen():
   assert 'values' not in memory.export(state, redact=True)['slots'][0]
 
 
+def expired():
+  """Four slots of which the second has expired, and nothing has emptied it."""
+  memory, state = begun()
+  state, _ = memory.alias(params(), state, 1, [16])
+  state, _ = memory.write(params(), state, [3, 13], key=[13], value=[23])
+  state, _ = memory.expire(state, 1, ttl=1)
+  return memory, heard(state, [1], [1])[1]
+
+
+@pytest.mark.parametrize('op', [
+    'delete', 'lock', 'quarantine', 'rollback', 'expire', 'alias', 'overwrite'])
+def test_what_has_expired_is_nothing_to_edit(op):
+  memory, state = expired()
+  calls = {'rollback': lambda s: memory.rollback(s, 1),
+           'expire': lambda s: memory.expire(s, 1, ttl=9),
+           'alias': lambda s: memory.alias(params(), s, 1, [17]),
+           'overwrite': lambda s: memory.overwrite(
+               params(), s, 1, 1, [3, 11], key=[11], value=[9])}
+  new, receipt = calls.get(op, lambda s: getattr(memory, op)(s, 1))(state)
+  assert receipt.outcome == 'missing' and not changed(state, new)
+
+
+def test_what_is_renewed_after_it_has_expired_stays():
+  """A new object, in the slot of the old one: nobody else has to go."""
+  memory, state = expired()
+  new, receipt = memory.write(params(), state, [3, 11], key=[11], value=[21, 7])
+  assert (receipt.outcome, receipt.slot, receipt.evicted) == ('committed', 1, -1)
+  assert (receipt.version, receipt.old_version, receipt.oid) == (1, 0, 4)
+  assert {at[2] for at in changed(state, new) if at[0] == 'value'} <= {1}
+  late = after_all(heard(new, [1] * 9, [])[1])
+  assert [s.slot for s in memory.list(late)] == [0, 1, 2, 3]
+  assert memory.read(late, key=[11])[0] == (21, 7)
+  assert memory.list(late)[1].expires == -1
+  # The name went with the old one, and is free for another.
+  assert memory.alias(params(), late, 0, [16])[1].outcome == 'committed'
+  # Any other new object takes the place as well.
+  new, receipt = memory.write(params(), state, [3, 19], key=[19], value=[9])
+  assert (receipt.slot, receipt.evicted) == (1, -1)
+  assert [s.key for s in memory.list(new)] == [(10,), (19,), (12,), (13,)]
+
+
+def test_what_has_expired_can_be_purged():
+  memory, state = expired()
+  host = dataclasses.replace(memory, host=True)
+  new, receipt = host.purge(state, 1)
+  assert receipt.outcome == 'committed' and receipt.oid == 1
+  assert not np.asarray(new.layers['memory'].value[0, 0, 1]).any()
+
+
 def test_mistakes_are_named():
   memory, state = begun()
   with pytest.raises(ValueError, match='expected a version of 1 down to 1'):

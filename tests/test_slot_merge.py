@@ -166,6 +166,11 @@ def test_what_is_protected_stays():
   theirs, _ = MEMORY.expire(newer, 1, ttl=1)
   assert merge(base(), theirs)[1] == {11: 'committed'}
   assert merge(base(), later(theirs, 1))[1] == {}
+  # What has expired here stands in nobody's way.
+  ours = later(MEMORY.expire(newer, 1, ttl=1)[0], 1)
+  new, found = merge(ours, base())
+  assert found == {11: 'committed'}
+  assert (slots(new)[11].slot, slots(new)[11].version) == (3, 1)
   other = dataclasses.replace(MEMORY, principal=5)
   theirs = write(base(), 13, [1], other)
   assert merge(base(), theirs)[1] == {}
