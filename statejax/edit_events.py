@@ -77,8 +77,11 @@ def commit(model, name, state, events):
     `Memory.noted` writes them down.
 
   Raises:
-    ValueError: events of another number of rows.
+    ValueError: a layer without slots, or events of another number of rows.
   """
+  if not isinstance(state.layers.get(name), layer.SlotsState):
+    raise ValueError(f'name: expected a slot layer of {list(state.layers)}, '
+                     f'got {name!r}.')
   if events.op.ndim != 2 or events.op.shape[0] != st.rows(state):
     raise ValueError(f'events: expected [{st.rows(state)}, E], as many rows as '
                      f'the state has, got {events.op.shape}.')

@@ -14,21 +14,18 @@ without a journal, edits that differ in content only leave the same witness.
 
 import dataclasses
 import functools
-import hashlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from statejax import edit_events, slot_facts, slot_merge
+from statejax import edit_events, edit_marks, slot_facts, slot_merge
 from statejax import model as lm
 from statejax import state as st
-from statejax.artifact import digest
 from statejax.artifact.journal import Journal, object_name
 from statejax.edit_events import commit
 from statejax.layers import slots as layer
 from statejax.ops import slots as sl
-from statejax.ops import witness
 from statejax.slot_facts import integer
 
 
@@ -106,6 +103,9 @@ class Memory:
       raise ValueError(f'memory: expected the name of one slot layer, got '
                        f'{self.layer!r}; this model has {have}.')
     object.__setattr__(self, 'layer', want[0])
+    if not isinstance(self.journal, Journal | None):
+      raise ValueError('journal: expected a statejax.artifact.journal.Journal '
+                       f'or None, got {self.journal!r}.')
     if self.principal is not None:
       object.__setattr__(self, 'principal', integer(
           'principal', self.principal, -1))
@@ -137,8 +137,8 @@ class Memory:
     bank = self._row_bank(state, row)
     found = (slot_facts.of(bank, m) for m in range(self.config.rules.slots))
     return slot_facts.matching(
-        [s for s in found
-         if s.status != 'empty' and not _expired(s, state, row)], where)
+        [s for s in found if s.status != 'empty'
+         and not slot_facts.expired(s, int(state.length[row]))], where)
 
   def read(self, state, slot=None, row=0, version=None, *, key=None):
     """Returns the tokens of a slot's value, and the value [V].
@@ -159,7 +159,7 @@ class Memory:
     bank = self._row_bank(state, row)
     slot = self._keyed(state, row, key) if slot is None else self._number(slot)
     held = slot_facts.of(bank, slot)
-    if _expired(held, state, row):
+    if slot_facts.expired(held, int(state.length[row])):
       raise ValueError(f'slot {slot}, row {row}: expected a live one, got one '
                        f'that has expired at {held.expires} tokens.')
     ago = 0 if version is None else held.version - integer(
@@ -175,13 +175,14 @@ class Memory:
     """The number of the one slot whose key is spelled so."""
     found = [s.slot for s in self.list(state, row, key=key)]
     if len(found) != 1:
-      raise ValueError(f'key {list(map(int, key))}, row {row}: expected one '
+      raise ValueError(f'key {list(key)}, row {row}: expected one '
                        f'slot of it, got {found or "none"}; name a slot.')
     return found[0]
 
   def diff(self, left, right, row=0):
     """Returns {slot: (before, after)} of slots that differ, `Slot` each."""
     a, b = (self._row_bank(state, row) for state in (left, right))
+    slot_merge.require_like(a, b)
     out = {}
     for m in range(self.config.rules.slots):
       one, other = slot_facts.of(a, m), slot_facts.of(b, m)
@@ -197,13 +198,19 @@ class Memory:
       row: of the state.
       fields: of `Slot`; None is all of them.
       redact: whether the tokens of keys and values are left out.
+
+    Raises:
+      ValueError: what no slot has, or is both asked for and left out.
     """
-    fields = slot_facts.FIELDS if fields is None else tuple(fields)
+    row, drop = self._row(state, row), ('key', 'values') if redact else ()
+    if fields is None:
+      fields = [n for n in slot_facts.FIELDS if n not in drop]
     slot_facts.known(fields or ('none',))
-    drop = ('key', 'values') if redact else ()
+    if set(fields) & set(drop):
+      raise ValueError('fields: expected neither key nor values where they are '
+                       f'redacted, got {list(fields)}.')
     return {'layer': self.layer, 'length': int(state.length[row]), 'slots': [
-        {n: getattr(s, n) for n in fields if n not in drop}
-        for s in self.list(state, row)]}
+        {n: getattr(s, n) for n in fields} for s in self.list(state, row)]}
 
   def untouched(self, state, slot, row=0):
     """Whether a slot's object is what this journal's edits have made of it.
@@ -434,6 +441,8 @@ class Memory:
     Returns:
       The state and a `Receipt` of each row that the edit was for.
     """
+    if op not in sl.OPS:
+      raise ValueError(f'op: expected one of {", ".join(sl.OPS)}; got {op!r}.')
     found, out = jax.device_get(receipts), []
     for row in np.flatnonzero(found.outcome[:, 0] != sl.UNUSED).tolist():
       one = {f.name: int(getattr(found, f.name)[row, 0])
@@ -464,7 +473,10 @@ class Memory:
     return length + integer('ttl', ttl, 1, slot_facts.MOST - length)
 
   def _tokens(self, tokens, most, what):
-    tokens = np.asarray(tokens)
+    try:
+      tokens = np.asarray(tokens)
+    except ValueError:  # ragged
+      tokens = np.asarray(tokens, object)
     vocab = self.model.config.vocab
     if (tokens.ndim != 1 or not 0 < tokens.size <= most
         or tokens.dtype.kind not in 'iu' or (tokens < 0).any()
@@ -510,8 +522,8 @@ class Memory:
       self.journal.append(entry)
     if not receipt.changed:
       return new, receipt
-    return marked(new, row, entry), dataclasses.replace(
-        receipt, mark=mark(entry))
+    return edit_marks.marked(new, row, entry), dataclasses.replace(
+        receipt, mark=edit_marks.mark(entry))
 
   def _commitments(self, old, new, receipt):
     if self.journal is None or receipt.slot < 0 or receipt.oid < 0:
@@ -545,34 +557,6 @@ class Memory:
             'token log', 'forks and artifacts')
 
 
-def mark(entry) -> str:
-  """Returns what stands for an edit's entry, 64 hex digits.
-
-  A row is known by its witness, not by its place: one that is forked or moved
-  and edited there is the same as one that was edited before.
-  """
-  told = {name: x for name, x in entry.items() if name != 'row'}
-  return hashlib.sha256(
-      b'statejax.ext.v1\0' + digest.canonical(told)).hexdigest()
-
-
-def element(entry) -> int:
-  """What an edit's entry adds to a witness; no token is that large."""
-  first = bytes.fromhex(mark(entry))[:4]
-  return 2 ** 30 + int.from_bytes(first, 'little') % 2 ** 30
-
-
-def marked(state, row, entry):
-  """Returns the state whose row's witness has absorbed an edit's entry."""
-  count = (np.arange(st.rows(state)) == row).astype(np.int32)
-  return dataclasses.replace(state, witness=_absorb(
-      state.witness, np.full((st.rows(state), 1), element(entry), np.int32),
-      count))
-
-
-_absorb = jax.jit(witness.absorb)
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _scratch(model, name, params, tokens, parts, n_valid):
   """{'key': [K], 'value': [V]} that the last token of a statement, which has
@@ -585,10 +569,6 @@ def _scratch(model, name, params, tokens, parts, n_valid):
   held = lm.forward(model, params, state, tokens, n_valid,
                     hints=hints)[1].layers[name]
   return {'key': held.want_key[0, 0, 0], 'value': held.want_value[0, 0, 0]}
-
-
-def _expired(slot, state, row):
-  return 0 <= slot.expires <= int(state.length[row])
 
 
 def _reason(text):

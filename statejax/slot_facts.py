@@ -95,19 +95,26 @@ def _as_field(name, x):
     return x
   if name not in ('key', 'values', 'source'):
     return integer(name, x, -1)
+  whole = lambda xs: tuple(integer(name, t, -1) for t in xs)
   try:
-    return tuple(map(tuple, x)) if name == 'values' else tuple(x)
-  except TypeError:
+    return tuple(map(whole, x)) if name == 'values' else whole(x)
+  except (TypeError, ValueError):
     raise ValueError(f'{name}: expected {"lists of " * (name == "values")}'
                      f'integers, got {x!r}.') from None
 
 
+def expired(slot, length) -> bool:
+  """Whether a slot is hidden where its row has absorbed `length` tokens."""
+  return 0 <= slot.expires <= length
+
+
 def known(fields):
   """Raises ValueError unless these are names of fields of `Slot`."""
-  wrong = sorted(set(fields) - set(FIELDS))
+  wrong = fields if isinstance(fields, str) else sorted(
+      {str(x) for x in fields} - set(FIELDS))
   if wrong:
-    raise ValueError(f'fields: expected some of {", ".join(FIELDS)}; got '
-                     f'{", ".join(map(str, wrong))}.')
+    raise ValueError(f'fields: expected a list of some of {", ".join(FIELDS)}; '
+                     f'got {wrong!r}.')
 
 
 def integer(what: str, x, least: int, most: int = MOST) -> int:

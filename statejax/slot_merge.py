@@ -66,11 +66,11 @@ def steps(rules, ours, theirs, *, lengths, principal: int,
   Raises:
     ValueError: banks of different shapes.
   """
-  _require_like(ours, theirs)
+  require_like(ours, theirs)
   here, there = ([held for held in (
       slot_facts.of(bank, m) for m in range(rules.slots))
                   if held.status != 'empty' and held.owner == principal
-                  and not 0 <= held.expires <= length]
+                  and not slot_facts.expired(held, length)]
                  for bank, length in zip((ours, theirs), lengths))
   late: list[slot_facts.Slot] = []
   for held in there:
@@ -118,14 +118,15 @@ def _taken(theirs, held, slot, lengths, host):
   return Step(m, sl.COMMITTED, slot, fields, exact, gone)
 
 
-def _require_like(ours, theirs):
+def require_like(ours, theirs):
+  """Raises ValueError unless two banks have the same fields and shapes."""
   for field in dataclasses.fields(sl.Bank):
     one, other = (getattr(bank, field.name) for bank in (ours, theirs))
     if (one.shape, one.dtype) != (other.shape, other.dtype):
       raise ValueError(
           f'other: {field.name}: expected {one.dtype} {list(one.shape[1:])} in '
           f'a row, as of this model, got {other.dtype} '
-          f'{list(other.shape[1:])}; slots merge within one model.')
+          f'{list(other.shape[1:])}; slots compare within one model.')
 
 
 def taken(memory, state, row, step, brought):

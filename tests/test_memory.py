@@ -332,7 +332,8 @@ def test_what_is_renewed_after_it_has_expired_stays():
   """A new object, in the slot of the old one: nobody else has to go."""
   memory, state = expired()
   new, receipt = memory.write(params(), state, [3, 11], key=[11], value=[21, 7])
-  assert (receipt.outcome, receipt.slot, receipt.evicted) == ('committed', 1, -1)
+  assert (receipt.outcome, receipt.slot) == ('committed', 1)
+  assert receipt.evicted == -1
   assert (receipt.version, receipt.old_version, receipt.oid) == (1, 0, 4)
   assert {at[2] for at in changed(state, new) if at[0] == 'value'} <= {1}
   late = after_all(heard(new, [1] * 9, [])[1])
@@ -355,6 +356,15 @@ def test_what_has_expired_can_be_purged():
   assert not np.asarray(new.layers['memory'].value[0, 0, 1]).any()
 
 
+def wider():
+  """Another model, with more slots."""
+  more = dataclasses.replace(SLOTS, rules=dataclasses.replace(RULES, slots=5))
+  return lm.LanguageModel(dataclasses.replace(
+      MODEL.config, layers=tuple(
+          dataclasses.replace(x, mixer=more) if x.name == 'memory' else x
+          for x in MODEL.config.layers)))
+
+
 def test_mistakes_are_named():
   memory, state = begun()
   with pytest.raises(ValueError, match='expected a version of 1 down to 1'):
@@ -374,6 +384,27 @@ def test_mistakes_are_named():
     memory.expire(state, 1, ttl=-3)
   with pytest.raises(ValueError, match='expect: expected 0 to .*, got -7'):
     memory.delete(state, 1, expect=-7)
+  other = wider().init_state(2, 32)
+  gone, none = memory.events('delete', np.array([True, False])), [None]
+  mistakes = {
+      'key: expected integers, got': lambda: memory.read(state, key='sky'),
+      'key: expected integers, got .None': lambda: memory.list(state, key=none),
+      'row: expected an integer .* got 1.5': lambda: memory.export(state, 1.5),
+      'list of some of .* got .key': lambda: memory.export(state, fields='key'),
+      'redacted': lambda: memory.export(state, fields=['key'], redact=True),
+      'value: expected 1 to 3': lambda: memory.write(
+          params(), state, [1], key=[1], value=[[1], [1, 2]]),
+      'other: .* expected': lambda: memory.diff(state, other),
+      'journal: expected': lambda: mem.Memory(MODEL, journal='edits'),
+      'name: expected a slot layer': lambda: mem.commit(
+          MODEL, 'kda', state, gone),
+      'op: expected one of .* .foo': lambda: memory.noted(
+          state, state, 'foo', None),
+      'slot: expected an integer': lambda: forget.plan(memory, state, 'x'),
+      'slot: expected 0 to 3': lambda: forget.purge(memory, state, 7)}
+  for text, call in mistakes.items():
+    with pytest.raises(ValueError, match=text):
+      call()
   broken = jax.tree.map(lambda x: x * jnp.nan, params())
   with pytest.raises(ValueError, match='expected a finite key and value'):
     memory.write(broken, state, [1], key=[1], value=[1])

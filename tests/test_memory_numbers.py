@@ -112,7 +112,7 @@ def test_what_is_looked_for():
   assert [s.slot for s in memory.list(state, key=[12], version=2)] == [2]
   assert memory.list(state, key=[12], version=1) == []
   for where, why in (
-      ({'statuses': 'live'}, 'fields: .*got statuses'),
+      ({'statuses': 'live'}, 'fields: .*got .*statuses'),
       ({'status': 'alive'}, "status: expected one of empty, .*; got 'alive'"),
       ({'lock': 2}, 'lock: expected one of open, stream, host; got 2'),
       ({'version': '2'}, "version: expected an integer .*, got '2'"),
@@ -134,10 +134,10 @@ def test_what_is_looked_for():
     memory.read(twice, key=[11])
   some = memory.export(state, fields=('slot', 'values', 'owner'))['slots'][0]
   assert some == {'slot': 0, 'values': ((20, 7),), 'owner': 0}
-  assert memory.export(state, fields=('slot', 'values'), redact=True)[
+  assert memory.export(state, fields=('slot',), redact=True)[
       'slots'][0] == {'slot': 0}
   for fields, why in ((('salt',), 'salt'), ((), 'none')):
-    with pytest.raises(ValueError, match=f'fields: .*got {why}'):
+    with pytest.raises(ValueError, match=f'fields: .*got .*{why}'):
       memory.export(state, fields=fields)
 
 

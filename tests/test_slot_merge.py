@@ -10,9 +10,9 @@ import pytest
 from test_memory import MODEL, after_all, blank, changed, heard, params
 
 from statejax import config as c
+from statejax import edit_marks, slot_facts
 from statejax import memory as mem
 from statejax import model as lm
-from statejax import slot_facts
 from statejax.artifact import journal as jn
 from statejax.artifact import names
 from statejax.ops import slots as sl
@@ -252,7 +252,7 @@ def test_it_is_written_down(tmp_path):
     assert entry['after'] == book.commitment(
         jn.object_name(entry), slot_facts.plain(memory._row_bank(new, 0), slot))
   assert memory.untouched(new, 3)
-  edits = [(0, mem.mark(entry)) for entry in book.entries]
+  edits = [(0, edit_marks.mark(entry)) for entry in book.entries]
   assert [r.mark for r in receipts] == [mark for _, mark in edits[-2:]]
   assert names.lanes(np.asarray(new.witness[0])) == names.witness([], edits)
   assert 'layers/kda/matrix' in receipts[0].carriers

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 import numpy as np
 
-from statejax import memory as mem
+from statejax import edit_marks
 from statejax import state as st
 from statejax.forget import receipt as rc
 from statejax.forget import span as sp
@@ -129,7 +129,7 @@ def _check_log(held, state, log, edits, row):
           f'tokens, got one of row {edit.entry["row"]} at {stop}.')
     mark = rc.absorb(mark, log[at - first:stop - first])
     if edit.entry['outcome'] in ('committed', 'refreshed'):
-      mark = rc.absorb(mark, np.array([mem.element(edit.entry)]))
+      mark = rc.absorb(mark, np.array([edit_marks.element(edit.entry)]))
     at = stop
   if not rc.stands(state, row, rc.absorb(mark, log[at - first:])):
     raise ValueError(

@@ -10,6 +10,7 @@ from statejax.forget import receipt as rc
 from statejax.layers import slots as layer
 from statejax.ops import lifecycle
 from statejax.ops import slots as sl
+from statejax.slot_facts import integer
 
 # What deleting a slot empties, and what purging it does not.
 _DELETED = ('value', 'span', 'source', 'salience')
@@ -47,9 +48,7 @@ def plan(memory, state, slot, row=0):
   """
   state_row = st.take(state, row)
   bank = jax.device_get(memory.bank(state_row))
-  if not 0 <= slot < bank.status.shape[1]:
-    raise ValueError(f'slot: expected 0 to {bank.status.shape[1] - 1}, got '
-                     f'{slot}.')
+  slot = integer('slot', slot, 0, bank.status.shape[1] - 1)
   # What has expired is hidden, and still there until the next commit.
   if bank.status[0, slot] == sl.EMPTY:
     raise ValueError(f'slot {slot}, row {row}: expected an object, got an '
@@ -96,8 +95,8 @@ def purge(memory, state, slot, row=0, **where):
 
   Args: as of `suppress`; wants the host's capability.
   """
-  there = 0 <= slot < memory.config.rules.slots and (
-      memory.bank(state).status[row, slot] != sl.EMPTY)
+  slot = integer('slot', slot, 0, memory.config.rules.slots - 1)
+  there = memory.bank(state).status[row, slot] != sl.EMPTY
   alone = there and plan(memory, state, slot, row).mode == 'purge'
   new, edit = memory.purge(state, slot, row=row, **where)
   fields = [f.name for f in dataclasses.fields(sl.Bank)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from statejax import memory as mem
+from statejax import edit_marks
 from statejax import state as st
 from statejax.forget import receipt as rc
 from statejax.ops.delta_rule import delta_rule
@@ -136,7 +136,7 @@ def revoke(model, state, spot, *, row=0, journal=None):
       n.endswith('matrix[0]') for n in cleared) else 'none'
   receipt = rc.make('revoke', state, row, (begin, end), scope, cleared, absent,
                      every, dropped=dropped)
-  return mem.marked(new, row, rc.noted(receipt, journal)), receipt
+  return edit_marks.marked(new, row, rc.noted(receipt, journal)), receipt
 
 
 def _first(model, state, row, end):
