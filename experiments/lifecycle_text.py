@@ -306,22 +306,33 @@ def without_fallback(memory, params):
 def in_mid_stream(memory, params, seed, rows=8):
   """What interruptions do to `rows` logs of the scenario 'base'.
 
+  Each log has two questions, about two keys, asked apart of the same state.
+
   Returns:
     {'restored': rows whose logits after save and restore are the same bits,
-     'edited': rows that answer what the host wrote into their state,
-     'others': rows that another row's edit leaves the same bits}.
+     'edited': rows that answer what the host wrote over the first key,
+     'beside': of these, those that answer about the second key as before,
+     'undone': of these, those that a rollback gives the logits of before, bit
+       by bit,
+     'others': edits that leave all other rows the same bits,
+     'journal': whether it says these edits and nothing else, in order}.
   """
   import numpy as np
 
-  from statejax.artifact import serving
+  from statejax.artifact import journal, serving
   from statejax.memory import Memory
   from statejax.tasks import lifecycle_text as task
   model = language_model(memory)
-  source = task.LifecycleTextSource(rows, 3000 + seed, 'test', length=LONG,
-                                    scenarios=('base',))
+  room = LONG + 64  # the longest logs have no place for a second question
+  source = task.LifecycleTextSource(rows, 3000 + seed, 'test', length=room,
+                                    scenarios=('base',), questions=2)
   batch = next(batches(source, rows))
   tokens, stop = batch['tokens'], words.encode(words.STOP)[0]
-  ask = np.argmax(batch['targets'] >= 0, axis=1)
+  spots = [np.flatnonzero(row >= 0) for row in batch['targets']]
+  ask = np.array([x[0] for x in spots])
+  # What follows the first answer asks again.
+  answered = np.array([x[np.argmax(np.diff(x) > 1)] + 1 for x in spots])
+  again = np.array([x[np.argmax(np.diff(x) > 1) + 1] for x in spots])
   ends = [np.flatnonzero(row[:at] == stop) for row, at in zip(tokens, ask)]
   last = np.array([e[-1] + 1 for e in ends])  # the log
   half = np.array([e[len(e) // 2] - 3 for e in ends])  # within a line
@@ -333,10 +344,11 @@ def in_mid_stream(memory, params, seed, rows=8):
       part[row, :end[row] - begin[row]] = tokens[row, begin[row]:end[row]]
     return model.step(params, state, part, end - begin)
 
-  def answer(state):
-    """The five tokens that follow, each fed back, and all their logits."""
-    logits, state = piece(state, last, ask + 1)
-    at = (ask - last)[:, None, None]
+  def answer(state, begin=last, end=ask):
+    """The five tokens that follow a question, each fed back, and all their
+    logits."""
+    logits, state = piece(state, begin, end + 1)
+    at = (end - begin)[:, None, None]
     logits = np.take_along_axis(np.asarray(logits), at, axis=1)[:, 0]
     said, seen = [], []
     for _ in range(5):
@@ -347,29 +359,40 @@ def in_mid_stream(memory, params, seed, rows=8):
     return np.stack(said, axis=1), np.stack(seen, axis=1)
 
   zero = np.zeros(rows, np.int64)
-  _, held = piece(model.init_state(rows, LONG), zero, half)
+  _, held = piece(model.init_state(rows, room), zero, half)
   with tempfile.TemporaryDirectory() as place:
     path = pathlib.Path(place) / 'state'
     serving.save_state(path, model, params, held)
     back = serving.load_state(path, model, params)
   logs = [piece(state, half, last)[1] for state in (held, back)]
-  (said, plain), (_, again) = (answer(x) for x in logs)
+  (_, plain), (_, kept) = (answer(x) for x in logs)
+  beside = answer(logs[0], answered, again)[0]
   same = lambda x: (x.view(np.uint32) == plain.view(np.uint32)).all((1, 2))
 
-  edited, others, editor = 0, 0, Memory(model)
-  for row in range(rows):
-    key = words.name(source.record(row).questions[0].key)
-    value = words.value(12345 + row)
-    statement = f'word is {key} now holds {value} promptly .'
-    state, receipt = editor.write(
-        params, logs[0], words.encode(statement), key=words.encode(key),
-        value=words.encode(value), row=row)
-    new, seen = answer(state)
-    edited += receipt.changed and words.decode(new[row]) == value
-    rest = np.arange(rows) != row
-    others += bool(same(seen)[rest].all())
-  return {'restored': int(same(again).sum()), 'edited': int(edited),
-          'others': others, 'rows': rows}
+  found = {'rows': rows, 'restored': int(same(kept).sum())} | dict.fromkeys(
+      ('edited', 'beside', 'undone', 'others'), 0)
+  with tempfile.TemporaryDirectory() as place:
+    book = journal.Journal(pathlib.Path(place) / 'journal')
+    editor = Memory(model, journal=book)
+    for row in range(rows):
+      key = words.name(source.record(row).questions[0].key)
+      value = words.value(12345 + row)
+      statement = f'word is {key} now holds {value} promptly .'
+      state, receipt = editor.write(
+          params, logs[0], words.encode(statement), key=words.encode(key),
+          value=words.encode(value), row=row)
+      new, seen = answer(state)
+      rest = np.arange(rows) != row
+      found['others'] += bool(same(seen)[rest].all())
+      found['edited'] += receipt.changed and words.decode(new[row]) == value
+      found['beside'] += bool((answer(state, answered, again)[0][row]
+                               == beside[row]).all())
+      state, _ = editor.rollback(state, receipt.slot, row=row)
+      found['undone'] += bool(same(answer(state)[1])[row])
+    found['journal'] = [(e['op'], e['row'], e['outcome']) for e in (
+        book.entries)] == [(op, row, 'committed') for row in range(rows)
+                           for op in ('write', 'rollback')]
+  return found
 
 
 def facts(name):
@@ -423,11 +446,17 @@ def claims(counts, seconds, stream, gains, count):
         all(a < b for a, b in zip(got, best)))
   for name, told in (('restored', 'logits after save and restore, same bits'),
                      ('edited', 'answers to what a host wrote'),
+                     ('beside', 'answers about another key of that log, kept'),
+                     ('undone', 'rolled back: the same bits as before'),
                      ('others', 'edits that leave all other rows the same bits')
                      ) if stream else ():
     got = [x[name] for x in stream]
     add(told, f'{stream[0]["rows"]} of {stream[0]["rows"]}', show(got),
         min(got) == stream[0]['rows'])
+  if stream:
+    got = [x['journal'] for x in stream]
+    add('the journal says these edits and no others', 'yes', show(
+        'yes' if x else 'no' for x in got), all(got))
   return rows
 
 
