@@ -5,6 +5,8 @@ import functools
 import numpy as np
 import pytest
 
+from experiments import event_models
+from statejax import model
 from statejax.tasks import lifecycle_events as le
 
 SIZE = 1600
@@ -137,3 +139,23 @@ def test_is_a_function_of_seed_and_index():
     le.LifecycleEventsSource(0, 0)
   with pytest.raises(IndexError, match='item 50 of 50'):
     again[50]
+
+
+@pytest.mark.slow
+def test_one_batch_is_learned_by_heart(monkeypatch):
+  """A training that cannot do this has a hole, whatever else it scores."""
+  class Same(le.LifecycleEventsSource):
+
+    def __init__(self, size, seed, length=72):
+      super().__init__(size, 0, length)
+
+    def __getitem__(self, index):
+      return super().__getitem__(index % 32)
+
+  monkeypatch.setattr(le, 'LifecycleEventsSource', Same)
+  mixers = (event_models.HEADS,) * 2
+  params, _ = event_models.train(mixers, 0, 120)
+  (events, answer, _), = event_models.batches(32, 0, 32)
+  logits, _ = event_models.answers(
+      model.LanguageModel(event_models.config(mixers)), params, events, {})
+  assert (np.argmax(logits, axis=-1) == answer).all()
