@@ -314,6 +314,8 @@ def in_mid_stream(memory, params, seed, rows=8):
      'beside': of these, those that answer about the second key as before,
      'undone': of these, those that a rollback gives the logits of before, bit
        by bit,
+     'waited': edits that overruled a line which no commit had seen, and which a
+       rollback therefore does not bring back,
      'others': edits that leave all other rows the same bits,
      'journal': whether it says these edits and nothing else, in order}.
   """
@@ -370,7 +372,7 @@ def in_mid_stream(memory, params, seed, rows=8):
   same = lambda x: (x.view(np.uint32) == plain.view(np.uint32)).all((1, 2))
 
   found = {'rows': rows, 'restored': int(same(kept).sum())} | dict.fromkeys(
-      ('edited', 'beside', 'undone', 'others'), 0)
+      ('edited', 'beside', 'undone', 'waited', 'others'), 0)
   with tempfile.TemporaryDirectory() as place:
     book = journal.Journal(pathlib.Path(place) / 'journal')
     editor = Memory(model, journal=book)
@@ -381,6 +383,9 @@ def in_mid_stream(memory, params, seed, rows=8):
       state, receipt = editor.write(
           params, logs[0], words.encode(statement), key=words.encode(key),
           value=words.encode(value), row=row)
+      before, after = (np.asarray(x.layers['memory'].want)[0, row]
+                       for x in (logs[0], state))
+      found['waited'] += bool((before != after).any())
       new, seen = answer(state)
       rest = np.arange(rows) != row
       found['others'] += bool(same(seen)[rest].all())
@@ -447,13 +452,16 @@ def claims(counts, seconds, stream, gains, count):
   for name, told in (('restored', 'logits after save and restore, same bits'),
                      ('edited', 'answers to what a host wrote'),
                      ('beside', 'answers about another key of that log, kept'),
-                     ('undone', 'rolled back: the same bits as before'),
                      ('others', 'edits that leave all other rows the same bits')
                      ) if stream else ():
     got = [x[name] for x in stream]
     add(told, f'{stream[0]["rows"]} of {stream[0]["rows"]}', show(got),
         min(got) == stream[0]['rows'])
   if stream:
+    want = [x['rows'] - x['waited'] for x in stream]
+    got = [x['undone'] for x in stream]
+    add('rolled back, if no line of it waited: the same bits as before',
+        show(want), show(got), got == want)
     got = [x['journal'] for x in stream]
     add('the journal says these edits and no others', 'yes', show(
         'yes' if x else 'no' for x in got), all(got))
