@@ -266,6 +266,16 @@ def is_store() -> bool:
   return (pathlib.Path(STORE.value) / 'STORE.json').is_file()
 
 
+def flag_lines(names) -> list[str]:
+  """Returns a line for each flag: its name, what it is for, its default."""
+  found = []
+  for name in sorted(names):
+    flag = flags.FLAGS[name]
+    usual = '' if flag.default in (None, '', []) else f' [{flag.default}]'
+    found.append(f'  --{name}: {flag.help}{usual}')
+  return found
+
+
 def shop(*, make: bool = False):
   """Returns the `objects.Store` of the flags.
 

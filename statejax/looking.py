@@ -15,6 +15,7 @@ def show(key):
     may = _may_resume(folder, who)
     print('\n'.join([
         *desk.describe(found),
+        *_opens(found),
         f'  may {asking.PRINCIPAL.value} of '
         f'{asking.ORG.value or "no organisation"} resume it here: {may}',
         f'  does it fit here: {_fits(found)}']))
@@ -63,7 +64,8 @@ def verify(key):
                       'files': 'match their digests', **result}))
   if not asking.is_store():
     print(f'{key}: files that match, and nobody was asked who vouches for them;'
-          ' name a store with --store', file=sys.stderr)
+          ' name a store with --store, or ask python -m '
+          f'statejax.artifact.verify {key} --root=...', file=sys.stderr)
     sys.exit(3)
   if not verified or result['resume'] != 'yes' or result.get(
       'load', '').startswith('refused'):
@@ -98,6 +100,11 @@ def _examined(key, who):
     found = desk.examine(shop, who.granted_for or key, who, 'inspect')
     yield found, shop.place(found.id)
     return
+  if asking.flag('root') is not None and not asking.is_store():
+    raise ValueError('--root: expected a store, whose trust documents and lists '
+                     f'say who counts, got none at {asking.STORE.value}; ask '
+                     f'without one: python -m statejax.artifact.verify {key} '
+                     f'--root={asking.flag("root")} --trust=... --crl=...')
   with verify.opened(key) as folder:
     if asking.is_store():
       yield desk.known(asking.shop(), folder), folder
@@ -113,6 +120,23 @@ def _may_resume(folder, who):
             'with --store')
   fault = desk.obstacle(asking.shop(), folder, who)
   return 'yes' if fault is None else f'no, {fault}'
+
+
+def _opens(found):
+  """A line on the key of an artifact that is sealed."""
+  from statejax.artifact import sealing
+  from statejax.artifact.outcome import Refused
+  if found.about['sealed'] == 'none':
+    return []
+  if not asking.is_store():
+    return [f'  does its key open here: not tried, there is no store at '
+            f'{asking.STORE.value}; its key is with the organisation '
+            f'{found.about["governance"]["org"]} and in grants of it']
+  try:
+    sealing.data_key(asking.shop(), found.id, found.about)
+  except Refused as error:
+    return [f'  does its key open here: no, {error.detail}']
+  return ['  does its key open here: yes']
 
 
 def _fits(found):

@@ -10,8 +10,7 @@
   python -m statejax.main show runs/a
   python -m statejax.main doctor
 
-Without anything else, `state` and `memory` say what they take; their flags are
-among those of --helpfull.
+`state --help` and `memory --help` say what there is, with a verb what it takes.
 """
 
 import codecs
@@ -235,11 +234,24 @@ def main(argv):
 
 def run():
   """Entry point."""
+  if _explained(sys.argv[1:]):
+    return
   import jax
   jax.config.config_with_absl()
   # It reports every kind of device that is not there.
   logging.getLogger('jax._src.xla_bridge').setLevel(logging.WARNING)
   app.run(main)
+
+
+def _explained(argv):
+  """Prints what `state` or `memory` takes, where that is asked."""
+  words = [x for x in argv if not x.startswith('-')]
+  verbs = {'state': states, 'memory': memories}
+  if not {'--help', '-h', '-help'} & {*argv} or not words or (
+      words[0] not in verbs):
+    return False
+  print(verbs[words[0]].explain(*words[1:2]))
+  return True
 
 
 if __name__ == '__main__':

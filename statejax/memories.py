@@ -121,13 +121,26 @@ def usage() -> str:
           'artifact, diff and merge two of them, journal a directory of edits')
 
 
+def explain(verb: str = '') -> str:
+  """What the command takes, or one verb with its flags, for a person."""
+  if verb not in _VERBS:
+    return f'{__doc__}\n{usage()}; memory VERB --help says what a verb takes.'
+  needs, may = _VERBS[verb]
+  return '\n'.join([f'memory {verb}', ' needs', *asking.flag_lines(needs),
+                    ' takes', *asking.flag_lines(may | _uses(verb))])
+
+
+def _uses(verb):
+  return (set() if verb in BOOKS else _LOOK | _STORE) | (
+      _EDIT if verb in EDITS else _PAIR if verb in PAIRS else set())
+
+
 def run(verb: str, *targets: str):
   """Runs one verb; raises ValueError with one line for a user's mistake."""
   if verb not in _VERBS:
     raise ValueError(f'memory {verb}: expected one of {", ".join(_VERBS)}.')
   needs, may = _VERBS[verb]
-  uses = {*needs, *may} | (set() if verb in BOOKS else _LOOK | _STORE) | (
-      _EDIT if verb in EDITS else _PAIR if verb in PAIRS else set())
+  uses = {*needs, *may} | _uses(verb)
   for name in sorted(ALL - uses):
     if flags.FLAGS[name].present:
       raise ValueError(f'--{name}: memory {verb} does not use it.')

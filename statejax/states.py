@@ -162,11 +162,19 @@ def usage() -> str:
           'rights')
 
 
+def explain(verb: str = '') -> str:
+  """What the command takes, or one verb with its flags, for a person."""
+  if verb not in USES:
+    return f'{__doc__}\n{usage()}; state VERB --help says what a verb takes.'
+  return '\n'.join([f'state {verb}: {VERBS[verb].__doc__}', *asking.flag_lines(
+      USES[verb] | OWN)])
+
+
 def run(verb: str, *target: str):
   """Runs one verb; raises ValueError with one line for a user's mistake."""
   if verb not in USES or len(target) != (
       0 if verb in WHOLE else 2 if verb in PAIRS else 1):
-    raise ValueError(f'usage: {usage()}.')
+    raise ValueError(f'usage: {usage()}; see state --help.')
   given = {name for name in ALL if flags.FLAGS[name].present}
   for name in sorted(given - USES[verb] - OWN):
     raise ValueError(f'--{name}: state {verb} does not use it.')

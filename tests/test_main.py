@@ -91,6 +91,18 @@ def test_mistakes(run, monkeypatch, tmp_path, argv, text):
   assert re.search(text, err) and err.count('\n') == 1
 
 
+def test_help_of_a_verb(monkeypatch, capsys):
+  for argv, texts in (
+      (['state', 'mint', '--help'], ['--acl', '--export', '--prompt', 'never']),
+      (['state', '--help'], ['python -m statejax.main state mint', 'VERB']),
+      (['memory', 'write', '-h'], ['needs', '--statement', '--ttl']),
+      (['memory', '--help'], ['python -m statejax.main memory list'])):
+    monkeypatch.setattr('sys.argv', ['main', *argv])
+    main.run()
+    out = capsys.readouterr().out
+    assert all(text in out for text in texts), argv
+
+
 def test_train_goes_on(run, workdir):
   status, out, err = run(*TRAIN, f'--workdir={workdir}')
   assert status == 0 and 'resumed from step 4' in err

@@ -2,8 +2,11 @@
 """
 
 import json
+import os
+import sqlite3
 import time
 
+import pytest
 from test_main import run  # noqa: F401
 from test_main_state import model, state  # noqa: F401
 
@@ -51,6 +54,45 @@ def test_verify_says_what_ends_it(
     assert found['revoked'] == f'by artifact {one}'
     assert found['resume'].startswith('no, E_REVOKED')
     assert found['expired'] == 'no'
+
+
+def test_a_file_and_nobody_to_ask(state, tmp_path):  # noqa: F811
+  state('mint', 'chat', '--workdir=x', '--prompt=ab', '--tokens=3')
+  one, = (tmp_path / 'store' / 'objects').glob('*/*')
+  for verb in ('show', 'verify'):
+    code, _, err = state(verb, str(one), '--store=none', '--root=root.pub')
+    assert code == 2 and 'expected a store, whose trust documents' in err
+    assert 'statejax.artifact.verify' in err
+  code, _, err = state('verify', str(one), '--store=none')
+  assert code == 3 and 'statejax.artifact.verify' in err
+  # A seal that opens with a key, or not.
+  pytest.importorskip('cryptography')
+  mine = ['--org=acme', '--export=org']
+  state('mint', 'shut', '--workdir=x', '--prompt=ab', '--tokens=3', *mine)
+  assert 'does its key open here: yes' in state('show', 'shut', '--org=acme')[1]
+  place, = {*(tmp_path / 'store' / 'objects').glob('*/*')} - {one}
+  for store, said in (('none', 'not tried, there is no store'),
+                      ('there', 'no, expected key art-')):
+    others = [f'--store={tmp_path}/{store}', f'--secrets={tmp_path}/others']
+    out = state('show', str(place), *others, '--org=acme')
+    assert f'does its key open here: {said}' in out[1]
+    others[0] = f'--store={tmp_path}/there'
+    state('mint', 'x', '--workdir=x', '--prompt=ab', '--tokens=1', *others)
+
+
+@pytest.mark.parametrize('name, change, code, text', [
+    ('statvfs', lambda path: os.statvfs_result((4096, 1024, *(0,) * 9)),
+     'E_NOSPACE', 'expected room for a row of the log'),
+    ('access', lambda *_: False, 'E_IO', 'a log that can be written to')])
+def test_a_store_that_takes_no_row(
+    state, tmp_path, monkeypatch, name, change, code, text):  # noqa: F811
+  state('mint', 'chat', '--workdir=x', '--prompt=ab', '--tokens=3')
+  def broken(*_, **options):
+    raise sqlite3.OperationalError('disk I/O error')
+  monkeypatch.setattr(sqlite3, 'connect', broken)
+  monkeypatch.setattr(os, name, change)
+  found, out, err = state('show', 'chat')
+  assert (found, out) == (2, '') and f'{code}: ' in err and text in err
 
 
 def test_a_damaged_one_gives_its_name_back(state, tmp_path):  # noqa: F811

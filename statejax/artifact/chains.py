@@ -6,6 +6,8 @@ See `catalog`. Imports no jax.
 import contextlib
 import hashlib
 import json
+import os
+import pathlib
 import re
 import sqlite3
 import time
@@ -19,6 +21,7 @@ _GENESIS = '0' * 64
 BINDS = '''(instr(body, '"action":"listed"') > 0
   or instr(body, '"action":"used"') > 0)'''
 EVERY = 256  # rows of the audit log
+ALONE = "show and verify of an artifact's own directory or file"
 _TABLES = f'''
 create table if not exists art (
   id text primary key, mint_key text not null unique, bytes integer not null,
@@ -102,8 +105,7 @@ class Chains:
     except sqlite3.Error as error:
       if hasattr(self, '_base'):
         self.close()
-      raise Refused('E_IO', f'{path}: expected a catalog, got {error}'
-                    ) from error
+      raise _unopened(pathlib.Path(path), error) from error
 
   def close(self):
     """Closes the file."""
@@ -254,6 +256,22 @@ class Chains:
     """Whether the audit log still has the row of a receipt, unchanged."""
     row = self._one('select hash from audit where seq = ?', (receipt.seq,))
     return row is not None and row[0] == receipt.head
+
+
+def _unopened(path, error):
+  """Why a catalog cannot be opened: SQLite calls all of it an error of the
+  disk."""
+  try:
+    room = os.statvfs(path.parent)
+  except OSError:
+    room = None
+  if room and room.f_bavail * room.f_frsize < 65536:
+    return Refused('E_NOSPACE', f'{path}: expected room for a row of the log, '
+                   f'which every verb adds, got none ({error})')
+  if room and not os.access(path if path.exists() else path.parent, os.W_OK):
+    return Refused('E_IO', f'{path}: expected a log that can be written to, as '
+                   f'every verb adds a row, got none; {ALONE} need no store')
+  return Refused('E_IO', f'{path}: expected a catalog, got {error}')
 
 
 def _link(table, previous, body):

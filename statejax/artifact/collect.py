@@ -11,6 +11,7 @@ from statejax.artifact import (
   access,
   commit,
   foreign,
+  home,
   installed,
   layout,
   manifest,
@@ -193,6 +194,10 @@ def check(shop) -> list[str]:
       wrong.append(str(error))
   wrong += [] if wrong else installed.check(shop) + told.check(shop)
   total = 0
+  try:
+    home.require(shop)
+  except Refused as error:  # told once, and not of each artifact
+    return [*wrong, str(error)]
   for id in shop.catalog.objects():
     try:
       place = shop.place(id)

@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 
+from statejax.artifact import layout
 from statejax.artifact.outcome import Refused
 
 
@@ -22,6 +23,8 @@ def elsewhere(shop) -> str:
   Raises:
     Refused: E_IO: the note is damaged.
   """
+  if not have(shop):
+    return ''  # these secrets are not to be noted as its own
   here = {'store': str(shop.path),
           'secrets': os.path.abspath(shop.secrets.path)}
   noted = _noted(shop)
@@ -38,6 +41,27 @@ def elsewhere(shop) -> str:
       shop.catalog.forget_expected()
   shop.secrets.note(_name(shop), json.dumps(here))
   return ''
+
+
+def have(shop) -> bool:
+  """Whether the secrets are those of the store, or it needs none yet."""
+  # Made with the first artifact; another one would know none of them.
+  if shop.secrets.find(f'store-{shop.id}') is not None:
+    return True
+  if any(shop.path.glob(f'objects/*/*/{layout.MAC}')):
+    return False
+  # One that has only taken in what others have made has keys to that.
+  return any(shop.secrets.names(f'{kind}-{shop.id[:16]}-')
+             for kind in ('art', 'data', 'pushed')) or not (
+                 shop.catalog.expected() or shop.catalog.condemned())
+
+
+def require(shop):
+  """Raises E_IO unless the secrets are those of the store."""
+  if not have(shop):
+    raise Refused('E_IO', f'{shop.secrets.path}: expected the secret of the '
+                  f'store {shop.path}, got none; name the directory of its '
+                  'secrets (--secrets)')
 
 
 def _name(shop):

@@ -89,8 +89,8 @@ def said():
 def check_ref(name: str):
   """Raises ValueError unless a text can name an artifact."""
   if not _NAME.fullmatch(name) or name.startswith('sj1-'):
-    raise ValueError('ref: expected letters, digits, "_", ".", "-", "/" and no '
-                     f'id, got {name[:80]!r}.')
+    raise ValueError('ref: expected at most 128 letters, digits, "_", ".", "-" '
+                     f'and "/", and no id, got {len(name)}: {name[:80]!r}.')
 
 
 def _secret(file):
@@ -280,10 +280,13 @@ class Store:
   def shred(self):
     """Destroys the secrets that the catalog has condemned; see `shred`.
 
-    Not from a copy of the store, which has them too: there they wait.
+    Not from a copy of the store, which has them too, nor by secrets that are
+    not its own: there they wait.
     """
     names = self.catalog.condemned()
-    for name in () if not names or home.elsewhere(self) else names:
+    if not names or not home.have(self) or home.elsewhere(self):
+      return
+    for name in names:
       self.secrets.destroy(name)
       self.catalog.settle(name)
 
@@ -311,14 +314,8 @@ class Store:
     Raises:
       Refused: E_IO: it is not among these secrets.
     """
-    name = f'store-{self.id}'
-    # Made with the first artifact; another one would know none of them.
-    if self.secrets.find(name) is None and any(
-        self.path.glob(f'objects/*/*/{layout.MAC}')):
-      raise Refused('E_IO', f'{self.secrets.path}: expected the secret of the '
-                    f'store {self.path}, got none; name the directory of its '
-                    'secrets')
-    return self.secrets.get(name)
+    home.require(self)
+    return self.secrets.get(f'store-{self.id}')
 
   def place(self, id: str) -> pathlib.Path:
     """Returns the directory of an artifact.

@@ -4,8 +4,8 @@ import dataclasses
 
 # Code -> what is wrong; what to do.
 CODES = {
-    'E_LAYOUT': 'the directory holds what an artifact never holds; '
-                'fetch the artifact again',
+    'E_LAYOUT': 'it is not laid out as an artifact is, or was cut short; '
+                'fetch it again',
     'E_LIMIT': 'larger than what is accepted here; raise the quota if you '
                'trust it',
     'E_MANIFEST': 'the manifest is not one that this version writes; '
@@ -47,7 +47,7 @@ CODES = {
     'E_WITNESS': 'the state does not stand where its tokens say; '
                  'throw it away and absorb again',
     'E_NOSPACE': 'no room on the disk; free some and try again',
-    'E_IO': 'the disk failed; look at it before you try again',
+    'E_IO': 'reading or writing failed; see to what it names, and try again',
     'W_CHUNK': 'another chunk grid: equal within tolerance',
     'W_NUMERICS': 'another program or machine: equal within tolerance',
     'W_TOOLS': 'more tools than it was made with',

@@ -34,9 +34,10 @@ def condemn(shop, chosen) -> str:
     chosen: (id, manifest) -> whether its keys shall go.
 
   Returns:
-    why they stay, in words, where this is a copy; '' else.
+    why they stay, in words, where this is a copy or the secrets are not those
+    of the store; '' else.
   """
-  kept, gone = _kept(shop), set()
+  kept, gone = _known(shop), set()
   there = shop.catalog.objects() if kept else {}
   for id in there:
     try:
@@ -69,7 +70,7 @@ def condemn_one(shop, folder) -> str:
   except (Refused, OSError):
     return ''  # `sweep` ends it
   id = manifest.artifact_id(data)
-  names = _names(shop, id, about) & _kept(shop)
+  names = _names(shop, id, about) & _known(shop)
   if not shop.catalog.knows(id):
     names &= shop.catalog.expected().keys()
   return _condemn(shop, names)
@@ -111,6 +112,10 @@ def sweep(shop, grace: int):
 
 
 def _condemn(shop, names):
+  if names and not home.have(shop):
+    shop.catalog.condemn(sorted(names))
+    return (f'{len(names)} keys stay until it is opened with its own secrets '
+            f'(--secrets): {shop.secrets.path} has none of them')
   store = home.elsewhere(shop) if names else ''
   if not store:
     shop.catalog.condemn(sorted(names))
@@ -129,6 +134,8 @@ def _names(shop, id, about):
   return names
 
 
-def _kept(shop):
-  return {name for beginning in (sealing.own_name(shop, ''), 'data-', 'pushed-')
-          for name in shop.secrets.names(beginning)}
+def _known(shop):
+  """The secrets that are here, and those that are where the store's own are."""
+  return shop.catalog.expected().keys() | {
+      name for beginning in (sealing.own_name(shop, ''), 'data-', 'pushed-')
+      for name in shop.secrets.names(beginning)}

@@ -96,6 +96,27 @@ def test_deleted_or_revoked_in_a_copy(shop, tmp_path):
   assert opens(shop, one) and not opens(shop, two)
 
 
+def test_without_its_secrets(shop, tmp_path):
+  """What is revoked or deleted there is told to wait."""
+  one, two, three = (add(shop, i) for i in range(3))
+  others = objects.Secrets(tmp_path / 'others')
+  blind = objects.Store(shop.path, others, clock=shop.catalog.clock)
+  with pytest.raises(ValueError, match='deleted here, but 1 keys stay until'):
+    desk.delete(blind, one, ALICE)
+  with pytest.raises(ValueError, match='it is revoked here, but 1 keys stay'):
+    withdraw.withdraw(blind, two, ALICE)
+  shop.catalog.move('keep', three, 0)
+  collect.collect(blind.again(), grace=0)
+  assert len(shop.secrets.names(sealing.OWN)) == 3
+  assert [text.count('--secrets') for text in collect.check(blind)] == [1]
+  assert code_of(lambda: blind.secret) == 'E_IO'
+  assert not others.names('store-') and not others.names('home-')
+  # Whoever opens it with them ends it.
+  shop = shop.again()
+  assert len(shop.secrets.names(sealing.OWN)) == 1 and opens(shop, three)
+  assert not shop.catalog.condemned() and collect.check(shop) == []
+
+
 def test_a_copy_that_mints_first(shop, tmp_path):
   copy = copied(shop, tmp_path / 'copy')
   theirs, mine = add(copy, 1), add(shop, 2)
