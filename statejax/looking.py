@@ -101,9 +101,9 @@ def _examined(key, who):
     yield found, shop.place(found.id)
     return
   if asking.flag('root') is not None and not asking.is_store():
-    raise ValueError('--root: expected a store, whose trust documents and lists '
-                     f'say who counts, got none at {asking.STORE.value}; ask '
-                     f'without one: python -m statejax.artifact.verify {key} '
+    raise ValueError('--root: expected a store, whose trust documents say who '
+                     f'counts, got none at {asking.STORE.value}; ask without '
+                     f'one: python -m statejax.artifact.verify {key} '
                      f'--root={asking.flag("root")} --trust=... --crl=...')
   with verify.opened(key) as folder:
     if asking.is_store():

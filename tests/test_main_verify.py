@@ -61,7 +61,7 @@ def test_a_file_and_nobody_to_ask(state, tmp_path):  # noqa: F811
   one, = (tmp_path / 'store' / 'objects').glob('*/*')
   for verb in ('show', 'verify'):
     code, _, err = state(verb, str(one), '--store=none', '--root=root.pub')
-    assert code == 2 and 'expected a store, whose trust documents' in err
+    assert code == 2 and 'a store, whose trust documents say' in err
     assert 'statejax.artifact.verify' in err
   code, _, err = state('verify', str(one), '--store=none')
   assert code == 3 and 'statejax.artifact.verify' in err
