@@ -21,7 +21,7 @@ the vector of the line must tell. Without these, and with a convolution for each
 channel alone, chunks answered 24 of 100 (`--seeds=1 --steps=600`, old reader).
 
 Expected: of each scenario all but 1 % in each way, or 5 % of the harder ones;
-the three ways differ by a point of all at most. As it is now, not run yet.
+the three ways differ by a point of all at most.
 """
 
 import dataclasses
