@@ -1,5 +1,7 @@
 """A system of which one call fails: the k-th, with an error of choice.
 
+Or from then on all calls of its kind do, or all calls.
+
 Counted are the calls of `os` that a store makes, opening, reading, writing and
 closing of files, locks, and statements of the catalog. A write that fails has
 written a half. What C code calls by itself is not seen.
@@ -15,12 +17,21 @@ import sqlite3
 import threading
 
 ERRORS = ('ENOSPC', 'EIO', 'EMFILE', 'EINTR')
+# What else a disk, its quota, a server or a lack of rights may answer.
+MORE_ERRORS = (*ERRORS, 'EDQUOT', 'EROFS', 'ENOMEM', 'ENFILE', 'EACCES',
+               'ESTALE', 'ETIMEDOUT', 'EBUSY')
+FULL = ('ENOSPC', 'EDQUOT')
+LASTS = ('once', 'such calls', 'all calls')
 _CALLS = ('open', 'fsync', 'rename', 'replace', 'link', 'mkdir', 'unlink',
           'remove', 'rmdir', 'listdir', 'scandir', 'stat', 'lstat', 'chmod',
           'truncate', 'statvfs')
 # What SQLite calls them.
 _NAMES = {'ENOSPC': 'SQLITE_FULL', 'EIO': 'SQLITE_IOERR',
-          'EMFILE': 'SQLITE_CANTOPEN', 'EINTR': 'SQLITE_BUSY'}
+          'EMFILE': 'SQLITE_CANTOPEN', 'EINTR': 'SQLITE_BUSY',
+          'EDQUOT': 'SQLITE_FULL', 'EROFS': 'SQLITE_READONLY',
+          'ENOMEM': 'SQLITE_NOMEM', 'ENFILE': 'SQLITE_CANTOPEN',
+          'EACCES': 'SQLITE_PERM', 'ESTALE': 'SQLITE_IOERR',
+          'ETIMEDOUT': 'SQLITE_IOERR', 'EBUSY': 'SQLITE_BUSY'}
 
 
 class System:
@@ -28,12 +39,12 @@ class System:
 
   Attributes:
     count: calls so far.
-    failed: the call that was made to fail, '' for none.
+    failed: the first call that was made to fail, '' for none.
   """
 
-  def __init__(self, number=-1, error='EIO'):
+  def __init__(self, number=-1, error='EIO', lasts='once'):
     self.count, self.failed = 0, ''
-    self._number, self._error = number, error
+    self._number, self._error, self._lasts = number, error, lasts
     self._lock, self._on = threading.Lock(), False
 
   def due(self, call):
@@ -42,10 +53,11 @@ class System:
       if not self._on:
         return False
       self.count += 1
-      if self.count - 1 != self._number:
-        return False
-      self.failed = call
-      return True
+      if self.count - 1 == self._number:
+        self.failed = call
+        return True
+      return self.failed != '' and (self._lasts == 'all calls' or (
+          self._lasts == 'such calls' and call == self.failed))
 
   def meet(self, call):
     if self.due(call):

@@ -1,10 +1,9 @@
-"""Every call of the system fails once, with every error; see `faults`.
+"""Every call of the system fails, with every error; see `faults`.
 
 Each time the caller gets E_NOSPACE, E_IO or a plain OSError, nothing is half
 there, what was kept before is still there, and a retry succeeds.
 """
 
-import itertools
 import os
 import random
 import shutil
@@ -18,7 +17,6 @@ from statejax.artifact.access import Principal
 from statejax.artifact.outcome import Refused
 
 ALICE = Principal('alice', 'acme')
-QUICK = 1  # of so many calls one fails in the quick run
 
 
 def descriptors():
@@ -225,49 +223,71 @@ def attempt(case, system):
   return None
 
 
-def every_call(case, errors, step=1, rng=None, start=0):
-  """Lets every `step`-th call fail; returns (calls, faults, refusals)."""
+def every_call(case, draws):
+  """Lets every call fail; returns (faults tried, of which told).
+
+  Args:
+    case: `Case`.
+    draws: function of a call's number: [(error, how long it lasts), ..].
+  """
   case.prepare()
   warm = faults.System()
   assert attempt(case, warm) is None
   case.done()
   tried = told = 0
+  # 'half done': it is there although it failed, or not although it was not; or
+  # a retry fails. 'lost': what was there before, or the books are wrong.
+  # 'aborts': the caller gets anything but what it is promised.
+  wrong = {'half done': [], 'lost': [], 'aborts': []}
   before = descriptors()
-  start = rng.randrange(step) if rng else start
-  for number, error in itertools.product(
-      range(start, warm.count, step), errors):
-    if rng:
-      error = rng.choice(faults.ERRORS)
-    case.prepare()
-    system = faults.System(number, error)
-    got = attempt(case, system)
-    tried += bool(system.failed)
-    where = f'{type(case).__name__}: call {number}, {system.failed}: {error}'
-    try:
-      if got is not None:
-        told, case.told = told + 1, got
-        code = getattr(got, 'code', 'E_IO')
-        assert code in ('E_NOSPACE', 'E_IO'), got
-        assert code == 'E_IO' or error == 'ENOSPC', got
-        case.undone()
-        attempt_again = attempt(case, faults.System())
-        assert attempt_again is None, attempt_again
-      case.done()
-      cleaned(case.shop, case.kept)
-      assert not case.closes or descriptors() <= before, 'a file is left open'
-    except Exception as found:
-      raise AssertionError(f'{where}; the caller got {got!r}') from found
+  for number in range(warm.count):
+    for error, lasts in draws(number):
+      case.prepare()
+      system, got, kind = faults.System(number, error, lasts), None, 'aborts'
+      try:
+        got = attempt(case, system)
+        tried += bool(system.failed)
+        if got is not None:
+          told, case.told = told + 1, got
+          code = getattr(got, 'code', 'E_IO')
+          assert code in ('E_NOSPACE', 'E_IO'), got
+          assert code == 'E_IO' or error in faults.FULL, got
+          kind = 'half done'
+          case.undone()
+          again = attempt(case, faults.System())
+          assert again is None, again
+        kind = 'half done'
+        case.done()
+        kind = 'lost'
+        cleaned(case.shop, case.kept)
+        assert not case.closes or descriptors() <= before, (
+            'a file is left open')
+      except Exception as found:
+        wrong[kind].append(
+            f'{type(case).__name__}: call {number}, {system.failed}: {error} '
+            f'({lasts}); the caller got {got!r}: {found!r}')
   print(f'{type(case).__name__}: {warm.count} calls, faults tried {tried}, '
-        f'told {told}, half done 0, lost 0, aborts 0')
+        f'told {told}, ' + ', '.join(
+            f'{kind} {len(found)}' for kind, found in wrong.items()))
+  assert not any(wrong.values()), [one for found in wrong.values()
+                                   for one in found[:3]]
   return tried
 
 
 @pytest.mark.parametrize('kind', CASES)
 def test_a_call_fails(memory, kind):
-  assert every_call(kind(memory), ('EIO',), QUICK, random.Random(0))
+  rng = random.Random(0)
+  assert every_call(kind(memory), lambda number: [
+      (rng.choice(faults.ERRORS), 'once')])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('kind', CASES)
-def test_every_call_fails(tmp_path, kind):
-  assert every_call(kind(tmp_path), faults.ERRORS)
+def test_every_call_fails(memory, kind):
+  """Each call twenty times: with each error, then with any, for any time."""
+  rng = random.Random(1)
+  def draws(number):
+    return [(error, 'once') for error in faults.ERRORS] + [
+        (rng.choice(faults.MORE_ERRORS), rng.choice(faults.LASTS))
+        for _ in range(20 - len(faults.ERRORS))]
+  assert every_call(kind(memory), draws)

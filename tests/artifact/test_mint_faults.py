@@ -5,6 +5,7 @@ to store. Calls of Orbax's own threads fail too; it must be told as well.
 import random
 import resource
 
+import faults
 import pytest
 import small_store as small
 from test_faults import Case, cleaned, every_call
@@ -23,7 +24,6 @@ pytestmark = [pytest.mark.slow, *(pytest.mark.filterwarnings(text) for text in (
     'ignore::pytest.PytestUnhandledThreadExceptionWarning'))]
 
 
-STEP = 1  # every call, with an error by chance
 ROUNDS = 20  # of a full disk, at every 20th call; another one in each
 
 
@@ -122,7 +122,9 @@ def kind(request):
 
 
 def test_every_call_fails(tmp_path, kind):
-  assert every_call(kind(tmp_path), ('EIO',), STEP, random.Random(0))
+  rng = random.Random(0)
+  assert every_call(kind(tmp_path), lambda number: [
+      (rng.choice(faults.ERRORS), 'once')])
 
 
 def test_the_disk_is_full(memory, kind):
@@ -130,8 +132,9 @@ def test_the_disk_is_full(memory, kind):
   tried = 0
   for start in range(ROUNDS):
     (memory / str(start)).mkdir()
-    tried += every_call(kind(memory / str(start)), ('ENOSPC',), ROUNDS,
-                        start=start)
+    tried += every_call(
+        kind(memory / str(start)), lambda number, start=start: [
+            ('ENOSPC', 'once')] * (number % ROUNDS == start))
   print(f'{kind.__name__}, the disk is full: {ROUNDS} rounds, tried {tried}')
   assert tried >= 5 * ROUNDS
 
