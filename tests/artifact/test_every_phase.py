@@ -311,7 +311,8 @@ class Schedule:
   """
 
   def __init__(self, one, shop, seed):
-    self.one, self.shop, self.rng = one, shop, random.Random(seed)
+    self.one, self.shop = one, shop
+    self.rng = random.Random(f'{one.kinds} {seed}')
     self.alone = self.state = one.fresh()
     self.tokens, self.id = [], ''
     self.events = collections.Counter()
