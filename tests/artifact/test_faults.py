@@ -17,6 +17,7 @@ from statejax.artifact.access import Principal
 from statejax.artifact.outcome import Refused
 
 ALICE = Principal('alice', 'acme')
+ROUNDS = 20
 
 
 def descriptors():
@@ -223,62 +224,82 @@ def attempt(case, system):
   return None
 
 
-def every_call(case, draws):
-  """Lets every call fail; returns (faults tried, of which told).
+def every_call(cases, draws):
+  """Lets every call fail; returns how many faults were tried.
 
   Args:
-    case: `Case`.
-    draws: function of a call's number: [(error, how long it lasts), ..].
+    cases: `Case` of one kind, each for one round over all calls.
+    draws: function of (round, number of a call): [(error, how long it lasts),
+      ..].
   """
-  case.prepare()
-  warm = faults.System()
-  assert attempt(case, warm) is None
-  case.done()
-  tried = told = 0
+  tried = told = calls = 0
   # 'half done': it is there although it failed, or not although it was not; or
   # a retry fails. 'lost': what was there before, or the books are wrong.
   # 'aborts': the caller gets anything but what it is promised.
   wrong = {'half done': [], 'lost': [], 'aborts': []}
-  before = descriptors()
-  for number in range(warm.count):
-    for error, lasts in draws(number):
-      case.prepare()
-      system, got, kind = faults.System(number, error, lasts), None, 'aborts'
-      try:
-        got = attempt(case, system)
-        tried += bool(system.failed)
-        if got is not None:
-          told, case.told = told + 1, got
-          code = getattr(got, 'code', 'E_IO')
-          assert code in ('E_NOSPACE', 'E_IO'), got
-          assert code == 'E_IO' or error in faults.FULL, got
-          kind = 'half done'
-          case.undone()
-          again = attempt(case, faults.System())
-          assert again is None, again
-        kind = 'half done'
-        case.done()
-        kind = 'lost'
-        cleaned(case.shop, case.kept)
-        assert not case.closes or descriptors() <= before, (
-            'a file is left open')
-      except Exception as found:
-        wrong[kind].append(
-            f'{type(case).__name__}: call {number}, {system.failed}: {error} '
-            f'({lasts}); the caller got {got!r}: {found!r}')
-  print(f'{type(case).__name__}: {warm.count} calls, faults tried {tried}, '
-        f'told {told}, ' + ', '.join(
+  for turn, case in enumerate(cases):
+    case.prepare()
+    warm = faults.System()
+    assert attempt(case, warm) is None
+    case.done()
+    calls, before = calls + warm.count, descriptors()
+    for number in range(warm.count):
+      for error, lasts in draws(turn, number):
+        system = faults.System(number, error, lasts)
+        failed, got = one_fault(case, system, error, before)
+        tried, told = tried + bool(system.failed), told + (got is not None)
+        for kind, found in failed:
+          wrong[kind].append(
+              f'{type(case).__name__}: call {number}, {system.failed}: {error} '
+              f'({lasts}); the caller got {got!r}: {found!r}')
+  print(f'{type(case).__name__}: {turn + 1} rounds, {calls} calls, faults '
+        f'tried {tried}, told {told}, ' + ', '.join(
             f'{kind} {len(found)}' for kind, found in wrong.items()))
   assert not any(wrong.values()), [one for found in wrong.values()
                                    for one in found[:3]]
   return tried
 
 
+def one_fault(case, system, error, before):
+  """Returns ([(what is wrong, the exception)], what the caller got)."""
+  case.prepare()
+  got, kind = None, 'aborts'
+  try:
+    got = attempt(case, system)
+    if got is not None:
+      case.told = got
+      code = getattr(got, 'code', 'E_IO')
+      assert code in ('E_NOSPACE', 'E_IO'), got
+      assert code == 'E_IO' or error in faults.FULL, got
+      kind = 'half done'
+      case.undone()
+      again = attempt(case, faults.System())
+      assert again is None, again
+    kind = 'half done'
+    case.done()
+    kind = 'lost'
+    cleaned(case.shop, case.kept)
+    assert not case.closes or descriptors() <= before, 'a file is left open'
+  except Exception as found:
+    return [(kind, found)], got
+  return [], got
+
+
 @pytest.mark.parametrize('kind', CASES)
 def test_a_call_fails(memory, kind):
   rng = random.Random(0)
-  assert every_call(kind(memory), lambda number: [
+  assert every_call([kind(memory)], lambda turn, number: [
       (rng.choice(faults.ERRORS), 'once')])
+
+
+def fresh(kind, path, rounds):
+  """Yields a case in a new store; logs that grow make each call slower."""
+  for turn in range(rounds):
+    (path / f'{turn}').mkdir()
+    case = kind(path / f'{turn}')
+    yield case
+    case.shop.catalog.close()
+    shutil.rmtree(path / f'{turn}')
 
 
 @pytest.mark.slow
@@ -286,8 +307,8 @@ def test_a_call_fails(memory, kind):
 def test_every_call_fails(memory, kind):
   """Each call twenty times: with each error, then with any, for any time."""
   rng = random.Random(1)
-  def draws(number):
-    return [(error, 'once') for error in faults.ERRORS] + [
-        (rng.choice(faults.MORE_ERRORS), rng.choice(faults.LASTS))
-        for _ in range(20 - len(faults.ERRORS))]
-  assert every_call(kind(memory), draws)
+  def draws(turn, number):
+    if turn < len(faults.ERRORS):
+      return [(faults.ERRORS[turn], 'once')]
+    return [(rng.choice(faults.MORE_ERRORS), rng.choice(faults.LASTS))]
+  assert every_call(fresh(kind, memory, ROUNDS), draws)

@@ -8,7 +8,7 @@ import resource
 import faults
 import pytest
 import small_store as small
-from test_faults import Case, cleaned, every_call
+from test_faults import Case, cleaned, every_call, fresh
 
 from statejax import state as st
 from statejax.artifact import digest, keys, load, mint, revoked, transfer, trust
@@ -123,18 +123,15 @@ def kind(request):
 
 def test_every_call_fails(tmp_path, kind):
   rng = random.Random(0)
-  assert every_call(kind(tmp_path), lambda number: [
+  assert every_call([kind(tmp_path)], lambda turn, number: [
       (rng.choice(faults.ERRORS), 'once')])
 
 
 def test_the_disk_is_full(memory, kind):
   """At every call that is made, over all rounds."""
-  tried = 0
-  for start in range(ROUNDS):
-    (memory / str(start)).mkdir()
-    tried += every_call(
-        kind(memory / str(start)), lambda number, start=start: [
-            ('ENOSPC', 'once')] * (number % ROUNDS == start))
+  tried = every_call(
+      fresh(kind, memory, ROUNDS), lambda turn, number: [
+          ('ENOSPC', 'once')] * (number % ROUNDS == turn))
   print(f'{kind.__name__}, the disk is full: {ROUNDS} rounds, tried {tried}')
   assert tried >= 5 * ROUNDS
 
