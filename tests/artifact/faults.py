@@ -40,10 +40,11 @@ class System:
   Attributes:
     count: calls so far.
     failed: the first call that was made to fail, '' for none.
+    fell: all of them.
   """
 
   def __init__(self, number=-1, error='EIO', lasts='once'):
-    self.count, self.failed = 0, ''
+    self.count, self.failed, self.fell = 0, '', set()
     self._number, self._error, self._lasts = number, error, lasts
     self._lock, self._on = threading.Lock(), False
 
@@ -55,9 +56,11 @@ class System:
       self.count += 1
       if self.count - 1 == self._number:
         self.failed = call
-        return True
-      return self.failed != '' and (self._lasts == 'all calls' or (
-          self._lasts == 'such calls' and call == self.failed))
+      elif not self.failed or not (self._lasts == 'all calls' or (
+          self._lasts == 'such calls' and call == self.failed)):
+        return False
+      self.fell.add(call)
+      return True
 
   def meet(self, call):
     if self.due(call):

@@ -169,6 +169,8 @@ class Pack(Case):
     portable.pack(self.shop.place(min(self.kept)), self.file)
 
   def undone(self):
+    if 'unlink' in self.fell:
+      self.file.unlink(missing_ok=True)  # nobody could
     assert not self.file.exists()
 
   def done(self):
@@ -267,7 +269,7 @@ def one_fault(case, system, error, before):
   try:
     got = attempt(case, system)
     if got is not None:
-      case.told = got
+      case.told, case.fell = got, system.fell
       code = getattr(got, 'code', 'E_IO')
       assert code in ('E_NOSPACE', 'E_IO'), got
       assert code == 'E_IO' or error in faults.FULL, got
