@@ -1,5 +1,7 @@
 """A system of which one call fails: the k-th, with an error of choice.
 
+Or from then on all calls of its kind do, or all calls.
+
 Counted are the calls of `os` that a store makes, opening, reading, writing and
 closing of files, locks, and statements of the catalog. A write that fails has
 written a half. What C code calls by itself is not seen.
@@ -15,12 +17,21 @@ import sqlite3
 import threading
 
 ERRORS = ('ENOSPC', 'EIO', 'EMFILE', 'EINTR')
+# What else a disk, its quota, a server or a lack of rights may answer.
+MORE_ERRORS = (*ERRORS, 'EDQUOT', 'EROFS', 'ENOMEM', 'ENFILE', 'EACCES',
+               'ESTALE', 'ETIMEDOUT', 'EBUSY')
+FULL = ('ENOSPC', 'EDQUOT')
+LASTS = ('once', 'such calls', 'all calls')
 _CALLS = ('open', 'fsync', 'rename', 'replace', 'link', 'mkdir', 'unlink',
           'remove', 'rmdir', 'listdir', 'scandir', 'stat', 'lstat', 'chmod',
           'truncate', 'statvfs')
 # What SQLite calls them.
 _NAMES = {'ENOSPC': 'SQLITE_FULL', 'EIO': 'SQLITE_IOERR',
-          'EMFILE': 'SQLITE_CANTOPEN', 'EINTR': 'SQLITE_BUSY'}
+          'EMFILE': 'SQLITE_CANTOPEN', 'EINTR': 'SQLITE_BUSY',
+          'EDQUOT': 'SQLITE_FULL', 'EROFS': 'SQLITE_READONLY',
+          'ENOMEM': 'SQLITE_NOMEM', 'ENFILE': 'SQLITE_CANTOPEN',
+          'EACCES': 'SQLITE_PERM', 'ESTALE': 'SQLITE_IOERR',
+          'ETIMEDOUT': 'SQLITE_IOERR', 'EBUSY': 'SQLITE_BUSY'}
 
 
 class System:
@@ -28,12 +39,13 @@ class System:
 
   Attributes:
     count: calls so far.
-    failed: the call that was made to fail, '' for none.
+    failed: the first call that was made to fail, '' for none.
+    fell: all of them.
   """
 
-  def __init__(self, number=-1, error='EIO'):
-    self.count, self.failed = 0, ''
-    self._number, self._error = number, error
+  def __init__(self, number=-1, error='EIO', lasts='once'):
+    self.count, self.failed, self.fell = 0, '', set()
+    self._number, self._error, self._lasts = number, error, lasts
     self._lock, self._on = threading.Lock(), False
 
   def due(self, call):
@@ -42,9 +54,12 @@ class System:
       if not self._on:
         return False
       self.count += 1
-      if self.count - 1 != self._number:
+      if self.count - 1 == self._number:
+        self.failed = call
+      elif not self.failed or not (self._lasts == 'all calls' or (
+          self._lasts == 'such calls' and call == self.failed)):
         return False
-      self.failed = call
+      self.fell.add(call)
       return True
 
   def meet(self, call):
@@ -122,6 +137,9 @@ class _Base:
 
   def execute(self, text, values=()):
     if self._system.due(f'catalog: {text.split()[0]}'):
+      if text.lower().startswith('rollback'):
+        # Whatever it says, SQLite leaves no transaction open.
+        self._base.execute(text)
       self._system.fail_catalog()
     return self._base.execute(text, values)
 

@@ -87,7 +87,7 @@ def child(path, sent, seed, pipe):
 
 
 def one_kill(path, sent, seed, wait):
-  """Returns what a process has said before it was killed."""
+  """Returns what a process has said before it was killed, and its status."""
   reading, writing = os.pipe()
   number = os.fork()
   if not number:
@@ -100,8 +100,8 @@ def one_kill(path, sent, seed, wait):
   os.kill(number, signal.SIGKILL)
   text = b''.join(iter(lambda: os.read(reading, 1 << 16), b''))
   os.close(reading)
-  assert os.waitpid(number, 0)[1] == signal.SIGKILL, 'it died by itself'
-  return [json.loads(line) for line in text.splitlines()]
+  status = os.waitpid(number, 0)[1]
+  return [json.loads(line) for line in text.splitlines()], status
 
 
 class Said:
@@ -171,17 +171,19 @@ def main(path, kills, seed):
   start = time.monotonic()
   sent = senders(path, 6)
   pace = (time.monotonic() - start) / 6  # of a thing done, on this machine
-  cut = 0
+  cut, aborts = 0, []
   for number in range(kills):
-    said.add(one_kill(path, sent, seed * 10_000 + number + 1,
-                      rng.uniform(0, 6 * pace)))
+    events, status = one_kill(path, sent, seed * 10_000 + number + 1,
+                              rng.uniform(0, 6 * pace))
+    said.add(events)
+    aborts += [status] * (status != signal.SIGKILL)  # it died by itself
     shop = bare.store(path)
     cut += any(next(iter(p.iterdir()), None) for p in (
         shop.path / 'tmp', shop.path / 'trash')) or bool(collect.orphans(shop))
     wrong += said.faults(shop, all=number % 20 == 19 or number == kills - 1)
     shop.catalog.close()
   print(json.dumps({'kills': kills, 'acknowledged': said.count, 'cut': cut,
-                    'wrong': wrong}))
+                    'wrong': wrong, 'aborts': aborts}))
 
 
 if __name__ == '__main__':

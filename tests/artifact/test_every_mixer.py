@@ -3,6 +3,8 @@
     pytest tests/artifact/test_every_mixer.py            a few families
     pytest -m slow tests/artifact/test_every_mixer.py    all
 
+Many in one model, with fewer lengths: see `test_every_phase`.
+
 At lengths around borders of chunks and blocks, after single steps, as a fork,
 after drafts that were rejected, on other meshes, and in another process.
 """
@@ -242,7 +244,6 @@ def test_restart(tmp_path):
   assert json.loads(done.stdout) == want
 
 
-@pytest.mark.slow
 def test_the_list_is_whole():
   """A mixer that is registered is also tried."""
   from statejax.layers import block

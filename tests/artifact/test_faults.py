@@ -1,10 +1,9 @@
-"""Every call of the system fails once, with every error; see `faults`.
+"""Every call of the system fails, with every error; see `faults`.
 
 Each time the caller gets E_NOSPACE, E_IO or a plain OSError, nothing is half
 there, what was kept before is still there, and a retry succeeds.
 """
 
-import itertools
 import os
 import random
 import shutil
@@ -18,7 +17,7 @@ from statejax.artifact.access import Principal
 from statejax.artifact.outcome import Refused
 
 ALICE = Principal('alice', 'acme')
-QUICK = 1  # of so many calls one fails in the quick run
+ROUNDS = 20
 
 
 def descriptors():
@@ -170,6 +169,8 @@ class Pack(Case):
     portable.pack(self.shop.place(min(self.kept)), self.file)
 
   def undone(self):
+    if 'unlink' in self.fell:
+      self.file.unlink(missing_ok=True)  # nobody could
     assert not self.file.exists()
 
   def done(self):
@@ -225,49 +226,91 @@ def attempt(case, system):
   return None
 
 
-def every_call(case, errors, step=1, rng=None, start=0):
-  """Lets every `step`-th call fail; returns (calls, faults, refusals)."""
-  case.prepare()
-  warm = faults.System()
-  assert attempt(case, warm) is None
-  case.done()
-  tried = told = 0
-  before = descriptors()
-  start = rng.randrange(step) if rng else start
-  for number, error in itertools.product(
-      range(start, warm.count, step), errors):
-    if rng:
-      error = rng.choice(faults.ERRORS)
+def every_call(cases, draws):
+  """Lets every call fail; returns how many faults were tried.
+
+  Args:
+    cases: `Case` of one kind, each for one round over all calls.
+    draws: function of (round, number of a call): [(error, how long it lasts),
+      ..].
+  """
+  tried = told = calls = 0
+  # 'half done': it is there although it failed, or not although it was not; or
+  # a retry fails. 'lost': what was there before, or the books are wrong.
+  # 'aborts': the caller gets anything but what it is promised.
+  wrong = {'half done': [], 'lost': [], 'aborts': []}
+  for turn, case in enumerate(cases):
     case.prepare()
-    system = faults.System(number, error)
-    got = attempt(case, system)
-    tried += bool(system.failed)
-    where = f'{type(case).__name__}: call {number}, {system.failed}: {error}'
-    try:
-      if got is not None:
-        told, case.told = told + 1, got
-        code = getattr(got, 'code', 'E_IO')
-        assert code in ('E_NOSPACE', 'E_IO'), got
-        assert code == 'E_IO' or error == 'ENOSPC', got
-        case.undone()
-        attempt_again = attempt(case, faults.System())
-        assert attempt_again is None, attempt_again
-      case.done()
-      cleaned(case.shop, case.kept)
-      assert not case.closes or descriptors() <= before, 'a file is left open'
-    except Exception as found:
-      raise AssertionError(f'{where}; the caller got {got!r}') from found
-  print(f'{type(case).__name__}: {warm.count} calls, faults tried {tried}, '
-        f'told {told}, half done 0, lost 0, aborts 0')
+    warm = faults.System()
+    assert attempt(case, warm) is None
+    case.done()
+    calls, before = calls + warm.count, descriptors()
+    for number in range(warm.count):
+      for error, lasts in draws(turn, number):
+        system = faults.System(number, error, lasts)
+        failed, got = one_fault(case, system, error, before)
+        tried, told = tried + bool(system.failed), told + (got is not None)
+        for kind, found in failed:
+          wrong[kind].append(
+              f'{type(case).__name__}: call {number}, {system.failed}: {error} '
+              f'({lasts}); the caller got {got!r}: {found!r}')
+  print(f'{type(case).__name__}: {turn + 1} rounds, {calls} calls, faults '
+        f'tried {tried}, told {told}, ' + ', '.join(
+            f'{kind} {len(found)}' for kind, found in wrong.items()))
+  assert not any(wrong.values()), [one for found in wrong.values()
+                                   for one in found[:3]]
   return tried
+
+
+def one_fault(case, system, error, before):
+  """Returns ([(what is wrong, the exception)], what the caller got)."""
+  case.prepare()
+  got, kind = None, 'aborts'
+  try:
+    got = attempt(case, system)
+    if got is not None:
+      case.told, case.fell = got, system.fell
+      code = getattr(got, 'code', 'E_IO')
+      assert code in ('E_NOSPACE', 'E_IO'), got
+      assert code == 'E_IO' or error in faults.FULL, got
+      kind = 'half done'
+      case.undone()
+      again = attempt(case, faults.System())
+      assert again is None, again
+    kind = 'half done'
+    case.done()
+    kind = 'lost'
+    cleaned(case.shop, case.kept)
+    assert not case.closes or descriptors() <= before, 'a file is left open'
+  except Exception as found:
+    return [(kind, found)], got
+  return [], got
 
 
 @pytest.mark.parametrize('kind', CASES)
 def test_a_call_fails(memory, kind):
-  assert every_call(kind(memory), ('EIO',), QUICK, random.Random(0))
+  rng = random.Random(0)
+  assert every_call([kind(memory)], lambda turn, number: [
+      (rng.choice(faults.ERRORS), 'once')])
+
+
+def fresh(kind, path, rounds):
+  """Yields a case in a new store; logs that grow make each call slower."""
+  for turn in range(rounds):
+    (path / f'{turn}').mkdir()
+    case = kind(path / f'{turn}')
+    yield case
+    case.shop.catalog.close()
+    shutil.rmtree(path / f'{turn}')
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('kind', CASES)
-def test_every_call_fails(tmp_path, kind):
-  assert every_call(kind(tmp_path), faults.ERRORS)
+def test_every_call_fails(memory, kind):
+  """Each call twenty times: with each error, then with any, for any time."""
+  rng = random.Random(1)
+  def draws(turn, number):
+    if turn < len(faults.ERRORS):
+      return [(faults.ERRORS[turn], 'once')]
+    return [(rng.choice(faults.MORE_ERRORS), rng.choice(faults.LASTS))]
+  assert every_call(fresh(kind, memory, ROUNDS), draws)

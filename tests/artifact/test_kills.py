@@ -28,8 +28,8 @@ def test_killed_at_random(memory, kills):
   found = run('killer.py', memory, kills, 1)
   print(f'kills: tried {kills}, {found["cut"]} of them in the middle, '
         f'acknowledged {found["acknowledged"]}, lost or damaged '
-        f'{len(found["wrong"])}')
-  assert found['wrong'] == []
+        f'{len(found["wrong"])}, aborts {len(found["aborts"])}')
+  assert found['wrong'] == found['aborts'] == []
   assert found['acknowledged'] > kills // 4 and found['cut'] > kills // 20
 
 
@@ -41,13 +41,14 @@ def test_killed_at_every_step(memory, seeds):
       'kill_points.py', memory / str(seed), seed)]
   count = {what: sum(len(one[what]) if isinstance(one[what], list) else
                      one[what] for one in cases)
-           for what in ('middle', 'kept', 'lost', 'accepted wrongly', 'wrong')}
+           for what in ('middle', 'kept', 'lost', 'accepted wrongly', 'wrong',
+                        'aborts')}
   print(f'kills at every step: tried {len(cases)}, killed in the middle '
         f'{count["middle"]}, kept {count["kept"]}, lost {count["lost"]}, '
         f'accepted wrongly {count["accepted wrongly"]}, otherwise wrong '
-        f'{count["wrong"]}')
+        f'{count["wrong"]}, aborts {count["aborts"]}')
   assert [one for one in cases if one['lost'] or one['accepted wrongly']
-          or one['wrong']] == []
+          or one['wrong'] or one['aborts']] == []
   tried = collections.Counter((one['situation'], one['step']) for one in cases)
   assert tried == {(situation, step): len(seeds)
                    for situation in kill_points.SITUATIONS

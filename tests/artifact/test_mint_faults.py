@@ -5,9 +5,10 @@ to store. Calls of Orbax's own threads fail too; it must be told as well.
 import random
 import resource
 
+import faults
 import pytest
 import small_store as small
-from test_faults import Case, cleaned, every_call
+from test_faults import Case, cleaned, every_call, fresh
 
 from statejax import state as st
 from statejax.artifact import digest, keys, load, mint, revoked, transfer, trust
@@ -23,7 +24,6 @@ pytestmark = [pytest.mark.slow, *(pytest.mark.filterwarnings(text) for text in (
     'ignore::pytest.PytestUnhandledThreadExceptionWarning'))]
 
 
-STEP = 1  # every call, with an error by chance
 ROUNDS = 20  # of a full disk, at every 20th call; another one in each
 
 
@@ -122,16 +122,16 @@ def kind(request):
 
 
 def test_every_call_fails(tmp_path, kind):
-  assert every_call(kind(tmp_path), ('EIO',), STEP, random.Random(0))
+  rng = random.Random(0)
+  assert every_call([kind(tmp_path)], lambda turn, number: [
+      (rng.choice(faults.ERRORS), 'once')])
 
 
 def test_the_disk_is_full(memory, kind):
   """At every call that is made, over all rounds."""
-  tried = 0
-  for start in range(ROUNDS):
-    (memory / str(start)).mkdir()
-    tried += every_call(kind(memory / str(start)), ('ENOSPC',), ROUNDS,
-                        start=start)
+  tried = every_call(
+      fresh(kind, memory, ROUNDS), lambda turn, number: [
+          ('ENOSPC', 'once')] * (number % ROUNDS == turn))
   print(f'{kind.__name__}, the disk is full: {ROUNDS} rounds, tried {tried}')
   assert tried >= 5 * ROUNDS
 
