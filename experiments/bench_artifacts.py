@@ -37,7 +37,7 @@ from experiments import report
 from experiments.record import Record
 from statejax import config as c
 
-ROUNDS = flags.DEFINE_integer('rounds', 7, 'interleaved rounds', lower_bound=1)
+ROUNDS = flags.DEFINE_integer('rounds', 15, 'interleaved rounds', lower_bound=1)
 STARTS = flags.DEFINE_integer('starts', 100, 'mints beside the loop, per size',
                               lower_bound=1)
 OUT = flags.DEFINE_string(

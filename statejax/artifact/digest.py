@@ -15,6 +15,7 @@ import itertools
 import math
 import re
 import sys
+import threading
 
 import numpy as np
 
@@ -98,13 +99,14 @@ def describe(leaf):
   return f'key:{names[0]}', tuple(map(int, shape))
 
 
-def leaf_digest(path, leaf):
+def leaf_digest(path, leaf, each=map):
   """Returns the digest of one array at a path, 64 hex digits.
 
   Args:
     path: where the leaf stands in its tree, e.g. 'delta/conv'.
     leaf: a numpy or jax array. One that spans processes is gathered: then all
       of them must call this together.
+    each: how the tiles are gone through, e.g. the `map` of an executor.
   """
   dtype, shape = describe(leaf)
   array = _to_host(leaf)
@@ -115,18 +117,24 @@ def leaf_digest(path, leaf):
   # An empty array has no tile, a scalar has one.
   corners = itertools.product(
       *(range(0, n, step or 1) for n, step in zip(shape, tile)))
-  # One piece of memory for all tiles that do not lie in one: new memory costs
-  # more than hashing it.
-  spare = np.empty(math.prod(tile), array.dtype)
-  for corner in corners:
+  # One piece of memory of a thread for all tiles that do not lie in one: new
+  # memory costs more than hashing it.
+  spares = threading.local()
+
+  def tile_digest(corner):
     piece = array[tuple(slice(i, i + step) for i, step in zip(corner, tile))]
     if not piece.flags.c_contiguous:
-      held = spare[:piece.size].reshape(piece.shape)
+      if not hasattr(spares, 'memory'):
+        spares.memory = np.empty(math.prod(tile), array.dtype)
+      held = spares.memory[:piece.size].reshape(piece.shape)
       np.copyto(*map(_runs, (held, piece)))
       piece = held
-    digest = hashlib.sha256(b'statejax.tile.v1\0')
-    digest.update(_bytes_of(piece).reshape(-1).data)
-    result.update(digest.digest())
+    found = hashlib.sha256(b'statejax.tile.v1\0')
+    found.update(_bytes_of(piece).reshape(-1).data)
+    return found.digest()
+
+  for found in each(tile_digest, corners):
+    result.update(found)
   return result.hexdigest()
 
 

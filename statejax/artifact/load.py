@@ -298,13 +298,10 @@ def restore(folder, about: dict, plain: dict, host: identity.Host,
   row = st.map_leaves(lambda path, *_: live[path], schema)
   with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     # Beside each other; what they found is asked for in the order of checks.
-    largest_first = sorted(live, key=lambda path: -live[path].nbytes)
-    digests = {path: pool.submit(
-        digest.leaf_digest, path, _typed(live[path], target[path][0]))
-               for path in largest_first}
     sound = pool.submit(mint.check, row)
-  for path in live:
-    got = digests[path].result()
+    digests = {path: digest.leaf_digest(
+        path, _typed(x, target[path][0]), pool.map) for path, x in live.items()}
+  for path, got in digests.items():
     if got != plain['leaves'][path]:
       raise Refused('E_DIGEST', f'leaf {path}: expected '
                     f'{plain["leaves"][path]}, got {got}')
