@@ -14,7 +14,7 @@ again. Medians of interleaved rounds; random weights. On a busy machine look at
 the ratios. What was measured is kept: a run that was stopped goes on there.
 Five minutes on one core that is free.
 
-Obtained on two shared cores: all but 10 ms at 64 MiB, see the results.
+Obtained on two shared cores: all but twice at 256 MiB, see the results.
 
 Expected: a restore takes at most twice what Orbax alone does; a mint keeps the
 loop 10 ms in 99 of 100 cases at most, and a large one at most twice as long as
