@@ -43,7 +43,7 @@ def ends(bench, capsys):
   with pytest.raises(SystemExit) as end:
     bench.main([])
   facts = json.loads(pathlib.Path(bench.OUT.value).read_text())
-  assert facts['command'].endswith('--rounds=7 --starts=100')
+  assert facts['command'].endswith('--rounds=15 --starts=100')
   printed = capsys.readouterr().out
   assert '\n'.join(facts['table']) in printed
   return end.value.code, [r['claim'] for r in facts['rows'] if not r['ok']]

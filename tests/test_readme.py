@@ -5,6 +5,7 @@ import pathlib
 import re
 
 import numpy as np
+import pytest
 from test_memory import MODEL, begun, heard, params
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -34,6 +35,7 @@ def test_the_lines_on_memory_run(tmp_path, monkeypatch, capsys):
       'write', 'delete']
 
 
+@pytest.mark.slow
 def test_the_lines_on_forgetting_run(capsys):
   """Each of them of the state that it is about."""
   block = lines('from statejax import forget')

@@ -1,9 +1,8 @@
 """Law L8 through artifacts, for every mixer that exists, at every phase.
 
-    pytest tests/artifact/test_every_mixer.py            a few families
-    pytest -m slow tests/artifact/test_every_mixer.py    all
+    pytest -m slow tests/artifact/test_every_mixer.py
 
-Many in one model, with fewer lengths: see `test_every_phase`.
+Many in one model, with fewer lengths, and quick: see `test_every_phase`.
 
 At lengths around borders of chunks and blocks, after single steps, as a fork,
 after drafts that were rejected, on other meshes, and in another process.
@@ -118,6 +117,7 @@ def drawn(model):
       jax.eval_shape(model.init, jax.random.key(0)))
 
 
+@pytest.mark.slow
 def test_a_few_mixers(tmp_path):
   """In the middle of a chunk, behind the ring's first turn."""
   shop = small.store(tmp_path)
