@@ -21,7 +21,6 @@ _GENESIS = '0' * 64
 BINDS = '''(instr(body, '"action":"listed"') > 0
   or instr(body, '"action":"used"') > 0)'''
 EVERY = 256  # rows of the audit log
-ALONE = "show and verify of an artifact's own directory or file"
 _TABLES = f'''
 create table if not exists art (
   id text primary key, mint_key text not null unique, bytes integer not null,
@@ -270,7 +269,8 @@ def _unopened(path, error):
                    f'which every verb adds, got none ({error})')
   if room and not os.access(path if path.exists() else path.parent, os.W_OK):
     return Refused('E_IO', f'{path}: expected a log that can be written to, as '
-                   f'every verb adds a row, got none; {ALONE} need no store')
+                   'every verb adds a row, got none; to show or verify an '
+                   'artifact by its own directory or file needs no store')
   return Refused('E_IO', f'{path}: expected a catalog, got {error}')
 
 

@@ -127,7 +127,7 @@ def leaf_digest(path, leaf, each=map):
       if not hasattr(spares, 'memory'):
         spares.memory = np.empty(math.prod(tile), array.dtype)
       held = spares.memory[:piece.size].reshape(piece.shape)
-      np.copyto(*map(_runs, (held, piece)))
+      _copy(held, piece)
       piece = held
     found = hashlib.sha256(b'statejax.tile.v1\0')
     found.update(_bytes_of(piece).reshape(-1).data)
@@ -138,11 +138,13 @@ def leaf_digest(path, leaf, each=map):
   return result.hexdigest()
 
 
-def _runs(array):
-  """The same memory by whole runs of the last axis, which copy faster."""
-  if array.strides[-1] != array.itemsize or not array.size:
-    return array
-  return array.view(f'V{array.shape[-1] * array.itemsize}')
+def _copy(target, source):
+  """Copies into a contiguous array, by whole runs of the last axis if it can:
+  that is faster."""
+  if source.size and source.strides[-1] == source.itemsize:
+    run = f'V{source.shape[-1] * source.itemsize}'
+    target, source = target.view(run), source.view(run)
+  np.copyto(target, source)
 
 
 def leaf_digests(tree):

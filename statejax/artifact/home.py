@@ -45,15 +45,16 @@ def elsewhere(shop) -> str:
 
 def have(shop) -> bool:
   """Whether the secrets are those of the store, or it needs none yet."""
+  made = lambda: shop.secrets.find(f'store-{shop.id}') is not None
   # Made with the first artifact; another one would know none of them.
-  if shop.secrets.find(f'store-{shop.id}') is not None:
+  if made():
     return True
   if any(shop.path.glob(f'objects/*/*/{layout.MAC}')):
-    return False
+    return made()  # another process may have begun meanwhile
   # One that has only taken in what others have made has keys to that.
   return any(shop.secrets.names(f'{kind}-{shop.id[:16]}-')
              for kind in ('art', 'data', 'pushed')) or not (
-                 shop.catalog.expected() or shop.catalog.condemned())
+                 shop.catalog.expected() or shop.catalog.condemned()) or made()
 
 
 def require(shop):
@@ -62,6 +63,19 @@ def require(shop):
     raise Refused('E_IO', f'{shop.secrets.path}: expected the secret of the '
                   f'store {shop.path}, got none; name the directory of its '
                   'secrets (--secrets)')
+
+
+def secret(shop) -> bytes:
+  """Returns by what a store knows its own manifests, made at the first use.
+
+  Before any key is expected: else a kill in between would leave a store whose
+  secrets seem to be elsewhere.
+
+  Raises:
+    Refused: E_IO: it is not among these secrets.
+  """
+  require(shop)
+  return shop.secrets.get(f'store-{shop.id}')
 
 
 def _name(shop):

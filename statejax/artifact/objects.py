@@ -314,8 +314,7 @@ class Store:
     Raises:
       Refused: E_IO: it is not among these secrets.
     """
-    home.require(self)
-    return self.secrets.get(f'store-{self.id}')
+    return home.secret(self)
 
   def place(self, id: str) -> pathlib.Path:
     """Returns the directory of an artifact.

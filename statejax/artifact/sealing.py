@@ -111,7 +111,7 @@ def new_key(shop, about: dict, kek: str,
   """
   key = os.urandom(32) if key is None else key
   if kek == own_name(shop, about['nonce']):
-    home.require(shop)
+    home.secret(shop)
     home.elsewhere(shop)  # where the store lies, while there is but one
     shop.catalog.expect(kek)
   return key, {'kek': kek, 'chunk': CHUNK, 'wrapped': wrap(
@@ -188,7 +188,7 @@ def shared_names(id: str) -> tuple[str, str]:
 
 def keep_granted(shop, id: str, key: bytes):
   """Keeps a data key that a grant has brought."""
-  home.require(shop)
+  home.secret(shop)
   shop.catalog.expect(data_name(shop, id), id)
   shop.secrets.put(data_name(shop, id), key)
 
@@ -202,7 +202,7 @@ def keep_pushed(shop, id: str, about: dict):
     Refused: as `data_key`.
   """
   key, name = data_key(shop, id, about), pushed_name(shop, id)
-  home.require(shop)
+  home.secret(shop)
   shop.catalog.expect(name, id, manifest.dumps(about).decode())
   shop.secrets.put(name, key)
 

@@ -117,6 +117,22 @@ def test_without_its_secrets(shop, tmp_path):
   assert not shop.catalog.condemned() and collect.check(shop) == []
 
 
+def test_a_first_mint_that_was_killed(shop, monkeypatch):
+  """After its key was written down, before it was made."""
+  get = objects.Secrets.get
+  def killed(self, name):
+    if name.startswith(sealing.OWN):
+      raise KeyboardInterrupt
+    return get(self, name)
+  with monkeypatch.context() as patch:
+    patch.setattr(objects.Secrets, 'get', killed)
+    with pytest.raises(KeyboardInterrupt):
+      add(shop, 1)
+  assert shop.catalog.expected()
+  shop = shop.again()
+  assert home.have(shop) and opens(shop, add(shop, 2))
+
+
 def test_a_copy_that_mints_first(shop, tmp_path):
   copy = copied(shop, tmp_path / 'copy')
   theirs, mine = add(copy, 1), add(shop, 2)
