@@ -260,20 +260,26 @@ ARCHIVES = {
     'gzip': compressed('gz'), 'xz': compressed('xz')}
 
 
+def unpacked(path, data, max_bytes, then=lambda place: None):
+  """Unpacks an archive, and does more with it; nothing else may come of it."""
+  (path / 'in' / 'to').mkdir(parents=True)
+  (path / 'file').write_bytes(data)
+  try:
+    portable.unpack(path / 'file', path / 'in/to', max_bytes=max_bytes)
+    then(path / 'in/to')
+  finally:
+    assert {p.name for p in path.iterdir()} == {'file', 'in'}
+    assert [p.name for p in (path / 'in').iterdir()] == ['to']
+    # What came before the fault is all there is.
+    assert sum(p.stat().st_size for p in (path / 'in').rglob('*')
+               if p.is_file()) <= min(len(data), max_bytes)
+    (path / 'file').unlink()
+
+
 def test_archives(tmp_path):
   def attempt(case):
     number, data = case
-    path = tmp_path / f'{number}'
-    (path / 'in' / 'to').mkdir(parents=True)
-    (path / 'file').write_bytes(data)
-    try:
-      portable.unpack(path / 'file', path / 'in/to', max_bytes=1 << 30)
-    finally:
-      assert {p.name for p in path.iterdir()} == {'file', 'in'}
-      assert [p.name for p in (path / 'in').iterdir()] == ['to']
-      # What came before the fault is all there is.
-      assert sum(p.stat().st_size for p in (path / 'in').rglob('*')
-                 if p.is_file()) <= len(data)
+    unpacked(tmp_path / f'{number}', data, 1 << 30)
   refuse_all('archives', dict(zip(ARCHIVES, enumerate(ARCHIVES.values()))),
              attempt, 'E_LAYOUT|E_LIMIT')
   attempt(('sound', entry('a') + END))

@@ -273,18 +273,9 @@ def test_archives(shop, kept, tmp_path):  # noqa: F811
   whole = (tmp_path / 'whole').read_bytes()
   def attempt(case):
     number, data = case
-    path = tmp_path / f'{number}'
-    (path / 'in' / 'to').mkdir(parents=True)
-    (path / 'file').write_bytes(data)
-    try:
-      portable.unpack(path / 'file', path / 'in/to', max_bytes=1 << 22)
-      verify.verify(path / 'in/to', name=kept, secret=shop.secret, foreign=True)
-    finally:
-      assert {p.name for p in path.iterdir()} == {'file', 'in'}
-      assert [p.name for p in (path / 'in').iterdir()] == ['to']
-      assert sum(p.stat().st_size for p in (path / 'in').rglob('*')
-                 if p.is_file()) <= min(len(data), 1 << 22)
-      (path / 'file').unlink()
+    hostile.unpacked(
+        tmp_path / f'{number}', data, 1 << 22, lambda place: verify.verify(
+            place, name=kept, secret=shop.secret, foreign=True))
   drawn = cases(lambda rng: archive(rng, whole), 'archives')
   hostile.refuse_all('archives at random', {
       n: (n, data) for n, data in drawn.items()}, attempt)
