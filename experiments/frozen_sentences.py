@@ -118,25 +118,32 @@ def pretrained(family, seed, steps):
   return params, float(cost)
 
 
-def whitened(names, known):
-  """Names, [N, D], that differ where those of `known` (indices) hardly do.
+def whitened(states, known, floor):
+  """States that differ where those `known` hardly do.
 
   Means of hidden states have most in common: their cosines are near 1. Of the
-  known names each direction gets deviation 1, those with less than a hundredth
-  of the greatest excepted: there is more chance than name in them. Length 1.
+  known ones each direction gets deviation 1.
+
+  Args:
+    states: [N, D].
+    known: which of them are, [K] int or bool; K > D.
+    floor: directions with a deviation below this share of the greatest are left
+      out: there is more chance than meaning in them.
+
+  Returns:
+    [N, D or less] float32.
   """
-  mine = names[known]
+  mine = states[known]
   mean = mine.mean(0, keepdims=True)
-  _, size, ways = np.linalg.svd(mine - mean, full_matrices=False)
-  ways = ways[size > 0.01 * size[0]].T / size[size > 0.01 * size[0]][None]
-  out = (names - mean) @ ways
-  return out / np.linalg.norm(out, axis=-1, keepdims=True)
+  square, ways = np.linalg.eigh(np.cov((mine - mean).T, dtype=np.float64))
+  size = np.sqrt(np.maximum(square, 0))
+  keep = size > floor * size[-1]
+  return ((states - mean) @ (ways[:, keep] / size[None, keep])).astype('f4')
 
 
 def states(family, params):
-  """Means of last hidden states of all sentences, [8, ENTITIES, 65, D], each
-  number with mean 0 and deviation 1 over the entities of training; and of all
-  names, [ENTITIES, D], as they are. Float32."""
+  """Means of last hidden states of all sentences, [8, ENTITIES, 65, D], and of
+  all names, [ENTITIES, D]. Float32."""
   model = lm.LanguageModel(config(family))
 
   @jax.jit
@@ -159,6 +166,4 @@ def states(family, params):
     return np.concatenate(out)[back.reshape(-1)].reshape(
         *tokens.shape[:-1], WIDTH)
 
-  sentences, names = (all_of(x) for x in table())
-  mine = sentences[:, entities('train')].reshape(-1, WIDTH)
-  return (sentences - mine.mean(0)) / (mine.std(0) + 1e-6), names
+  return tuple(all_of(x) for x in table())

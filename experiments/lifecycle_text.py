@@ -13,6 +13,10 @@ last 32 tokens stand around one memory layer:
   attention  all of the log; sparse, its best blocks (MoBA)
   delta      a fixed state (KDA)
 
+Slots learn at 0.003, each of the others at that of three rates (`RATES`) at
+which half as many updates of seed 0 answer most of 240 items of the split
+'dev'.
+
 Of the trained slots, without training anew: `fallback off`; `lifecycle off`,
 where every line with a figure writes and nothing locks or deletes; `oracle`,
 where the labels decide what is written. Rules see keys and figures of each
@@ -52,7 +56,8 @@ WIDTH, ROWS, TEST, LABELLED, HIDDEN = 96, 16, 100, 0.1, 4
 SHORT, LONG = 512, 1216
 EARLY = 0.7  # of the updates
 # One token of 20 ends a line, which is what 'want' is about; 'part' has four.
-WEIGHTS = {'want': 20., 'part': 5.}
+WEIGHTS = {'want': 20., 'part': 20.}
+RATES, RATE = (3e-4, 1e-3, 3e-3), 3e-3  # of the others, of slots
 
 # A name and a figure have five tokens at most, so that eight taps see each of
 # them whole; attention then has to find one token only.
@@ -152,7 +157,7 @@ def loss(model, params, batch):
   return cost + sum(own.values(), jnp.float32(0)), (cost, own, hit)
 
 
-def train(memory, seed, steps, rate=3e-3):
+def train(memory, seed, steps, rate=RATE):
   """Returns trained parameters and the seconds it took, all included."""
   import jax
   import optax
@@ -194,15 +199,15 @@ def train(memory, seed, steps, rate=3e-3):
   return jax.block_until_ready(params), time.perf_counter() - begin
 
 
-def source_of(seed, count):
-  """The items of the test."""
+def source_of(seed, count, split='test'):
+  """The items of the test, or those by which is chosen."""
   from statejax.tasks import lifecycle_text as task
   return task.LifecycleTextSource(count * len(task.SCENARIOS), 1000 + seed,
-                                  'test', length=LONG)
+                                  split, length=LONG)
 
 
-def asked(memory, params, seed, count, force=None):
-  """Rows of `probes` of the test, `count` of each scenario; all five digits
+def asked(memory, params, seed, count, force=None, split='test'):
+  """Rows of `probes` of a split, `count` of each scenario; all five digits
   count."""
   import jax
   import jax.numpy as jnp
@@ -219,7 +224,7 @@ def asked(memory, params, seed, count, force=None):
 
   out, missed = [], 'log' if getattr(memory, 'fallback', None) else 'none'
   spell = lambda tokens: '_'.join(words.decode(tokens).split())
-  for batch in batches(source_of(seed, count), 25):
+  for batch in batches(source_of(seed, count, split), 25):
     hints = {} if force is None else {'force': force(batch)}
     said, fires = jax.device_get(answered(params, batch, hints))
     seen = batch['targets'] >= 0
@@ -468,7 +473,19 @@ def claims(counts, seconds, stream, gains, count):
   return rows
 
 
-def study(name, seed, steps, count):
+def choose(name, steps, count):
+  """The rate at which a system answers most items, {'rate', 'right': {rate:
+  right}}; ties to the first."""
+  right = {}
+  for rate in RATES:
+    params, _ = train(MEMORY[name], 0, max(1, steps // 2), rate)
+    right[rate] = int(probes.hits(asked(
+        MEMORY[name], params, 0, max(1, count // 5), split='dev')).sum())
+  return {'rate': max(RATES, key=right.get),
+          'right': {str(rate): n for rate, n in right.items()}}
+
+
+def study(name, seed, steps, count, rate):
   """Trains and tests a system.
 
   Returns:
@@ -476,7 +493,7 @@ def study(name, seed, steps, count):
     see `in_mid_stream`, and 'rows', see `asked`.
   """
   from statejax.tasks import lifecycle_text as task
-  params, took = train(MEMORY[name], seed, steps)
+  params, took = train(MEMORY[name], seed, steps, rate)
   memory = served(MEMORY[name])
   found = asked(memory, params, seed, count)
   right = {name: probes.counted(probes.hits(found), task.SCENARIOS)}
@@ -491,11 +508,13 @@ def study(name, seed, steps, count):
 
 
 def settings(steps, count, key):
-  """Returns a digest of what a training depends on."""
-  memory = MEMORY[key.split('/')[0]]
+  """Returns a digest of what a cell depends on: 'slots/SEED', 'rate/NAME' or
+  'NAME at RATE/SEED'."""
+  name, last = key.split('/')
+  memory = MEMORY[last if name == 'rate' else name.split(' at ')[0]]
+  own = WEIGHTS if memory is MEMORY['slots'] else RATES
   return digest([*(c.to_dict(config(m)) for m in (memory, served(memory))),
-                 steps, count, ROWS, LABELLED, HIDDEN, SHORT, LONG, EARLY,
-                 WEIGHTS])
+                 steps, count, ROWS, LABELLED, HIDDEN, SHORT, LONG, EARLY, own])
 
 
 def main(argv):
@@ -512,11 +531,17 @@ def main(argv):
       f'--steps={steps} --systems={",".join(SYSTEMS.value)}',
       functools.partial(settings, steps, count))
   counts, seconds, stream, gains = {}, {}, [], []
+  cell = {name: (name, RATE) for name in SYSTEMS.value}
+  for name in (x for x in SYSTEMS.value if x != 'slots'):
+    rate = record.get(f'rate/{name}', functools.partial(
+        choose, name, steps, count))['rate']
+    cell[name] = f'{name} at {rate}', rate
   for seed in range(seeds):
     ruled = rules(seed, count)
     for name in SYSTEMS.value:
-      found = record.get(f'{name}/{seed}', functools.partial(
-          study, name, seed, steps, count))
+      key, rate = cell[name]
+      found = record.get(f'{key}/{seed}', functools.partial(
+          study, name, seed, steps, count, rate))
       seconds.setdefault(name, []).append(found['seconds'])
       stream += [found['stream']] if 'stream' in found else []
       for which, right in found['right'].items():

@@ -25,16 +25,13 @@ def test_sentences_tell_events():
 
 @pytest.mark.slow
 def test_a_state_is_the_mean_of_a_sentence(monkeypatch):
-  """Of its own tokens alone, and the same scale for all entities."""
+  """Of its own tokens alone."""
   sentences, names = (x[..., :5, :] if x.ndim == 4 else x
                       for x in frozen.table())
   monkeypatch.setattr(frozen, 'table', lambda: (sentences[:2], names))
   params = lm.LanguageModel(frozen.config('KDA')).init(jax.random.key(0))
   found, called = frozen.states('KDA', params)
   assert found.shape == (2, 400, 5, 128) and called.shape == (400, 128)
-  mine = found[:, frozen.entities('train')].reshape(-1, 128)
-  np.testing.assert_allclose(mine.mean(0), 0, atol=1e-4)
-  np.testing.assert_allclose(mine.std(0), 1, atol=1e-3)
   # Padding more changes nothing.
   wider = np.pad(sentences[:2], ((0, 0),) * 3 + ((0, 3),), constant_values=-1)
   monkeypatch.setattr(frozen, 'LENGTH', frozen.LENGTH + 3)
