@@ -26,7 +26,7 @@ from statejax.tasks import lifecycle_events as task
 
 OUT = flags.DEFINE_string('out', 'experiments/results/equal_memories.json',
                           'results')
-SEEDS = flags.DEFINE_integer('seeds', 2, 'seeds', lower_bound=1)
+SEEDS = flags.DEFINE_integer('seeds', 3, 'seeds', lower_bound=1)
 STEPS = flags.DEFINE_integer('steps', 1200, 'updates')
 NAMES = flags.DEFINE_list('names', [], 'memories to train; none: all')
 SMOKE = flags.DEFINE_bool('smoke', False, 'one seed, a few updates, two names')

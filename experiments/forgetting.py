@@ -18,10 +18,12 @@ of unit size: 64 tokens, a span of 4, and 20 or 100 more. The share of the
 span's effect on each layer's matrix that a delete leaves, over 3 networks of 8
 rows: `|S_deleted - S_never|` over `|S - S_never|`; of a zero-write at the
 span's keys, which harms other facts too, the same after both are written to.
+The same of a slot that was read once, in the two delta layers above it: these
+have absorbed the answer, and emptying the slot takes nothing of that back.
 
 Expected: figures measured before by other code, each within 0.03; of the
 layers, whose network was another, within 0.2. Replay 0.50 +- 0.02 and bit for
-bit, slots exactly 0.
+bit, slots exactly 0 in the bank.
 Three minutes of one slow core.
 """
 
@@ -29,6 +31,7 @@ import functools
 import importlib.util
 import json
 import pathlib
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +42,7 @@ from experiments import report
 from statejax import config as c
 from statejax import forget, memory, model
 from statejax import state as st
+from statejax.artifact import journal
 from statejax.layers import block, common, delta
 from statejax.ops import delta_rule, lifecycle, shadow
 from statejax.ops import slots as sl
@@ -263,24 +267,47 @@ def effects(seed, rows, later, span=4, first=64):
   return out, st.diff(replayed, never) is None, harm.mean(axis=1).tolist()
 
 
-def slot_layer():
-  """What a model's own bank holds of a value after a delete; 0 is nothing."""
+def slot_layer(later=20):
+  """What deletes of a slot leave in a model's own bank, and in the layers above
+  that have read it; 0 is nothing.
+
+  Returns:
+    the largest number in the bank after `suppress`, over that before, and
+    {delete: [L]}, the shares left of the effect on each delta layer.
+  """
   rules = c.SlotRules(slots=4, key=16, value=32, span=2, key_span=1)
+  slots = c.SlotsConfig(rules, segment=8, events=2)
+  above = [c.LayerConfig(name, c.KDAConfig(heads=2, key=8, value=8))
+           for name in ('first', 'second')]
   lm = model.LanguageModel(c.ModelConfig(
-      vocab=64, width=32, layers=(
-          c.LayerConfig('memory', c.SlotsConfig(rules, segment=8, events=2)),
-          c.LayerConfig('kda', c.KDAConfig(heads=2, key=8, value=8))),
-      groups=(c.GroupConfig(('kda', 'memory')),)))
+      vocab=64, width=32, layers=(c.LayerConfig('memory', slots), *above),
+      groups=(c.GroupConfig(('memory', 'first', 'second')),)))
   params = lm.init(jax.random.key(0))
-  mem = memory.Memory(lm)
-  state, receipt = mem.write(params, lm.init_state(1, 64), [1, 2, 3], key=[2],
-                             value=[3])
-  held = np.asarray(mem.bank(state).value[0, receipt.slot])
-  for _ in range(2):
-    _, state = lm.step(params, state, jnp.ones((1, 10), jnp.int32))
-  state, _ = forget.suppress(mem, state, receipt.slot)
-  left = np.asarray(mem.bank(state).value[0, receipt.slot])
-  return float(np.abs(left).max() / np.abs(held).max())
+  # A token asks as it writes, for the present value, and wants nothing.
+  mixer = params['group_0']['layer_0']['mixer']
+  mixer['query'] = mixer['key']
+  for name in ('want', 'version'):
+    mixer[name] = jax.tree.map(jnp.zeros_like, mixer[name])
+  tokens = np.random.default_rng(0).integers(4, 64, 1 + later).astype('i4')
+  tokens[0] = 3
+  after = functools.partial(feed, lm, params, tokens=tokens[None])
+  before = feed(lm, params, lm.init_state(1, 64), np.array([[5, 6]], np.int32))
+  with tempfile.TemporaryDirectory() as place:
+    mem = memory.Memory(lm, journal=journal.Journal(f'{place}/edits'))
+    told, receipt = mem.write(params, before, [1, 2, 3], key=[2], value=[3])
+    entry = mem.journal.entries[-1]
+    state, never = after(state=told), after(state=before)
+    gone, _ = forget.suppress(mem, state, receipt.slot)
+  if not mem.bank(state).reads[0, receipt.slot]:
+    raise AssertionError('expected a slot that was read')
+  replayed, _ = forget.replay_without(
+      lm, params, state, before, tokens, edits=[forget.Edit(entry)], chunk=GRID)
+  held = lambda state: np.abs(mem.bank(state).value[0, receipt.slot]).max()
+  size = lambda one, name: np.linalg.norm(
+      one.layers[name].matrix - never.layers[name].matrix)
+  return float(held(gone) / held(told)), {
+      which: [float(size(one, x.name) / size(state, x.name)) for x in above]
+      for which, one in (('suppress', gone), ('replay', replayed))}
 
 
 def layers(seeds, rows):
@@ -298,7 +325,7 @@ def layers(seeds, rows):
 # The report.
 
 
-def claims(table, rest, shares, same, slot):
+def claims(table, rest, shares, same, slot, above):
   """Rows of expected next to obtained."""
   rows, at = [], {(r['of'], r['later']): r for r in table}
   def near(claim, want, got, tolerance, places=3):
@@ -326,6 +353,11 @@ def claims(table, rest, shares, same, slot):
           at['slots', n]['suppress'] == .5 for n in LATER)))
   rows.append(report.Row('slots: residue', '0 exactly', f'{max(rest, slot)}',
                          rest == slot == 0))
+  for name, want in (('suppress', 1), ('replay', 0)):
+    rows.append(report.Row(
+        f'left of a slot that was read, {name}, in the layers above',
+        f'{want} exactly', ' '.join(f'{x:.2f}' for x in above[name]),
+        above[name] == [want] * len(above[name])))
   show = lambda x: ' '.join(f'{v:.2f}' for v in x)
   for later, want in LAYERS.items():
     got = shares[later]
@@ -379,8 +411,8 @@ def main(_):
   out.mkdir(parents=True, exist_ok=True)
   table, rest = attack(100 if SMOKE.value else 2000)
   shares, same, harm = layers(*((1, 2) if SMOKE.value else (3, 8)))
-  slot = slot_layer()
-  rows = claims(table, rest, shares, same, slot)
+  slot, above = slot_layer()
+  rows = claims(table, rest, shares, same, slot, above)
   for row in table:
     print(json.dumps({k: round(v, 3) if isinstance(v, float) else v
                       for k, v in row.items()}))
@@ -389,7 +421,7 @@ def main(_):
   print(report.table(rows))
   report.write(
       out / 'forgetting.json', rows, 'python -m experiments.forgetting',
-      auc=table, layers=shares, harm=harm)
+      auc=table, layers=shares, harm=harm, slots=above)
   if importlib.util.find_spec('matplotlib'):
     draw(out / 'forgetting.png', table, shares)
   raise SystemExit(0 if SMOKE.value or all(r.ok for r in rows) else 1)

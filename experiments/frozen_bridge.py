@@ -37,7 +37,7 @@ from statejax import config as c
 OUT = flags.DEFINE_string('out', 'experiments/results/frozen_bridge.json',
                           'results')
 SEEDS = flags.DEFINE_integer('seeds', 3, 'seeds', lower_bound=1)
-STEPS = flags.DEFINE_integer('steps', 1200, 'updates of the memory')
+STEPS = flags.DEFINE_integer('steps', 2400, 'updates of the memory')
 TEXT = flags.DEFINE_integer('text', 300, 'updates of the frozen model')
 FAMILIES = flags.DEFINE_list('families', [], 'families to run; none: all')
 SMOKE = flags.DEFINE_bool('smoke', False, 'one family and seed, a few updates')

@@ -48,7 +48,7 @@ OUT = flags.DEFINE_string('out', 'experiments/results/lifecycle_text.json',
 SEEDS = flags.DEFINE_integer('seeds', 3, 'seeds', lower_bound=1)
 SYSTEMS = flags.DEFINE_list('systems', ['slots', 'attention', 'sparse',
                                         'delta'], 'systems to train')
-STEPS = flags.DEFINE_integer('steps', 1000, 'updates')
+STEPS = flags.DEFINE_integer('steps', 1300, 'updates')
 SMOKE = flags.DEFINE_bool('smoke', False, 'one seed, a few updates')
 
 WIDTH, ROWS, TEST, LABELLED, HIDDEN = 96, 16, 100, 0.1, 4

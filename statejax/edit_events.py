@@ -79,16 +79,36 @@ def commit(model, name, state, events):
   Raises:
     ValueError: a layer without slots, or events of another number of rows.
   """
-  if not isinstance(state.layers.get(name), layer.SlotsState):
-    raise ValueError(f'name: expected a slot layer of {list(state.layers)}, '
-                     f'got {name!r}.')
+  state_of(model, name, state)
   if events.op.ndim != 2 or events.op.shape[0] != st.rows(state):
     raise ValueError(f'events: expected [{st.rows(state)}, E], as many rows as '
                      f'the state has, got {events.op.shape}.')
-  held, receipts = _commit(model.config.layer(name).mixer.rules,
-                           state.layers[name], state.length, events)
+  new, receipts = _commit(model.config.layer(name).mixer.rules,
+                          state.layers[name], state.length, events)
   return dataclasses.replace(
-      state, layers=state.layers | {name: held}), receipts
+      state, layers=state.layers | {name: new}), receipts
+
+
+def state_of(model, name, state):
+  """Returns the state of a slot layer.
+
+  Raises:
+    ValueError: no slot layer has this name, or the state is another model's.
+  """
+  found = state.layers.get(name)
+  if not isinstance(found, layer.SlotsState):
+    raise ValueError(f'name: expected a slot layer of {list(state.layers)}, '
+                     f'got {name!r}.')
+  rules = model.config.layer(name).mixer.rules
+  wanted = sl.specs(rules, st.rows(state), found.value.dtype)
+  for field in dataclasses.fields(sl.Bank):
+    want = list(getattr(wanted, field.name).shape)
+    got = list(getattr(found, field.name).shape[1:])
+    if got != want:
+      raise ValueError(
+          f'{name}: {field.name}: expected {want}, as the model has it, got '
+          f'{got}; this is the state of another model.')
+  return found
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -10,13 +10,18 @@ r"""The command `memory`: the slots of a state, and edits of them.
   python -m statejax.main memory diff runs/s1 runs/s2 --workdir=runs/a
   python -m statejax.main memory merge chat other --workdir=runs/a
   python -m statejax.main memory journal edits --journal_head=5f1c...
+  python -m statejax.main memory journal edits --forget=memory/0/7
+
+Statement, key and value are text; of a model that does not read text they are
+numbers of tokens, 12,43,5.
 
 A target is the directory of a saved state, or an artifact of the store: a name,
-an id or its beginning, or its directory. What has a name there is what is
-meant, `./chat` is the directory beside it. An artifact is loaded as `state
-resume` does; an edit of one makes a child of it, and moves its name. A merge
-takes slots of the second that are newer, or new, over into the first: the child
-has both as parents.
+an id or 12 characters of it or more, or its directory. What has a name there is
+what is meant, `./chat` is the directory beside it. An artifact is loaded as
+`state resume` does; an edit of one makes a child of it, and moves its name. A
+merge takes slots of the second that are newer, or new, over into the first: the
+child has both as parents. A journal is that of one state: what comes of it by
+edits may go on in it, another state needs another one.
 
 Loads jax only where a model runs.
 """
@@ -32,6 +37,8 @@ from absl import flags
 from statejax import asking
 
 SLOT = flags.DEFINE_integer('slot', None, 'memory: number of a slot')
+LAYER = flags.DEFINE_string(
+    'slot_layer', '', 'memory: name of the slot layer, where there are several')
 ROW = flags.DEFINE_integer('row', 0, 'memory: row of the state',
                            upper_bound=2**31 - 1)
 EXPECT = flags.DEFINE_integer(
@@ -61,6 +68,9 @@ JOURNAL = flags.DEFINE_string(
 HEAD = flags.DEFINE_string(
     'journal_head', None, 'memory journal: the head that its last line must '
     'say, kept elsewhere')
+FORGET = flags.DEFINE_string(
+    'forget', None, 'memory journal: LAYER/ROW/OID of an object that has no '
+    'slot any more, whose salt is destroyed')
 REASON = flags.DEFINE_string(
     'reason', '', 'memory: a line for receipt and journal, without content')
 TENANT = flags.DEFINE_integer(
@@ -82,9 +92,9 @@ EDITS = {
     **{verb: (('slot',), set()) for verb in (
         'lock', 'unlock', 'delete', 'quarantine', 'restore', 'purge')}}
 PAIRS = {'merge': ((), set())}
-BOOKS = {'journal': ((), {'journal_head'})}
+BOOKS = {'journal': ((), {'journal_head', 'forget', 'reason'})}
 # What every look reads, what every edit besides, and what artifacts want.
-_LOOK = {'workdir', 'resume', 'row'}
+_LOOK = {'workdir', 'resume', 'row', 'slot_layer'}
 _PAIR = {'save', 'journal', 'reason', 'tenant', 'host', 'ref'}
 _EDIT = _PAIR | {'expect'}
 _STORE = {'store', 'secrets', 'principal', 'org', 'root', 'grant', 'holder_key',
@@ -174,6 +184,8 @@ def run(verb: str, *targets: str):
 def _journal(path):
   """Prints a journal whose chain is whole."""
   from statejax.artifact import journal
+  if FORGET.value is not None and (pathlib.Path(path) / journal.LOG).is_file():
+    journal.Journal(path).forget(FORGET.value, REASON.value)
   entries, head = journal.read(path)
   for entry in entries:
     print(json.dumps(entry))
@@ -187,9 +199,9 @@ def _look(verb, one, other=None):
   """Prints what there is, or what differs."""
   from statejax.memory import Memory
   from statejax.tasks import text
-  memory, row = Memory(one.model), ROW.value
+  memory, row = Memory(one.model, LAYER.value), ROW.value
   if verb == 'list':
-    for slot in memory.list(one.state, row, **_wanted()):
+    for slot in memory.list(one.state, row, **_wanted(one.model)):
       print(json.dumps(dataclasses.asdict(slot)))
   elif verb == 'export':
     print(json.dumps(memory.export(one.state, row, FIELDS.value, REDACT.value)))
@@ -199,17 +211,38 @@ def _look(verb, one, other=None):
       before, after = map(dataclasses.asdict, pair)
       print(json.dumps({'slot': slot, 'before': before, 'after': after}))
   else:
-    key = None if KEY.value is None else text.encode(KEY.value).tolist()
+    key = None if KEY.value is None else _tokens(KEY, one.model)
     tokens, _ = memory.read(one.state, SLOT.value, row, VERSION.value, key=key)
     print(json.dumps({
         'slot': SLOT.value if key is None else memory.list(
             one.state, row, key=key)[0].slot,
-        'value': tokens, 'text': text.decode(tokens)}))
+        'value': tokens} | ({'text': text.decode(tokens)} if (
+            _reads_text(one.model)) else {})))
 
 
-def _wanted():
-  """{field: value} of --where."""
+def _reads_text(model):
   from statejax.tasks import text
+  return model.config.vocab == text.VOCAB
+
+
+def _tokens(flag, model, said=None):
+  """The tokens of what a flag says, [] for nothing."""
+  from statejax.tasks import text
+  said = flag.value if said is None else said
+  if said is None:
+    return []
+  if _reads_text(model):
+    return text.encode(said).tolist()
+  try:
+    return [int(x) for x in said.split(',')]
+  except ValueError:
+    raise ValueError(
+        f'--{flag.name}={said}: expected numbers of tokens, e.g. 12,43, as '
+        f'this model of {model.config.vocab} tokens reads no text.') from None
+
+
+def _wanted(model):
+  """{field: value} of --where."""
   out = {}
   for entry in WHERE.value:
     name, found, value = entry.partition('=')
@@ -219,7 +252,7 @@ def _wanted():
     if name in ('values', 'source'):
       raise ValueError(f'--where={entry}: expected another field, as what it '
                        'must be is not said in a word; list them all instead.')
-    out[name] = (text.encode(value).tolist() if name == 'key' else
+    out[name] = (_tokens(WHERE, model, value) if name == 'key' else
                  int(value) if value.removeprefix('-').isdecimal() else value)
   return out
 
@@ -228,17 +261,15 @@ def _edit(verb, target):
   """Edits one slot, and keeps the state if that has changed it."""
   from statejax.artifact.journal import Journal
   from statejax.memory import Memory
-  from statejax.tasks import text
   book = Journal(JOURNAL.value) if JOURNAL.value else None
   if book is not None:
     book.adopt(0, target.edited.salts)
-  memory = Memory(target.model, host=HOST.value, principal=TENANT.value,
-                  journal=book)
+  memory = Memory(target.model, LAYER.value, host=HOST.value,
+                  principal=TENANT.value, journal=book)
   state, slot, params = target.state, SLOT.value, target.params
   where = dict(row=ROW.value, expect=EXPECT.value, reason=REASON.value)
   statement, key, value = (
-      () if flag.value is None else text.encode(flag.value)
-      for flag in (STATEMENT, KEY, VALUE))
+      _tokens(flag, target.model) for flag in (STATEMENT, KEY, VALUE))
   if verb in ('write', 'overwrite'):
     state, receipt = memory.write(
         params, state, statement, key=key, value=value, slot=slot,
@@ -251,14 +282,28 @@ def _edit(verb, target):
     state, receipt = getattr(memory, verb)(state, slot, *more, **where)
   print(json.dumps(dataclasses.asdict(receipt)))
   if not receipt.changed:
-    raise ValueError(f'memory {verb}: {receipt.outcome}; nothing was changed, '
-                     'and nothing saved.')
+    raise ValueError(f'memory {verb}: {_refused(receipt)}; nothing was '
+                     'changed, and nothing saved.')
   receipts = [receipt]
   if LOCK.value:
     state, receipt = memory.lock(state, receipt.slot, row=ROW.value)
     print(json.dumps(dataclasses.asdict(receipt)))
     receipts.append(receipt)
   target.keep(state, _edited(memory, target.edited, receipts))
+
+
+def _refused(receipt):
+  """The outcome, and what to do about it."""
+  return f'{receipt.outcome}' + {
+      'forbidden': ', it wants --host',
+      'missing': ', there is none that this principal owns; see memory list, '
+                 'and --tenant for those of another',
+      'conflict': f', the slot has version {receipt.version}, and the key is '
+                  'its own or must be; see memory list',
+      'locked': ', it is protected; unlock it first, with --host if a host did',
+      'full': ', no slot may be taken, or no name',
+      'invalid': ', it cannot be done to what the slot holds, see memory list',
+  }.get(receipt.outcome, '')
 
 
 def _merge(first, second):
@@ -272,8 +317,8 @@ def _merge(first, second):
   book = Journal(JOURNAL.value) if JOURNAL.value else None
   if book is not None:
     book.adopt(ROW.value, one.edited.salts)
-  memory = Memory(one.model, host=HOST.value, principal=TENANT.value,
-                  journal=book)
+  memory = Memory(one.model, LAYER.value, host=HOST.value,
+                  principal=TENANT.value, journal=book)
   state, found = memory.merge(one.state, other.state, ROW.value, ROW.value,
                               REASON.value)
   for slot, receipt in found.items():
@@ -312,8 +357,9 @@ def _open(target, verb):
                      f'store; there is no store at {asking.STORE.value}, name '
                      'one with --store.')
   if asking.flag('save') is not None:
-    raise ValueError('--save: an edit of an artifact makes an artifact of the '
-                     'store, nothing beside it.')
+    raise ValueError(f'--save: {target} is no saved state, and an edit of an '
+                     'artifact makes an artifact of the store, nothing beside '
+                     'it.')
   return _artifact(target, verb in EDITS or verb in PAIRS)
 
 

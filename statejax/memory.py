@@ -99,6 +99,9 @@ class Memory:
             if isinstance(x.mixer, layer.SlotsConfig)
             and x.name in self.model.config.names]
     want = [self.layer] if self.layer else have
+    if not have:
+      raise ValueError('memory: expected a model with a slot layer, this one '
+                       f'has {", ".join(self.model.config.names)}.')
     if len(want) != 1 or want[0] not in have:
       raise ValueError(f'memory: expected the name of one slot layer, got '
                        f'{self.layer!r}; this model has {have}.')
@@ -121,8 +124,12 @@ class Memory:
   # Looking.
 
   def bank(self, state):
-    """Returns the `statejax.ops.slots.Bank` of all rows."""
-    held = state.layers[self.layer]
+    """Returns the `statejax.ops.slots.Bank` of all rows.
+
+    Raises:
+      ValueError: a state of another model.
+    """
+    held = self._held(state)
     return sl.Bank(**{f.name: getattr(held, f.name)[0]
                       for f in dataclasses.fields(sl.Bank)})
 
@@ -162,6 +169,9 @@ class Memory:
     if slot_facts.expired(held, int(state.length[row])):
       raise ValueError(f'slot {slot}, row {row}: expected a live one, got one '
                        f'that has expired at {held.expires} tokens.')
+    if held.status == 'empty':
+      raise ValueError(f'slot {slot}, row {row}: expected one that holds '
+                       'something, it is empty; see list.')
     ago = 0 if version is None else held.version - integer(
         'version', version, 0)
     if not 0 <= ago < len(held.values):
@@ -212,27 +222,6 @@ class Memory:
     return {'layer': self.layer, 'length': int(state.length[row]), 'slots': [
         {n: getattr(s, n) for n in fields} for s in self.list(state, row)]}
 
-  def untouched(self, state, slot, row=0):
-    """Whether a slot's object is what this journal's edits have made of it.
-
-    True proves that no stream has written, renewed, locked or named it, in any
-    of its versions; that it was read it may hide. False proves nothing.
-    """
-    bank = self._row_bank(state, row)
-    oid = int(bank.oid[0, self._number(slot)])
-    name = self._object(row, oid)
-    if self.journal is None or self.journal.salt(name) is None:
-      return False
-    edits = [e for e in self.journal.entries if e['row'] == row
-             and e.get('layer') == self.layer and e.get('oid') == oid
-             and e['outcome'] in ('committed', 'refreshed')]
-    held = slot_facts.plain(bank, slot) | {
-        'reads': 0, 't_first': -1, 't_read': -1}
-    said = [e['after'] for e in edits]
-    return bool(edits) and not edits[0]['old_version'] and (
-        [e['before'] for e in edits[1:]] == said[:-1]
-        and self.journal.commitment(name, held) == said[-1])
-
   # Writing.
 
   def write(self, params, state, statement, *, key, value, row=0, slot=None,
@@ -255,8 +244,9 @@ class Memory:
         tokens already, its expiry stays as it is: see `expire`.
       lock: whether to protect it at once, which is an edit of its own: the
         receipt returned is that of the write.
-      **where: `expect`, the version that the slot must have, and `reason`, a
-        line for the receipt and the journal, which must not hold content.
+      **where: `expect`, the version that the slot must have, 0 for a write
+        that makes an object or does nothing, and `reason`, a line for the
+        receipt and the journal, which must not hold content.
 
     Returns:
       The state and a `Receipt`.
@@ -444,6 +434,10 @@ class Memory:
     if op not in sl.OPS:
       raise ValueError(f'op: expected one of {", ".join(sl.OPS)}; got {op!r}.')
     found, out = jax.device_get(receipts), []
+    if (np.asarray(old.length) != np.asarray(new.length)).any():
+      raise ValueError('noted: expected the state right before the edits, this '
+                       'one has absorbed another number of tokens; return it '
+                       'from the program too.')
     for row in np.flatnonzero(found.outcome[:, 0] != sl.UNUSED).tolist():
       one = {f.name: int(getattr(found, f.name)[row, 0])
              for f in dataclasses.fields(found)}
@@ -466,7 +460,11 @@ class Memory:
   def _row_bank(self, state, row):
     """The bank of one row, in numpy."""
     return jax.device_get(edit_events.row_of(
-        state.layers[self.layer], self._row(state, row)))
+        self._held(state), self._row(state, row)))
+
+  def _held(self, state):
+    """The layer's part of a state, if it is one of this model."""
+    return edit_events.state_of(self.model, self.layer, state)
 
   def _until(self, state, row, ttl):
     length = int(state.length[self._row(state, row)])
@@ -532,6 +530,12 @@ class Memory:
     # A new object has no before, but the one whose slot it took.
     names = [receipt.evicted if not receipt.old_version else receipt.oid,
              receipt.oid]
+    gone = sorted({self._object(receipt.row, oid) for oid in names}
+                  & self.journal.gone)
+    if gone:
+      raise ValueError(
+          f'journal: expected one of this state, this one has forgotten '
+          f'{gone[0]}; a journal belongs to one state, begin another one.')
     before, after = (
         self.journal.commitment(
             self._object(receipt.row, oid),

@@ -352,21 +352,24 @@ def forward(model, params, state, tokens, n_valid=None, segment_ids=None, *,
   Args:
     model, params, state, tokens, n_valid, segment_ids, keep: as for `step`.
     hints: {name: [B, T] int32}, -1 for none, what layers with a loss of that
-      name are to learn; see `statejax.layers.common.Context`.
+      name are to learn; see `statejax.layers.common.HINTS`.
 
   Returns:
     logits, state, and {layer: {name: total}} of float32 scalars, summed over
     layers and real tokens; see `statejax.layers.common.add_loss`.
+
+  Raises:
+    ValueError: hints that no layer knows, or of another shape or dtype.
   """
   c = model.config
   rows, steps = tokens.shape
+  hints = common.checked_hints(hints, tokens.shape)
   n_valid = (jnp.full((rows,), steps, jnp.int32) if n_valid is None
              else jnp.asarray(n_valid, jnp.int32))
   # Under jit nobody has looked at the values: what is wrong becomes NaN.
   lost = (n_valid < 0) | (n_valid > steps)
   n_valid = jnp.clip(n_valid, 0, steps)
   document = back = None
-  hints = {} if hints is None else hints
   if segment_ids is not None:
     hints = {name: pack(hint, n_valid, segment_ids)[0]
              for name, hint in hints.items()}

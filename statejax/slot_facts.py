@@ -25,7 +25,8 @@ class Slot:
     lock: 'open', 'stream' or 'host'.
     key: tokens of the key.
     values: tokens of the value and of those before it, newest first.
-    source: (first token, count) of the statement; (-1, -1) of a host's.
+    source: (first token, count) of the value in the stream; (-1, -1) of a
+      host's.
     names: how many other names it has.
     oid, version, seq, t_write, t_first, t_read, reads, owner, expires: see
       `statejax.ops.slots.Bank`.

@@ -286,7 +286,7 @@ def test_a_fact_that_was_read_wants_a_replay(book):
   later = feed(HYBRID, state, tokens)
   assert memory.list(later)[0].reads == 1
   plan = forget.plan(memory, later, 0)
-  assert plan.mode == 'replay' and plan.before == 7
+  assert plan.mode == 'replay' and plan.before == 6
   new, receipt = forget.replay_without(
       HYBRID, params(HYBRID), later, before, tokens[0],
       edits=[forget.Edit(entry)], chunk=GRID)
@@ -307,6 +307,36 @@ def test_a_fact_that_was_read_wants_a_replay(book):
 
 
 @pytest.mark.slow
+def test_a_fact_that_lay_beside_one_that_was_read_wants_a_replay(tmp_path):
+  """It was never read, and has lessened the weight of the other."""
+  memory, before, state, _ = written(tmp_path / 'edits')
+  state, _ = memory.write(params(HYBRID), state, [3, 30], key=[30], value=[8])
+  later = feed(HYBRID, state, np.array([[4, 31, 5, 6]] * 2, np.int32))
+  assert [s.reads for s in memory.list(later)] == [1, 0]
+  plan = forget.plan(memory, later, 1)
+  assert (plan.mode, plan.before) == ('replay', 6)
+  # The one that was read is emptied, and with it when it was.
+  gone, _ = memory.purge(later, 0)
+  assert forget.plan(memory, gone, 1).mode == 'replay'
+  # Before anything is read.
+  quiet = feed(HYBRID, state, np.full((2, 3), 4, np.int32))
+  assert forget.plan(memory, quiet, 1).mode == 'purge'
+  _, receipt = forget.purge(memory, later, 1)
+  assert receipt.scope == 'bank' and 'logits' in receipt.left
+
+
+@pytest.mark.slow
+def test_a_fact_that_was_deleted_wants_a_replay(tmp_path):
+  """A tombstone keeps the model from looking elsewhere, and counts no reads."""
+  memory, _, state, _ = written(tmp_path / 'edits')
+  state, _ = memory.delete(state, 0)
+  assert forget.plan(memory, state, 0).mode == 'purge'
+  later = feed(HYBRID, state, np.full((2, 3), 4, np.int32))
+  assert forget.plan(memory, later, 0) == forget.Plan(
+      'replay', 6, 'written from outside at 6')
+
+
+@pytest.mark.slow
 def test_suppressing_empties_the_slot_and_says_what_it_leaves(book):
   memory, _, state, _ = book
   gone, receipt = forget.suppress(memory, state, 0)
@@ -320,7 +350,8 @@ def test_suppressing_empties_the_slot_and_says_what_it_leaves(book):
   bank = memory.bank(state)
   layer = state.layers['l0']
   for name, value, want in (
-      ('source', (2, 3), forget.Plan('replay', 2, 'said by the stream at 2')),
+      ('source', (5, 1), forget.Plan(
+          'replay', 3, 'said by the stream from 3 on')),
       ('version', 2, forget.Plan(
           'replay', 0, 'it is not known who wrote its first version'))):
     held = getattr(bank, name).at[0, 0].set(jnp.array(value))

@@ -204,7 +204,7 @@ def test_an_artifact_is_edited_into_a_child(saved, run, tmp_path,  # noqa: F811
       'memory/0/0')}
   code, _, err = run('memory', 'lock', 'chat', *acme, '--slot=0',
                      f'--journal={tmp_path}/edits', '--expect=7')
-  assert code == 2 and 'conflict; nothing' in err
+  assert code == 2 and 'conflict, the slot has version 1' in err
   (tmp_path / 'other').mkdir()
   (tmp_path / 'other/slots.json').write_text(json.dumps({
       'memory/0/0': '00' * 16}))
@@ -230,7 +230,7 @@ def test_an_artifact_is_edited_into_a_child(saved, run, tmp_path,  # noqa: F811
   assert 'bob may resume' in out
   # What is refused makes nothing, and the name stays.
   code, _, err = run('memory', 'delete', 'chat', *acme, '--slot=0')
-  assert code == 2 and 'invalid; nothing was changed' in err
+  assert code == 2 and 'invalid, it cannot be done' in err
   assert two['id'] in run('state', 'show', 'chat', *acme)[1]
   # Others have the rights that they have, no more.
   code, out, err = run('memory', 'list', 'chat', *go, '--org=globex')
@@ -245,7 +245,7 @@ def test_an_artifact_is_edited_into_a_child(saved, run, tmp_path,  # noqa: F811
   code, out, err = run('memory', 'list', 'chat', *acme)
   assert code == 2 and 'E_REVOKED' in err and not out
   for target, more, why in (
-      (one['id'], ['--save=x', '--slot=0'], '--save: an edit of an artifact'),
+      (one['id'], ['--save=x', '--slot=0'], 'an edit of an artifact makes'),
       (one['id'], ['--ref=locked', '--slot=0'], 'expected a free name'),
       (saved / 's0', ['--slot=0', '--save=x'], 'is a saved state, of no store'),
       (saved, ['--slot=0'], 'expected a saved state or an artifact, got some'),
@@ -403,3 +403,45 @@ def test_mistakes_are_one_line(run, monkeypatch, tmp_path, argv,  # noqa: F811
   code, _, err = run('memory', *argv)
   assert code == 2 and message in err and len(err.splitlines()) == 1
   assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_reads_no_text_and_has_two_memories(
+    tmp_path, run, monkeypatch):  # noqa: F811
+  """Numbers are what its tokens are called, and one memory has to be named."""
+  slots = c.SlotsConfig(c.SlotRules(slots=2, key=8, value=8, span=2,
+                                    key_span=1), segment=4)
+  layers = tuple(c.LayerConfig(n, slots, c.SwiGLUConfig(8)) for n in 'ab')
+  model = lm.LanguageModel(c.ModelConfig(
+      vocab=64, width=8, layers=layers, groups=(c.GroupConfig(('a', 'b')),)))
+  params = jax.jit(model.init)(jax.random.key(0))
+  monkeypatch.setattr(restore, 'from_workdir', lambda _: (model, params))
+  serving.save_state(tmp_path / 's', model, params, model.init_state(1, 4))
+  def memory(verb, target, *more):
+    code, out, err = run('memory', verb, str(tmp_path / target), '--workdir=x',
+                         *more)
+    return code, [json.loads(x) for x in out.splitlines() if x[0] == '{'], err
+  said = '--statement=12,43', '--key=12', '--value=43', f'--save={tmp_path}/t'
+  assert "got ''; this model has ['a', 'b']" in memory('write', 's', *said)[2]
+  code, (found,), _ = memory('write', 's', '--slot_layer=b', *said)
+  assert code == 0 and found['outcome'] == 'committed'
+  assert memory('list', 't', '--slot_layer=a')[1] == []
+  (slot,) = memory('list', 't', '--slot_layer=b', '--where=key=12')[1]
+  assert slot['values'] == [[43]]
+  assert memory('read', 't', '--slot_layer=b', '--key=12')[1] == [
+      {'slot': 0, 'value': [43]}]
+  _, _, err = memory('read', 't', '--slot_layer=b', '--key=sky')
+  assert '--key=sky: expected numbers of tokens' in err
+
+
+def test_a_journal_forgets_what_has_no_slot(saved, run, restored):  # noqa: F811
+  book = journal.Journal(saved / 'forgetful')
+  told = {'layer': 'memory', 'row': 0, 'oid': 7, 'outcome': 'committed'}
+  book.append(told | {'after': book.commitment('memory/0/7', {'value': [1]})})
+  code, out, _ = run('memory', 'journal', str(saved / 'forgetful'),
+                     '--forget=memory/0/7', '--reason=asked to')
+  last = json.loads(out.splitlines()[-2])
+  assert code == 0 and last['op'] == 'forget' and last['reason'] == 'asked to'
+  assert journal.Journal(saved / 'forgetful').salt('memory/0/7') is None
+  code, _, err = run('memory', 'journal', str(saved / 'forgetful'),
+                     '--forget=memory/0/7')
+  assert code == 2 and 'of an object that this journal knows' in err

@@ -283,6 +283,28 @@ def test_who_is_pushed_out_keeps_a_salt_of_its_own(tmp_path):
   assert len(set(salts)) == 2 and last['before'] != last['after']
 
 
+def test_what_was_pushed_out_can_be_forgotten(tmp_path):
+  """What an entry says of it is then nobody's to guess."""
+  book = jn.Journal(tmp_path / 'edits')
+  memory, state = begun(journal=book)
+  for token in (13, 14):
+    state, receipt = memory.write(
+        params(), state, [3, token], key=[token], value=[token + 10, 7])
+  assert receipt.evicted == 0
+  name = 'memory/0/0'
+  with pytest.raises(ValueError, match='expected LAYER/ROW/OID of an object'):
+    book.forget('memory/0/9')
+  book.forget(name, reason='asked to')
+  assert book.salt(name) is None and name.encode() not in (
+      tmp_path / 'edits/slots.json').read_bytes()
+  again = jn.Journal(tmp_path / 'edits')
+  assert again.gone == {name} and again.entries[-1]['op'] == 'forget'
+  # What is left goes on.
+  other = dataclasses.replace(memory, journal=again)
+  state, receipt = other.delete(state, 1)
+  assert receipt.changed and jn.Journal(tmp_path / 'edits').gone == {name}
+
+
 def test_what_can_be_seen():
   memory, state = begun()
   new, _ = memory.delete(state, 1)
@@ -394,7 +416,8 @@ def test_mistakes_are_named():
       'redacted': lambda: memory.export(state, fields=['key'], redact=True),
       'value: expected 1 to 3': lambda: memory.write(
           params(), state, [1], key=[1], value=[[1], [1, 2]]),
-      'other: .* expected': lambda: memory.diff(state, other),
+      'memory: .* expected .*another model': lambda: memory.diff(
+          state, other),
       'journal: expected': lambda: mem.Memory(MODEL, journal='edits'),
       'name: expected a slot layer': lambda: mem.commit(
           MODEL, 'kda', state, gone),
@@ -410,7 +433,7 @@ def test_mistakes_are_named():
     memory.write(broken, state, [1], key=[1], value=[1])
   plain = lm.LanguageModel(dataclasses.replace(
       MODEL.config, groups=(c.GroupConfig(('kda',)),)))
-  with pytest.raises(ValueError, match='expected the name of one slot layer'):
+  with pytest.raises(ValueError, match='expected a model with a slot layer'):
     mem.Memory(plain)
 
 
@@ -472,7 +495,7 @@ def test_a_purge_takes_what_waits_with_it(value, tmp_path):
   assert forget.plan(memory, state, 0).mode == 'purge'
   _, said = heard(state, [21, 10], [], want='write')
   assert forget.plan(memory, said, 0) == forget.Plan(
-      'replay', 0, 'the stream has spoken of it at 0, which waits')
+      'replay', 0, 'the stream has spoken of it from 0 on, which waits')
   new, receipt = forget.purge(memory, said, 0)
   assert receipt.scope == 'bank' and 'layers/memory/want_value' in receipt.left
   assert 'token log' in receipt.left
@@ -481,7 +504,11 @@ def test_a_purge_takes_what_waits_with_it(value, tmp_path):
   assert not np.asarray(held.want_value).any()
   assert (np.asarray(held.want_span) == -1).all()
   assert not memory.list(after_all(new))
+  # What has gone may not go on in this journal.
+  with pytest.raises(ValueError, match='has forgotten memory/0/0'):
+    memory.expire(state, 0, ttl=1)
   # What has expired is hidden, and there until the next commit.
+  memory = mem.Memory(MODEL)
   state, _ = memory.expire(state, 0, ttl=1)
   _, state = heard(state, [1, 1], [])
   assert not memory.list(state)

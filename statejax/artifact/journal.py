@@ -57,14 +57,13 @@ class Journal:
     if self._size < len(text):
       os.truncate(self._log, self._size)
     # A crash may fall between an entry and what it says.
-    for name in {e.get('forgets') for e in self.entries} & set(self._salt):
-      self.forget(name)
+    for name in self.gone & set(self._salt):
+      self._drop(name)
 
   def _require_salts(self):
     """Raises where salts are lost: edits would no longer follow each other."""
-    gone = {e.get('forgets') for e in self.entries}
     lost = sorted({object_name(e) for e in self.entries if e.get('after')}
-                  - gone - set(self._salt))
+                  - self.gone - set(self._salt))
     if lost:
       raise ValueError(
           f'{self._salts}: expected the salt of each object that was not '
@@ -75,6 +74,11 @@ class Journal:
   def head(self):
     """Hash of the last entry, 64 hex digits."""
     return self._head
+
+  @property
+  def gone(self):
+    """Names of the objects whose salts were destroyed, a set."""
+    return {e['forgets'] for e in self.entries if e.get('forgets')}
 
   def append(self, entry):
     """Adds an entry of integers, strings and dicts of them; on disk when it
@@ -99,7 +103,7 @@ class Journal:
     self.entries.append(entry)
     self._head = link
     if entry.get('forgets'):
-      self.forget(entry['forgets'])
+      self._drop(entry['forgets'])
 
   def commitment(self, name, row):
     """Returns the commitment to a slot's row, 64 hex digits.
@@ -127,7 +131,7 @@ class Journal:
     Raises:
       ValueError: the journal has others: it is another state's.
     """
-    gone = {e.get('forgets') for e in self.entries}
+    gone = self.gone
     theirs = {}
     for name, salt in salts.items():
       layer, _, oid = name.rpartition('/')
@@ -141,8 +145,26 @@ class Journal:
       self._salt |= theirs
       self._write_salts()
 
-  def forget(self, name):
-    """Destroys the salt of an object."""
+  def forget(self, name, reason=''):
+    """Destroys the salt of an object that has no slot any more, as `PURGE` does
+    of one that has: what was said of it cannot be guessed then, nor proved.
+
+    Args:
+      name: 'layer/row/oid', see `object_name`.
+      reason: what it is for; must not hold content.
+
+    Raises:
+      ValueError: no entry is about such an object, or it is forgotten.
+    """
+    if name not in self._salt:
+      raise ValueError(f'forget: expected LAYER/ROW/OID of an object that this '
+                       f'journal knows, got {name!r}.')
+    layer, row, oid = name.rsplit('/', 2)
+    self.append({'op': 'forget', 'outcome': 'committed', 'layer': layer,
+                 'row': int(row), 'oid': int(oid), 'reason': reason,
+                 'before': '', 'after': '', 'forgets': name})
+
+  def _drop(self, name):
     if self._salt.pop(name, None) is not None:
       self._write_salts()
 

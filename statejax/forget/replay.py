@@ -78,7 +78,11 @@ def replay_without(model, params, state, snapshot, log, span=None, *, row=0,
     raise ValueError(f'chunk: expected >= 1, got {chunk}.')
   log, held = rc.tokens_of(model, log, row), rc.row_of(snapshot, state, row)
   first, last = int(held.length[0]), int(state.length[row])
-  begin, end = (last, last) if span is None else map(int, span)
+  try:
+    begin, end = (last, last) if span is None else map(int, span)
+  except (TypeError, ValueError):
+    raise ValueError('span: expected (first position, position behind the '
+                     f'last), got {span!r}.') from None
   if span is not None and not first <= begin < end <= last:
     raise ValueError(
         f'span: expected positions {first} <= first < last <= {last} of the '

@@ -5,7 +5,9 @@ import dataclasses
 import jax
 import numpy as np
 
+from statejax import slot_facts
 from statejax import state as st
+from statejax.artifact import journal
 from statejax.forget import receipt as rc
 from statejax.layers import slots as layer
 from statejax.ops import lifecycle
@@ -35,13 +37,16 @@ class Plan:
 def plan(memory, state, slot, row=0):
   """Returns the `Plan` that forgets a slot's object in the whole model.
 
-  A value that was written from outside and never read has changed nothing but
-  its slot. What was read is in all that came after the first read, and what the
-  stream has said of the object is in all that came after it, also where that
-  waits to be committed. Whether only edits have made the object, the journal
-  knows; without one it is taken for the stream's. What an object has pushed out
-  when it came is not brought back, and the same words said elsewhere, without
-  an event of this object, are not looked for.
+  What was written from outside has changed nothing but its slot as long as the
+  row reads no slot: an unread key lessens the weights of those that are read,
+  and what was deleted keeps the model from looking elsewhere. What was read is
+  in all that came after, and what the stream has said of the object is in all
+  that came after its statement, also where that waits to be committed: as far
+  back as the writer looks, `SlotsConfig.statement` tokens. Whether only edits
+  have made the object, the journal knows; without one it is taken for the
+  stream's. What an object has pushed out when it came is not brought back, and
+  the same words said elsewhere, without an event of this object, are not looked
+  for.
 
   Raises:
     ValueError: an empty slot, or none of this number.
@@ -58,19 +63,65 @@ def plan(memory, state, slot, row=0):
   about = np.asarray(lifecycle.meant(
       memory.config.rules, memory.bank(state_row), waits)) == slot
   if about.any():
-    said = np.asarray(waits.source)[about][:, 0]
-    begin = int(np.where(said < 0, np.asarray(waits.time)[about], said).min())
+    begin = _statement(memory, np.asarray(waits.time)[about].min())
     return Plan('replay', begin,
-                f'the stream has spoken of it at {begin}, which waits')
-  version, source, first = (int(x[0, slot]) for x in (
-      bank.version, bank.source[..., 0], bank.t_first))
-  if memory.untouched(state, slot, row):
-    if bank.reads[0, slot] == 0:
-      return Plan('purge', -1, 'written from outside and never read')
-    return Plan('replay', first, f'written from outside, first read at {first}')
+                f'the stream has spoken of it from {begin} on, which waits')
+  edits = made(memory, bank, slot, row)
+  if edits:
+    first = edits[0]['length']
+    if int(state.length[row]) == first or _unseen(bank, slot, edits):
+      return Plan('purge', -1, 'written from outside, and no slot read since')
+    return Plan('replay', first, f'written from outside at {first}')
+  version, source, time = (int(x[0, slot]) for x in (
+      bank.version, bank.source[..., 0], bank.t_write))
   if version == 1 and source >= 0:
-    return Plan('replay', source, f'said by the stream at {source}')
+    begin = _statement(memory, time)
+    return Plan('replay', begin, f'said by the stream from {begin} on')
   return Plan('replay', 0, 'it is not known who wrote its first version')
+
+
+def _statement(memory, time):
+  """Where what the writer saw begins, of an event at a position."""
+  return max(0, int(time) + 1 - memory.config.statement)
+
+
+def made(memory, bank, slot, row=0):
+  """The edits that have made a slot's object what it is, oldest first: entries
+  of the journal, or none.
+
+  Some prove that no stream has written, renewed, locked or named it, in any of
+  its versions; that it was read they may hide. None prove nothing.
+
+  Args:
+    memory: `statejax.memory.Memory`.
+    bank: `statejax.ops.slots.Bank` of one row, in numpy.
+    slot: number of the slot.
+    row: of the state.
+  """
+  book, oid = memory.journal, int(bank.oid[0, slot])
+  name = journal.object_name({'layer': memory.layer, 'row': row, 'oid': oid})
+  if book is None or book.salt(name) is None:
+    return []
+  edits = [e for e in book.entries if e['row'] == row
+           and e.get('layer') == memory.layer and e.get('oid') == oid
+           and e['outcome'] in ('committed', 'refreshed')]
+  held = slot_facts.plain(bank, slot) | {
+      'reads': 0, 't_first': -1, 't_read': -1}
+  said = [e['after'] for e in edits]
+  whole = edits and not edits[0]['old_version'] and (
+      [e['before'] for e in edits[1:]] == said[:-1]
+      and book.commitment(name, held) == said[-1])
+  return edits if whole else []
+
+
+def _unseen(bank, slot, edits):
+  """Whether no slot of a row has been read since edits have made an object."""
+  # Gone, it is nearest to who asks for it, and counts no reads.
+  silent = {e['op'] for e in edits} & {'delete', 'quarantine'}
+  # A slot that was emptied or taken has lost when it was read.
+  lost = bank.next_oid[0] > bank.oid[0, slot] + 1 or (
+      (bank.status == sl.EMPTY) & (bank.seq > 0)).any()
+  return not silent and not lost and bank.t_read.max() < edits[0]['length']
 
 
 def suppress(memory, state, slot, row=0, **where):

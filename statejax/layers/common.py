@@ -11,6 +11,10 @@ import jax.numpy as jnp
 from statejax.layers import weights
 from statejax.ops import band, blocks, norm, store
 
+# What a token may be told to learn or to do, see `statejax.layers.slots.Slots`.
+HINTS = ('want', 'part', 'version', 'object', 'alias', 'ask', 'look', 'force',
+         'force_part')
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +33,9 @@ class Context:
     base: position of that token; `length` or, past a border, 0, [B].
     All are int32.
     tokens: of the step, [B, T] int32; None where a layer runs alone.
-    hints: {name: [B, T] int32}, what is to be learned of a token besides the
-      next, -1 where nothing; for a layer that has a loss of that name.
+    hints: {name: [B, T] int32}, of `HINTS`: what is to be learned of a token
+      besides the next, -1 where nothing; for a layer that has a loss of that
+      name.
     lent: what earlier layers of this step lend, {layer: {name: array}}; see
       `lend` and `borrow`.
     summary: `statejax.layers.ksa.Summaries`, the summary tokens that run with
@@ -177,6 +182,22 @@ def context(length, n_valid, document, steps):
   old = jnp.where(count == 0, length[:, None], 0)
   base = jnp.where(start == 0, length, 0)
   return Context(length, n_valid, old + index - begin, count, start, base)
+
+
+def checked_hints(hints, shape):
+  """Returns the hints of a step of tokens of this shape; {} for None.
+
+  Raises:
+    ValueError: a name that no layer knows, another shape, or no integers.
+  """
+  for name, x in (hints or {}).items():
+    if name not in HINTS:
+      raise ValueError(f'hints: expected some of {", ".join(HINTS)}; got '
+                       f'{name!r}.')
+    if x.shape != shape or x.dtype.kind not in 'iub':
+      raise ValueError(f'hints: {name}: expected integers of shape {shape}, as '
+                       f'the tokens have, got {x.dtype} {x.shape}.')
+  return dict(hints or {})
 
 
 def lend(module, **arrays):

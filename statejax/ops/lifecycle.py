@@ -11,13 +11,15 @@ together, and the gradient of a value goes straight to the event it came from.
 | WRITE | the same tokens again | its time and salience only |
 | WRITE | open TOMBSTONE | LIVE, version + 1, ring empty |
 | WRITE | no such object, and a free or evictable slot | object with version 1 |
+| WRITE | a host's, whose key tokens are not the object's | none: conflict |
 | LOCK, UNLOCK | open and LIVE; locked by a stream | |
 | DELETE | open and LIVE | values and tokens gone, key stays, version + 1 |
 | ROLLBACK n | open and LIVE, n values in the ring | like writing that value |
 | ALIAS | LIVE, name unused | another name |
 | EXPIRE | open or host, LIVE | hidden from a position on |
 | QUARANTINE, RESTORE | open or host | out of reads and writes, and back |
-| PURGE, REKEY, HOST_LOCK, HOST_UNLOCK | host | slot empty; new key; lock |
+| PURGE, HOST_LOCK, HOST_UNLOCK | host | slot empty; lock |
+| REKEY | host, and the key is no other object's | new key |
 
 An event may wait for the end of its segment while a host edits the object that
 it is about: `overruled` says which then wait in vain.
@@ -317,10 +319,30 @@ def _find(rules, row, event):
   direct = jnp.where(direct, number, -1)
   if rules.mode == 'router':
     return direct
+  return jnp.where(event.slot >= 0, direct, _called(rules, row, event))
+
+
+def _called(rules, row, event):
+  """The slot that the key of an event finds, -1 for none."""
   at, score = _by_key(rules, row, event, event.key)
   other, better = _by_alias(rules, row, event, event.key)
-  return jnp.where(event.slot >= 0, direct,
-                   jnp.where(better > score, other, at))
+  return jnp.where(better > score, other, at)
+
+
+def _otherwise(rules, row, event, old, at):
+  """Whether the key of an event is not that of the slot `at`: of a host's WRITE
+  its tokens, of a REKEY the new one, which is another slot's."""
+  if rules.mode == 'router':
+    return jnp.bool_(False), jnp.bool_(False)
+  said = (event.source[0] < 0) & (event.key_span[0] >= 0)
+  said &= (old['key_span'][0] >= 0) & ~sl.same_span(
+      old['key_span'], event.key_span)
+  said &= _by_alias(rules, row, event, event.key)[0] != at
+  found = _called(rules, row, event)
+  taken = (found >= 0) & (found != at)
+  if rules.mode == 'hashed':
+    taken |= ~_reach(rules, event)[jnp.maximum(at, 0)]
+  return said, taken
 
 
 def _free_name(rules, row, event):
@@ -349,8 +371,9 @@ def _room(rules, row, event):
   if rules.policy == 'lru':
     score = jnp.maximum(score, slot['t_read'])
   among = rank == least
-  low = jnp.min(jnp.where(among, score, most))
-  at = jnp.argmax(among & (score == low)).astype(jnp.int32)
+  among &= score == jnp.min(jnp.where(among, score, most))
+  # Who writes many at one position has written the first of them first.
+  at = jnp.argmin(jnp.where(among, slot['oid'], _MOST)).astype(jnp.int32)
   return jnp.where(least < 3, at, -1)
 
 
@@ -367,8 +390,10 @@ def _event(rules, row, inputs):
   place = jnp.maximum(at, 0)
   old = {name: x[place] for name, x in row.slot.items()}
   target = targets(row.slot, row.alias)
-  why = _outcome(row, event, old, at, new, _free_name(rules, row, event),
-                 jnp.any(target < 0))
+  said, taken = _otherwise(rules, row, event, old, at)
+  name_free = jnp.where(op == sl.REKEY, ~taken, _free_name(rules, row, event))
+  why = _outcome(row, event, old, at, new, said, name_free, jnp.any(target < 0),
+                 rules.mode == 'hashed')
   go = (why == sl.COMMITTED) | (why == sl.REFRESHED)
   mask = go & (jnp.arange(rules.slots, dtype=jnp.int32) == place)
   after = _changed(rules, row, event, number, old, new, why == sl.REFRESHED)
@@ -390,13 +415,15 @@ def _event(rules, row, inputs):
       evicted=jnp.where(go & new & (old['status'] != sl.EMPTY), old['oid'], -1))
 
 
-def _outcome(row, event, old, at, new, name_free, alias_room):
+def _outcome(row, event, old, at, new, said, name_free, alias_room, hashed):
   """Why an event changes nothing, or that it does."""
   op, status, lock = event.op, old['status'], old['lock']
   op_is = lambda *ops: functools.reduce(jnp.logical_or, [op == o for o in ops])
   live, is_open = status == sl.LIVE, lock == sl.OPEN
   fill = jnp.sum(old['span'][1:, 0] >= 0)
   bad_key = ~jnp.any(event.key != 0) | ~jnp.all(jnp.isfinite(event.key))
+  # All that has no name would be one object.
+  nameless = (event.key_span[0] < 0) if hashed else False
   bad_name = ~jnp.any(event.name != 0) | ~jnp.all(jnp.isfinite(event.name))
   worn = (new & (row.next_oid == _MOST)) | (old['seq'] == _MOST) | (
       old['version'] == _MOST)
@@ -412,19 +439,22 @@ def _outcome(row, event, old, at, new, name_free, alias_room):
       (op == sl.NULL, sl.UNUSED),
       ((op < 0) | (op > sl.HOST_UNLOCK), sl.INVALID),
       ((op >= sl.PURGE) & ~event.host, sl.FORBIDDEN),
-      (written & empty | new & bad_key | op_is(sl.REKEY) & bad_key
+      (written & (empty | nameless) | new & bad_key
+       | op_is(sl.REKEY) & (bad_key | nameless)
        | op_is(sl.ALIAS) & bad_name, sl.INVALID),
-      (new & (event.expect >= 0), sl.MISSING),
+      (new & (event.expect > 0), sl.MISSING),
       (at < 0, missing),
-      ((event.expect >= 0) & (event.expect != old['version']), sl.CONFLICT),
+      (~new & (event.expect >= 0) & (event.expect != old['version']),
+       sl.CONFLICT),
       (needs_open & ~is_open, sl.LOCKED),
+      (written & ~new & said, sl.CONFLICT),
       (op_is(sl.UNLOCK) & (lock == sl.HOST), sl.LOCKED),
       (needs_live & ~live, sl.INVALID),
       (written & ~new & ~live & (status != sl.TOMBSTONE), sl.INVALID),
       (op_is(sl.UNLOCK, sl.HOST_UNLOCK) & is_open, sl.INVALID),
       (op_is(sl.ROLLBACK) & ((event.steps < 1) | (event.steps > fill)),
        sl.INVALID),
-      (op_is(sl.ALIAS) & ~name_free, sl.INVALID),
+      (op_is(sl.ALIAS, sl.REKEY) & ~name_free, sl.INVALID),
       (op_is(sl.ALIAS) & ~alias_room, sl.FULL),
       (op_is(sl.RESTORE) & (status != sl.QUARANTINED), sl.INVALID),
       (op_is(sl.HOST_LOCK) & (lock == sl.HOST), sl.INVALID),

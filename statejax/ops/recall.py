@@ -5,11 +5,12 @@ With cosines s[m] of a query with keys and other names of what it may see,
   a = softmax(kappa s), cut to the k best;   y = sum_m a[m] value[m]
 
 and the confidence is sigmoid(scale * max s - shift). Below `threshold` the read
-is exactly 0, which tells the caller to look elsewhere. Where a tombstone is
-nearer than all that lives, and near enough, the read is exactly 0 as well, and
-there is nothing to look for: a caller that looked elsewhere would find what was
-deleted. What is not selected contributes no byte of a value, and is not counted
-as read.
+is exactly 0, which tells the caller to look elsewhere. Where a tombstone, or
+what is in quarantine, is nearer than all that lives, and near enough, the read
+is exactly 0 as well, and there is nothing to look for: a caller that looked
+elsewhere would find what was deleted. What is not selected contributes no byte
+of a value, and is not counted as read; that it is there lessens the weights of
+the others. What somebody owns comes before what nobody owns and is as near.
 """
 
 import dataclasses
@@ -20,6 +21,9 @@ import jax.numpy as jnp
 
 from statejax.ops import lifecycle, select
 from statejax.ops import slots as sl
+
+# Of cosines: the same words give the same, up to the rounding of `select.top`.
+_AS_NEAR = 2.0 ** -10
 
 
 @jax.tree_util.register_dataclass
@@ -91,7 +95,8 @@ def choose(bank, ask, sight, k=1):
 def look(slot, alias, ask, sight, k=1):
   """`choose` of a row, for `lifecycle.segments`: leaves [M, ...], [T, ...]."""
   score, seen, gone = _scores(*jax.lax.stop_gradient((slot, alias, ask)))
-  ids = select.top(score, seen, k)
+  ids = select.top(score - jnp.where(slot['owner'] < 0, _AS_NEAR, 0.)[None],
+                   seen, k)
   at = jnp.maximum(ids, 0)
   ago = jnp.clip(ask.ago, 0, slot['span'].shape[1] - 1)
   kept = slot['span'][at, ago[:, None], 0] >= 0
@@ -190,7 +195,7 @@ def _confidence(best, kept, sight):
 
 def _scores(slot, alias, ask):
   """Cosines [T, M] of one row, what each query may see of what lives, and of
-  tombstones."""
+  tombstones and what is in quarantine."""
   keys = jnp.sum(ask.query[:, None] * slot['key'][None], axis=-1)
   names = jnp.sum(ask.query[:, None] * alias['key'][None], axis=-1)
   target = lifecycle.targets(slot, alias)
@@ -203,4 +208,5 @@ def _scores(slot, alias, ask):
   mine &= (slot['expires'] < 0)[None] | (
       ask.time[:, None] < slot['expires'][None])
   return (keys, mine & (slot['status'] == sl.LIVE)[None],
-          mine & (slot['status'] == sl.TOMBSTONE)[None])
+          mine & ((slot['status'] == sl.TOMBSTONE)
+                  | (slot['status'] == sl.QUARANTINED))[None])

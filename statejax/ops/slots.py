@@ -40,7 +40,8 @@ class Bank:
     span: the tokens that each value stands for, padded with -1. A version
       without tokens is no version: it fills no place in the ring.
     key_span: the tokens of the key.
-    source: (first token, number of tokens) of the statement in the stream.
+    source: (first token, number of tokens) of the value in the stream, or of
+      what is taken for it.
     status: EMPTY, LIVE, TOMBSTONE or QUARANTINED.
     lock: OPEN, STREAM or HOST.
     oid: object id, given once.
@@ -98,7 +99,8 @@ class Events:
     expires: of a WRITE or EXPIRE the position from which it is hidden, -1
       never, [B, E].
     slot: the slot meant, [B, E] int32; -1 asks the key.
-    expect: version that the slot must have, or nothing happens; -1 any, [B, E].
+    expect: version that the slot must have, or nothing happens; 0 is of a WRITE
+      that makes an object, -1 any, [B, E].
     steps: of a ROLLBACK, versions back, [B, E] int32.
     host: whether the host's capability is shown, [B, E] bool.
   """

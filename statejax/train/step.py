@@ -61,12 +61,18 @@ def score(model, params, batch) -> Sums:
     model: `LanguageModel`.
     params: its parameters.
     batch: {'tokens', 'targets', 'segments'}, each [B, T] int32; a target of
-      -1 is not predicted.
+      -1 is not predicted. And labels, if there are any, by the names of
+      `statejax.layers.common.HINTS`.
+
+  Raises:
+    ValueError: something else in the batch, which would be left out.
   """
   targets = batch['targets']
+  hints = {name: x for name, x in batch.items()
+           if name not in ('tokens', 'targets', 'segments')}
   state = model.init_state(targets.shape[0], 0)
   logits, _, losses = lm.forward(model, params, state, batch['tokens'],
-                                 segment_ids=batch['segments'])
+                                 segment_ids=batch['segments'], hints=hints)
   asked = targets >= 0
   norm = jax.nn.logsumexp(logits, axis=-1)
   hit = jnp.take_along_axis(

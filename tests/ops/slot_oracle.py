@@ -72,6 +72,9 @@ class Row:
   def _find(self, e):
     if e['slot'] >= 0 or self.rules.mode == 'router':
       return e['slot'] if e['slot'] in self._mine(e) else -1
+    return self._called(e)
+
+  def _called(self, e):
     if self.rules.mode == 'hashed':
       same = [i for i in self._mine(e) if i in self._set(e)
               and (self.slots[i].key_span == e['key_span']).all()]
@@ -97,8 +100,9 @@ class Row:
       return {'lru': max(s.t_write, s.t_read), 'oldest': s.t_write,
               'reject': s.t_write, 'low_salience': s.salience}[
                   self.rules.policy]
-    able = [(rank(i), score(i), i) for i in self._set(e) if rank(i) is not None]
-    return min(able, default=(0, 0, -1))[2]
+    able = [(rank(i), score(i), self.slots[i].oid, i)
+            for i in self._set(e) if rank(i) is not None]
+    return min(able, default=(-1,))[-1]
 
   def _one(self, e):
     op, r = e['op'], self.rules
@@ -109,6 +113,9 @@ class Row:
     if op >= sl.PURGE and not e['host']:
       return sl.FORBIDDEN
     if op == sl.WRITE and e['span'][0] < 0:
+      return sl.INVALID
+    if r.mode == 'hashed' and op in (sl.WRITE, sl.REKEY) and (
+        e['key_span'][0] < 0):
       return sl.INVALID
     at = self._find(e)
     if op == sl.WRITE and at < 0 and (e['slot'] < 0 or r.mode == 'router'):
@@ -127,7 +134,7 @@ class Row:
   def _create(self, e):
     if not e['key'].any():
       return sl.INVALID
-    if e['expect'] >= 0:
+    if e['expect'] > 0:
       return sl.MISSING
     at = self._room(e)
     if at < 0:
@@ -147,6 +154,8 @@ class Row:
   def write(self, e, s, at):
     if s.lock:
       return sl.LOCKED
+    if self._otherwise(e, s, at):
+      return sl.CONFLICT
     if s.status == sl.QUARANTINED:
       return sl.INVALID
     if s.status == sl.LIVE and (s.content[0][1] == e['span']).all():
@@ -157,6 +166,16 @@ class Row:
       s.key, s.key_span = e['key'], e['key_span']
     s.status, s.version, s.seq = sl.LIVE, s.version + 1, s.seq + 1
     return sl.COMMITTED
+
+  def _otherwise(self, e, s, at):
+    """Whether a host calls a slot by other tokens than its own."""
+    if self.rules.mode == 'router' or e['source'][0] >= 0:
+      return False
+    if e['key_span'][0] < 0 or s.key_span[0] < 0:
+      return False
+    if (e['key_span'] == s.key_span).all():
+      return False
+    return self._best(self._aliases(e, e['key']))[1] != at
 
   def lock(self, e, s, at):
     if s.lock:
@@ -234,6 +253,10 @@ class Row:
     return sl.COMMITTED
 
   def rekey(self, e, s, at):
+    if self.rules.mode == 'hashed' and at not in self._set(e):
+      return sl.INVALID
+    if self.rules.mode != 'router' and self._called(e) not in (-1, at):
+      return sl.INVALID
     s.key, s.key_span, s.seq = e['key'], e['key_span'], s.seq + 1
     return sl.COMMITTED
 

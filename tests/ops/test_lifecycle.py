@@ -29,8 +29,8 @@ def draw(rules, rng, rows, segments, count, busy=()):
   keys[1] = keys[0] + 0.02 * keys[1]
   keys /= np.linalg.norm(keys, axis=1, keepdims=True)
   keys[-1] = 0
-  ops = np.array([sl.WRITE] * 12 + [sl.DELETE] * 2 + list(range(15)) + [
-      *busy])
+  ops = np.array([sl.WRITE] * 12 + [sl.DELETE] * 2 + [sl.REKEY] * 2 + [
+      *range(15), *busy])
   named = 0.9 if rules.mode == 'router' else 0.2
   def one(time):
     which, other = rng.integers(7, size=2)
@@ -40,7 +40,11 @@ def draw(rules, rng, rows, segments, count, busy=()):
         'op': int(rng.choice(ops)), 'key': keys[which], 'name': keys[other],
         'value': np.float32(rng.normal(size=rules.value)),
         'span': np.array([rare(0.95, 0, 3), rare(0.5, 0, 2)]),
-        'key_span': np.array([which, 0]), 'source': rng.integers(9, size=2),
+        # A host says no source, and may call an object by other tokens.
+        'key_span': np.array([which if rng.random() < 0.9 else rare(0.5, 0, 7),
+                              0]),
+        'source': rng.integers(9, size=2) if rng.random() < 0.7 else (
+            np.array([-1, -1])),
         # Now and then of what was said before.
         'time': max(0, time - 25 * (rng.random() < 0.1)),
         'salience': np.float32(rng.random()), 'principal': rare(0.3, 0, 1),
@@ -265,3 +269,77 @@ def test_rules_say_what_is_wrong():
     sl.events(c.SlotRules(), [[sl.WRITE]], key=jnp.zeros((1, 64)))
   with pytest.raises(ValueError, match="unknown fields \\['keys'\\]"):
     sl.events(c.SlotRules(), [[sl.WRITE]], keys=1)
+
+
+def one(rules, bank, op, key, **fields):
+  """The bank after one event of a key, and its outcome."""
+  shape = lambda x: jnp.asarray(x)[None, None]
+  events = sl.events(rules, [[op]], key=key[None, None], **{
+      n: shape(x) for n, x in ({'span': jnp.zeros(2, jnp.int32)} | fields
+                               ).items()})
+  bank, receipts = lifecycle.commit(rules, bank, events,
+                                    jnp.zeros(1, jnp.int32))
+  return bank, sl.OUTCOMES[int(receipts.outcome[0, 0])]
+
+
+def names(*tokens):
+  return jnp.array(tokens, jnp.int32)
+
+
+@pytest.mark.parametrize('mode', ['content', 'hashed'])
+def test_no_two_slots_get_one_address(mode):
+  rules = dataclasses.replace(SMALL, mode=mode, ways=2)
+  # Of the names 0 to 9 some have one half of the slots, some the other.
+  half = [int(x) % 2 for x in lifecycle.hash_tokens(jnp.stack(
+      [names(i, 0) for i in range(10)]))]
+  here = [i for i in range(10) if half[i] == half[0]][:3]
+  far = half.index(1 - half[0])
+  eye, bank = jnp.eye(8), sl.empty(rules, 1)
+  for i, name in enumerate(here[:2]):
+    bank, why = one(rules, bank, sl.WRITE, eye[i], key_span=names(name, 0))
+    assert why == 'committed'
+  rekey = lambda key, name, slot=0: one(
+      rules, bank, sl.REKEY, eye[key], key_span=names(name, 0), slot=slot,
+      host=True)[1]
+  slot = int(jnp.argmax(bank.oid[0] == 0))
+  assert rekey(1, here[1], slot) == 'invalid'
+  assert rekey(0, here[0], slot) == 'committed'
+  assert rekey(2, here[2], slot) == 'committed'
+  # A name that is looked for elsewhere would not be found again.
+  assert rekey(3, far, slot) == (
+      'committed' if mode == 'content' else 'invalid')
+
+
+def test_what_has_no_name_is_no_object_where_names_are_looked_for():
+  rules = dataclasses.replace(SMALL, mode='hashed', ways=2)
+  bank = sl.empty(rules, 1)
+  assert one(rules, bank, sl.WRITE, jnp.eye(8)[0],
+             source=names(3, 2))[1] == 'invalid'
+
+
+def test_a_host_writes_to_what_is_called_so_or_to_nothing():
+  """An address that is near enough is not enough, but another name is."""
+  eye = jnp.eye(8)
+  bank, _ = one(SMALL, sl.empty(SMALL, 1), sl.WRITE, eye[0],
+                key_span=names(5, 6), expect=0)
+  write = lambda bank, key, **more: one(
+      SMALL, bank, sl.WRITE, key, span=names(4, 4), **more)[1]
+  near = sl.unit(eye[0] + 0.01 * eye[1])
+  assert write(bank, near, key_span=names(5, 7)) == 'conflict'
+  assert write(bank, near, key_span=names(5, 7), slot=0) == 'conflict'
+  assert write(bank, near, key_span=names(5, 6)) == 'committed'
+  assert write(bank, near, key_span=names(5, 6), expect=0) == 'conflict'
+  # The stream's own words of a name may differ.
+  assert write(bank, near, key_span=names(5, 7), source=names(3, 2)) == (
+      'committed')
+  bank, why = one(SMALL, bank, sl.ALIAS, eye[0], name=eye[2])
+  assert why == 'committed'
+  assert write(bank, eye[2], key_span=names(7, 7)) == 'committed'
+
+
+def test_of_many_written_at_once_the_first_goes_first():
+  rules = dataclasses.replace(SMALL, slots=3)
+  bank = sl.empty(rules, 1)
+  for i in range(5):
+    bank, _ = one(rules, bank, sl.WRITE, jnp.eye(8)[i], key_span=names(i, 0))
+  assert sorted(bank.oid[0].tolist()) == [2, 3, 4]

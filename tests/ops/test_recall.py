@@ -172,3 +172,27 @@ def test_reads_are_counted_and_dated():
   again = recall.noted(bank, ask(keys[:1], time=9), recall.choose(
       bank, ask(keys[:1], time=9), recall.Sight()))
   assert again.t_first[0, 0] == 5 and again.t_read[0, 0] == 9
+
+
+def test_what_is_in_quarantine_keeps_the_caller_from_looking_elsewhere():
+  bank, _, keys = made()
+  bank = dataclasses.replace(
+      bank, status=bank.status.at[0, 1].set(sl.QUARANTINED))
+  found, y, _ = read(bank, ask(keys[1:2]))
+  assert int(found.ids[0, 0, 0]) == -1 and bool(found.fires[0, 0])
+  assert not y.any()
+
+
+@pytest.mark.parametrize('mine', [0, 1])
+def test_what_one_owns_comes_before_what_nobody_owns(mine):
+  """In whatever slot, as the same words are the same address but for rounding;
+  others read what nobody owns."""
+  bank, _, keys = made()
+  near = sl.unit(keys[0] + 1e-6 * keys[1])
+  shared = 1 - mine
+  bank = dataclasses.replace(
+      bank, key=bank.key.at[0, :2].set(keys[0]).at[0, shared].set(near),
+      owner=bank.owner.at[0, mine].set(7), alias_oid=bank.alias_oid * 0 - 1)
+  one = lambda who: int(read(
+      bank, ask(near[None], principal=who))[0].ids[0, 0, 0])
+  assert one(7) == mine and one(8) == shared

@@ -132,3 +132,16 @@ def test_update_consumes_its_state():
   new, _ = step.update(model, config.train, state, batch_of(config))
   assert all(x.is_deleted() for x in jax.tree.leaves(state))
   assert int(new.step) == 1
+
+
+def test_labels_are_learned_or_refused():
+  config = small.get_config()
+  model, batch = LanguageModel(config.model), batch_of(config)
+  params = step.initial(model, config.train).params
+  zero = np.zeros_like(batch['tokens'])
+  for name, label, why in (
+      ('wants', zero, "expected some of want, .*got 'wants'"),
+      ('want', zero[:, 1:], r'want: expected integers of shape .8, 16'),
+      ('want', zero * 1., 'want: expected integers')):
+    with pytest.raises(ValueError, match=why):
+      step.score(model, params, batch | {name: label})
