@@ -243,7 +243,7 @@ def _tokens(flag, model, said=None):
 
 def _wanted(model):
   """{field: value} of --where."""
-  out = {}
+  out: dict[str, Any] = {}
   for entry in WHERE.value:
     name, found, value = entry.partition('=')
     if not found:
