@@ -49,8 +49,8 @@ def of_rows(rules, op, mine, fields, *, principal, host):
   for name, x in given.items():
     dtype, rest = kinds[name]
     x, shape = on(x).asarray(x), (mine.size, *rest)
-    if dtype == jnp.int32 and on(x) is np:
-      _check(name, x)
+    if dtype == jnp.int32:
+      _check(name, x, on(x) is np)
     if x.shape not in ((), rest, shape):
       raise ValueError(f'{name}: expected {shape} or {rest}, got {x.shape}.')
     given[name] = on(x).broadcast_to(x, shape)[:, None]
@@ -151,9 +151,9 @@ def _kinds(rules):
       2:]) for f in dataclasses.fields(sl.Events)}
 
 
-def _check(name, x):
-  """Raises unless a bank holds integers as they are."""
+def _check(name, x, known):
+  """Raises unless a bank holds integers as they are; `known` ones are seen."""
   if x.dtype.kind not in 'iu' or (
-      x.size and (x.min() < -1 or x.max() > MOST)):
+      known and x.size and (x.min() < -1 or x.max() > MOST)):
     raise ValueError(f'{name}: expected integers of -1 to {MOST}, got '
-                     f'{x.tolist()}.')
+                     f'{x.tolist() if known else x.dtype}.')

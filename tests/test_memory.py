@@ -408,6 +408,7 @@ def test_mistakes_are_named():
     memory.delete(state, 1, expect=-7)
   other = wider().init_state(2, 32)
   gone, none = memory.events('delete', np.array([True, False])), [None]
+  edited = mem.commit(MODEL, 'memory', state, gone)
   mistakes = {
       'key: expected integers, got': lambda: memory.read(state, key='sky'),
       'key: expected integers, got .None': lambda: memory.list(state, key=none),
@@ -423,6 +424,11 @@ def test_mistakes_are_named():
           MODEL, 'kda', state, gone),
       'op: expected one of .* .foo': lambda: memory.noted(
           state, state, 'foo', None),
+      'noted: expected the state right before': lambda: memory.noted(
+          blank(), edited[0], 'delete', edited[1]),
+      'slot 3, row 0: .* it is empty': lambda: memory.read(state, 3),
+      'to be a directory; make it first': lambda: serving.save_state(
+          '/no/such/folder', MODEL, params(), state),
       'slot: expected an integer': lambda: forget.plan(memory, state, 'x'),
       'slot: expected 0 to 3': lambda: forget.purge(memory, state, 7)}
   for text, call in mistakes.items():

@@ -55,6 +55,11 @@ def test_no_number_is_rounded_or_wrapped():
         print(f'accepted: {name}={x!r}')
       except ValueError as error:
         assert str(error).startswith(f'{name}: expected '), error
+  # Under jit their kind is known, if not what they are.
+  tried += 1
+  rows = np.array([True, False])
+  with pytest.raises(ValueError, match='slot: expected integers .*got float'):
+    jax.eval_shape(lambda x: memory.events('delete', rows, slot=x), np.ones(2))
   print(f'NUMBERS: tried {tried}, accepted wrongly {wrongly}')
   assert not wrongly
   # What is an integer is one, whatever library it is of.

@@ -38,9 +38,13 @@ def save_state(path, model, params, state, *, edits=None):
     The state's digest, see `state_digest`.
 
   Raises:
-    ValueError: the state is not of this model, `path` exists, or edits of
-      another number of rows.
+    ValueError: the state is not of this model, `path` exists or has no parent,
+      or edits of another number of rows.
   """
+  parent = pathlib.Path(path).absolute().parent
+  if not parent.is_dir():
+    raise ValueError(f'{path}: expected {parent} to be a directory; make it '
+                     'first.')
   capacity = st.capacity(state)
   schema = model.state_schema(st.rows(state), capacity or 0,
                               logits=state.logits is not None,

@@ -64,7 +64,8 @@ def replay_without(model, params, state, snapshot, log, span=None, *, row=0,
       only an edit is left out.
     row: of the state.
     edits: `Edit` of every change since the snapshot, in order.
-    chunk: tokens per step, at most.
+    chunk: tokens per step, at most. Bits are those of a stream in the same
+      programs: steps of this shape with `n_valid`.
     journal: `statejax.artifact.journal.Journal` for this delete, or None.
 
   Returns:
