@@ -38,7 +38,7 @@ def alone(program):
 
 def test_what_deletes_leave_of_a_slot_and_above():
   alone('''
-from experiments import forgetting
+import experiments.forgetting as forgetting
 rest, above = forgetting.slot_layer(later=3)
 assert rest == 0, rest
 assert above == {'suppress': [1., 1.], 'replay': [0., 0.]}, above
@@ -48,7 +48,7 @@ assert above == {'suppress': [1., 1.], 'replay': [0., 0.]}, above
 def test_claims_of_text():
   """One alias too few is told, and so is an edit that was not undone."""
   alone('''
-from experiments import lifecycle_text
+import experiments.lifecycle_text as lifecycle_text
 from statejax.tasks import lifecycle_text as task
 def claims(alias=99, **changes):
   full, none = (dict.fromkeys(task.SCENARIOS, n) for n in (100, 0))
