@@ -117,7 +117,8 @@ class LifecycleTextSource:
       seed: names the stream.
       split: 'train', 'dev' or 'test', which share no frame, key or tag.
       questions: of each item.
-      length: tokens of an item; a log that needs more is an error.
+      length: tokens of an item; a longer log loses lines about nothing, further
+        questions and other keys, and is an error where that is not enough.
       scenarios: those to draw.
       scale: of the numbers of other keys and lines about nothing, for short
         logs to begin with.
@@ -150,8 +151,8 @@ class LifecycleTextSource:
     scenario = self._scenarios[index % len(self._scenarios)]
     record = _Log(Draw(self._seed, index), self._split, self._scale).record(
         scenario, self._questions)
-    # Lines about nothing give way where a log would be too long, and then all
-    # questions but the first.
+    # Lines about nothing give way where a log would be too long, then all
+    # questions but the first, and at last keys that nobody asks for.
     over = sum(map(_most, record.lines)) + 30 - self._length
     lines = []
     for i, line in enumerate(record.lines):
@@ -160,8 +161,18 @@ class LifecycleTextSource:
       else:
         lines.append(line)
     room = max(0, -over) // 30
-    return dataclasses.replace(record, lines=tuple(lines),
-                               questions=record.questions[:1 + room])
+    record = dataclasses.replace(record, lines=tuple(lines),
+                                 questions=record.questions[:1 + room])
+    while len(self._text(index, record).tokens) > self._length:
+      shorter = _without_a_key(record)
+      if shorter == record:
+        raise ValueError(f'{self!r}: item {index} has more tokens; ask for a '
+                         'larger length.')
+      record = shorter
+    return record
+
+  def _text(self, index, record):
+    return _Text(Draw(self._seed, 2**63 + index), self._split, record)
 
   def __getitem__(self, index):
     """Returns an item of int32 arrays, [T] where nothing else is said.
@@ -171,11 +182,8 @@ class LifecycleTextSource:
     to be learned (see `statejax.layers.slots.Slots`); scenario, an index.
     """
     record = self.record(index)
-    text = _Text(Draw(self._seed, 2**63 + index), self._split, record)
+    text = self._text(index, record)
     count = len(text.tokens)
-    if count > self._length:
-      raise ValueError(f'{self!r}: item {index} has {count} tokens; ask for a '
-                       'larger length.')
     out = {name: np.full(self._length, -1, np.int32) for name in HINTS}
     # Most tokens want nothing and are part of nothing.
     out['want'][:count] = out['part'][:count] = 0
@@ -187,6 +195,15 @@ class LifecycleTextSource:
     return out | {
         'tokens': tokens, 'n_valid': np.int32(count),
         'scenario': np.int32(SCENARIOS.index(record.scenario))}
+
+
+def _without_a_key(record):
+  """A record without the last key that is not asked for, if there is one."""
+  asked = {x.key for x in record.questions}
+  keys = [x.key for x in record.lines if x.key is not None
+          and x.key not in asked]
+  return dataclasses.replace(record, lines=tuple(
+      x for x in record.lines if not keys or x.key != keys[-1]))
 
 
 def _most(line):

@@ -227,6 +227,24 @@ def test_refuses(bad, message):
     task.LifecycleTextSource(**{'size': 4, 'seed': 0} | bad)
 
 
+def test_a_log_that_is_too_long_loses_other_keys():
+  """And neither the question nor what it needs."""
+  tight = task.LifecycleTextSource(36, 0, length=300)
+  wide = task.LifecycleTextSource(36, 0, length=1400)
+  for i in range(36):
+    record, whole = tight.record(i), wide.record(i)
+    (question,) = record.questions
+    assert question == whole.questions[0]
+    mine, all_of = ([x for x in r.lines if x.key == question.key]
+                    for r in (record, whole))
+    assert mine == all_of
+    # Of each other key all or nothing, and as many as there is room for.
+    kept = {x.key for x in record.lines} - {None}
+    assert [x for x in record.lines if x.key] == [
+        x for x in whole.lines if x.key in kept]
+    assert 230 < tight[i]['n_valid'] <= 300
+
+
 def test_refuses_what_is_too_long():
   with pytest.raises(ValueError, match='larger length'):
     task.LifecycleTextSource(1, 0, length=64)[0]
