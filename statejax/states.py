@@ -18,10 +18,10 @@ r"""The command `state`: mint, show, verify, resume, fork, transfer and so on.
   python -m statejax.main state fsck --adopt
   python -m statejax.main state gc
 
-A target is a name, an id or its beginning; `show`, `verify` and `diff` also
-take a directory or a file that holds one artifact: `./chat`, where `chat` is
-also a name. From store to store, with
-the extra [sign] and the organisation's secrets at both ends:
+A target is a name, an id or 12 characters of it; `show`, `verify` and `diff`
+also take a directory or a file that holds one artifact: `./chat`, where `chat`
+is also a name. From store to store, with the extra [sign] and the
+organisation's secrets at both ends:
 
   python -m statejax.main state mint mail --workdir=runs/a --prompt='def ' \
       --org=acme --export=org

@@ -138,6 +138,7 @@ def test_life_of_an_artifact(state, monkeypatch):
     (['fork', 'x'], '--ref: name the child'),
     (['migrate', 'x', '--workdir=w'], '--ref: name the child'),
     (['show', 'nothing'], 'E_ACL: expected an artifact or name'),
+    (['show', 'sj1-b950'], 'name of this store (12 characters or more of'),
     (['resume', 'nothing', '--workdir=w'], 'refused(E_ACL)'),
     (['mint', 'a b', '--prompt=a', '--tokens=1', '--workdir=w'],
      'ref: expected'),

@@ -136,8 +136,10 @@ def absent(key: str) -> Refused:
   Args:
     key: what it was asked by.
   """
-  return Refused('E_ACL', 'expected an artifact or name of this store, got '
-                 f'{key[:80]!r}')
+  short = ' (12 characters or more of an id)' if (
+      key.startswith('sj1-') and len(key) < 12) else ''
+  return Refused('E_ACL', 'expected an artifact or name of this store'
+                 f'{short}, got {key[:80]!r}')
 
 
 def refusal(error: Refused) -> Decision:
