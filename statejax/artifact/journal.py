@@ -31,6 +31,7 @@ class Journal:
   Attributes:
     path: directory of `journal.jsonl` and `slots.json`.
     entries: dicts, oldest first; see `statejax.memory`.
+    gone: names of the objects whose salts were destroyed, a set.
   """
 
   def __init__(self, path):
@@ -52,6 +53,7 @@ class Journal:
     self._log, self._salts = self.path / LOG, self.path / SALTS
     text = self._log.read_bytes() if self._log.exists() else b''
     self.entries, self._head, self._size = _chain(self._log, text)
+    self.gone = {e['forgets'] for e in self.entries if e.get('forgets')}
     self._salt = _read_salts(self._salts)
     self._require_salts()
     if self._size < len(text):
@@ -74,11 +76,6 @@ class Journal:
   def head(self):
     """Hash of the last entry, 64 hex digits."""
     return self._head
-
-  @property
-  def gone(self):
-    """Names of the objects whose salts were destroyed, a set."""
-    return {e['forgets'] for e in self.entries if e.get('forgets')}
 
   def append(self, entry):
     """Adds an entry of integers, strings and dicts of them; on disk when it
@@ -103,6 +100,7 @@ class Journal:
     self.entries.append(entry)
     self._head = link
     if entry.get('forgets'):
+      self.gone.add(entry['forgets'])
       self._drop(entry['forgets'])
 
   def commitment(self, name, row):
@@ -131,12 +129,11 @@ class Journal:
     Raises:
       ValueError: the journal has others: it is another state's.
     """
-    gone = self.gone
     theirs = {}
     for name, salt in salts.items():
       layer, _, oid = name.rpartition('/')
       name = object_name({'layer': layer, 'row': row, 'oid': oid})
-      if self._salt.get(name, salt) != salt or name in gone:
+      if self._salt.get(name, salt) != salt or name in self.gone:
         raise ValueError(f'{self.path}: expected a journal of this state, got '
                          f'one that knows {name} otherwise; name that which '
                          'its edits are written down in, or a new one.')

@@ -146,6 +146,10 @@ class LifecycleTextSource:
 
   def record(self, index):
     """Returns the `Record` of an item: what rules may see, words excluded."""
+    return self._item(index)[0]
+
+  def _item(self, index):
+    """The `Record` of an item, and its text."""
     if not 0 <= index < self._size:
       raise IndexError(f'item {index} of {self._size}')
     scenario = self._scenarios[index % len(self._scenarios)]
@@ -163,16 +167,15 @@ class LifecycleTextSource:
     room = max(0, -over) // 30
     record = dataclasses.replace(record, lines=tuple(lines),
                                  questions=record.questions[:1 + room])
-    while len(self._text(index, record).tokens) > self._length:
+    while True:
+      text = _Text(Draw(self._seed, 2**63 + index), self._split, record)
+      if len(text.tokens) <= self._length:
+        return record, text
       shorter = _without_a_key(record)
       if shorter == record:
         raise ValueError(f'{self!r}: item {index} has more tokens; ask for a '
                          'larger length.')
       record = shorter
-    return record
-
-  def _text(self, index, record):
-    return _Text(Draw(self._seed, 2**63 + index), self._split, record)
 
   def __getitem__(self, index):
     """Returns an item of int32 arrays, [T] where nothing else is said.
@@ -181,8 +184,7 @@ class LifecycleTextSource:
     hints 'want', 'part', 'version', 'object' and 'alias', -1 where nothing is
     to be learned (see `statejax.layers.slots.Slots`); scenario, an index.
     """
-    record = self.record(index)
-    text = self._text(index, record)
+    record, text = self._item(index)
     count = len(text.tokens)
     out = {name: np.full(self._length, -1, np.int32) for name in HINTS}
     # Most tokens want nothing and are part of nothing.
