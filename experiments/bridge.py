@@ -179,9 +179,9 @@ def train(way, seed, steps):
     return optax.apply_updates(params, change), moments, cost, right
 
   moments, begin = optimizer.init(params), time.perf_counter()
-  fresh, pool = (
-      lines_of.LifecycleLinesSource(size, 100 * seed + 10 * which, 'train', way)
-      for which, size in enumerate(labels.sizes(steps, ROWS, LABELLED)))
+  fresh, pool = labels.sources(
+      lambda which, size: lines_of.LifecycleLinesSource(
+          size, 100 * seed + 10 * which, 'train', way), steps, ROWS, LABELLED)
   for i, batch in enumerate(labels.batches(fresh, pool, ROWS, seed)):
     params, moments, cost, right = update(params, moments, batch)
     if i % 50 == 0:

@@ -6,10 +6,10 @@ Every model reads the events of `statejax.tasks.lifecycle_events` and answers
 one question, trained as in `lifecycle_events`. Slots are one layer; the others
 are two, which together hold as many bytes after the question as the slots and
 what their fallback keeps. `slots alone` has no fallback, and no more bytes for
-it. Labels help slots only: the others have nothing that they could name. Each
-of the others learns at that of three rates (`rates.RATES`) at which half as
-many updates of seed 0 answer most of 240 items of a split of their own; for
-slots the rate is that of `lifecycle_events`.
+it. Labels help slots only: the others have nothing that they could name, and so
+see no item twice. Each of the others learns at that of three rates
+(`event_models.RATES`) at which seed 0 answers most of 240 items of a split of
+their own; for slots the rate is that of `lifecycle_events`.
 
 Expected: slots answer more than any other memory of their size. Not run yet.
 """
@@ -21,13 +21,13 @@ import pathlib
 from absl import app, flags
 
 from experiments import equal_state, event_models, rates, report
-from experiments.record import Record
+from experiments.record import Record, digest
 from statejax.tasks import lifecycle_events as task
 
 OUT = flags.DEFINE_string('out', 'experiments/results/equal_memories.json',
                           'results')
 SEEDS = flags.DEFINE_integer('seeds', 3, 'seeds', lower_bound=1)
-STEPS = flags.DEFINE_integer('steps', 1200, 'updates')
+STEPS = flags.DEFINE_integer('steps', 2000, 'updates')
 NAMES = flags.DEFINE_list('names', [], 'memories to train; none: all')
 SMOKE = flags.DEFINE_bool('smoke', False, 'one seed, a few updates, two names')
 
@@ -69,11 +69,24 @@ def claims(found, counts):
   return rows
 
 
-def study(mixers, seed, steps, rate=rates.RATES[-1]):
-  """Trains a model; returns {'right': {family: right}, seconds}."""
+def study(mixers, steps, seed, rate):
+  """Trains a model; returns {'right': {family: right}, 'dev': see
+  `event_models.dev`, 'seconds'}."""
   params, took = event_models.train(mixers, seed, steps, rate=rate)
   return {'right': event_models.test(mixers, params, seed, TEST),
-          'seconds': round(took)}
+          'dev': event_models.dev(mixers, params), 'seconds': round(took)}
+
+
+def settings(mixers, steps, key):
+  """Returns a digest of what a cell depends on.
+
+  Args:
+    mixers: {name: mixers of a model}.
+    steps: updates.
+    key: see `rates`.
+  """
+  of = event_models.settings(mixers[rates.named(key)], steps)
+  return digest([of, key.split('/')[0]])
 
 
 def main(argv):
@@ -91,18 +104,15 @@ def main(argv):
   record = Record(
       out, f'python -m experiments.equal_memories --seeds={seeds} '
       f'--steps={steps} --names={",".join(NAMES.value)}',
-      functools.partial(rates.settings, mixers_of, steps))
+      functools.partial(settings, mixers_of, steps))
   counts = {}
   for name, (mixers, size) in found.items():
-    rate = (rates.RATES[-1] if name.startswith('slots') else record.get(
-        f'rate/{name}', functools.partial(
-            rates.choose, mixers, steps))['rate'])
-    for seed in range(seeds):
-      right = record.get(rates.cell(name, rate, seed), functools.partial(
-          study, mixers, seed, steps, rate))['right']
-      counts.setdefault(name, []).append(right)
-      print(f'{name}, {size:,} bytes, seed {seed}: {sum(right.values())} of '
-            f'{TEST}')
+    choice = ((event_models.RATE,) if name.startswith('slots') else
+              event_models.RATES)
+    counts[name] = [facts['right'] for facts in rates.best(
+        record, name, choice, seeds, functools.partial(study, mixers, steps))]
+    print(f'{name}, {size:,} bytes: right of {TEST}, each seed:',
+          *(sum(right.values()) for right in counts[name]))
   rows = claims(found, counts)
   print(report.table(rows))
   record.write(rows, bytes={name: size for name, (_, size) in found.items()})

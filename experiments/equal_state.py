@@ -19,7 +19,7 @@ from statejax import config as c
 BYTES = flags.DEFINE_integer('bytes', 32768, 'of one layer and row')
 CONTEXT = flags.DEFINE_integer('context', 73, 'tokens')
 
-WIDTH, SEGMENT = 64, 8
+WIDTH, SEGMENT = 64, 24
 CLOSE = 0.03
 
 
@@ -38,8 +38,8 @@ def halves(n):
 MAKERS = {
     'attention': lambda n: c.AttentionConfig(**heads(*halves(n), 1)),
     'window': lambda n: c.AttentionConfig(**heads(), window=n),
-    'delta': lambda n: c.DeltaNetConfig(4, *halves(n)),
-    'KDA': lambda n: c.KDAConfig(4, *halves(n)),
+    'delta': lambda n: c.DeltaNetConfig(4, *halves(n), conv=1),
+    'KDA': lambda n: c.KDAConfig(4, *halves(n), conv=1),
     'Transformer-XL': lambda n: c.TransformerXLConfig(
         WIDTH, **heads(), segment=SEGMENT, memory=n, relative=32),
     'Compressive': lambda n: c.CompressiveConfig(

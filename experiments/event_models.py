@@ -17,6 +17,7 @@ from statejax import config as c
 WIDTH, ROWS, LABELLED, HIDDEN, LENGTH = 64, 64, 0.1, 4, 72
 # Seeds of the items of the test, and of those by which is chosen, begin here.
 TEST, DEV = 9000, 8000
+RATE, RATES = 4e-3, (2e-3, 4e-3, 8e-3)  # of slots, of what they compare with
 HEADS = c.AttentionConfig(heads=4, kv_heads=4, key=16, value=16, rope=None)
 RULES = c.SlotRules(slots=32, key=32, value=64, ring=1, span=1, key_span=1,
                     aliases=1, threshold=0.8)
@@ -114,7 +115,7 @@ def batches(size, seed, rows):
 
 
 def train(mixers, seed, steps, params=None, *, length=LENGTH, rows=ROWS,
-          rate=4e-3, shuffled=False):
+          rate=RATE, shuffled=False):
   """Trains a model.
 
   Args:
@@ -138,11 +139,12 @@ def train(mixers, seed, steps, params=None, *, length=LENGTH, rows=ROWS,
     params = model.init(jax.random.key(seed))
   inputs = lambda batch: (batch['events'],)
   return fit(functools.partial(answers, model), params, inputs, seed, steps,
-             length=length, rows=rows, rate=rate, shuffled=shuffled)
+             length=length, rows=rows, rate=rate, shuffled=shuffled,
+             share=labelled(mixers))
 
 
 def fit(answers, params, inputs, seed, steps, *, length=LENGTH, rows=ROWS,
-        rate=4e-3, shuffled=False):
+        rate=RATE, shuffled=False, share=LABELLED):
   """Fits parameters to items of `statejax.tasks.lifecycle_events`.
 
   Args:
@@ -150,6 +152,7 @@ def fit(answers, params, inputs, seed, steps, *, length=LENGTH, rows=ROWS,
     params: where to begin; its memory is used.
     inputs: of a batch of `labels.batches`, a tuple of arrays.
     seed, steps, length, rows, rate, shuffled: as for `train`.
+    share: of all items that have labels; without, no item is seen twice.
 
   Returns:
     the parameters, and the seconds it took.
@@ -178,9 +181,9 @@ def fit(answers, params, inputs, seed, steps, *, length=LENGTH, rows=ROWS,
     return optax.apply_updates(params, change), moments, cost, right
 
   moments, begin = optimizer.init(params), time.perf_counter()
-  fresh, pool = (
-      task.LifecycleEventsSource(n, 1000 * (which + 1) + seed, length)
-      for which, n in enumerate(labels.sizes(steps, rows, LABELLED)))
+  fresh, pool = labels.sources(
+      lambda which, size: task.LifecycleEventsSource(
+          size, 1000 * (which + 1) + seed, length), steps, rows, share)
   for i, batch in enumerate(labels.batches(fresh, pool, rows, seed)):
     # Items of a batch are independent: the next one's labels are any other's.
     told = {n: np.roll(x, 1, axis=0) if shuffled else x
@@ -239,6 +242,11 @@ def test(mixers, params, seed, count=600):
                         task.FAMILIES)
 
 
+def dev(mixers, params, count=240):
+  """Right answers of items by which is chosen."""
+  return int(probes.hits(asked(mixers, params, DEV, count)).sum())
+
+
 def rules(seed, count=600):
   """Hits [count] of rules that know no locks and keep no version:
   {name: bool}."""
@@ -270,6 +278,13 @@ def size(mixers):
       jax.eval_shape(model.init, jax.random.key(0))))
 
 
+def labelled(mixers):
+  """The share of items with labels: only slots have a use for them."""
+  slots = any(isinstance(m, c.SlotsConfig) for m in mixers)
+  return LABELLED if slots else 0.
+
+
 def settings(mixers, steps):
   """Returns a digest of what a training depends on."""
-  return digest([c.to_dict(config(mixers)), steps, ROWS, LABELLED, HIDDEN])
+  return digest([c.to_dict(config(mixers)), steps, ROWS, labelled(mixers),
+                 HIDDEN])

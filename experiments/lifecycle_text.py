@@ -14,8 +14,8 @@ last 32 tokens stand around one memory layer:
   delta      a fixed state (KDA)
 
 Slots learn at 0.003, each of the others at that of three rates (`RATES`) at
-which half as many updates of seed 0 answer most of 240 items of the split
-'dev'.
+which seed 0 answers most of 240 items of the split 'dev'. Labels help slots
+only: the others see no log twice instead.
 
 Of the trained slots, without training anew: `fallback off`; `lifecycle off`,
 where every line with a figure writes and nothing locks or deletes; `oracle`,
@@ -38,7 +38,7 @@ import time
 
 from absl import app, flags, logging
 
-from experiments import labels, probes, report
+from experiments import labels, probes, rates, report
 from experiments.record import Record, digest
 from statejax import config as c
 from statejax.tasks import lifecycle_words as words
@@ -183,10 +183,11 @@ def train(memory, seed, steps, rate=RATE):
       (memory, steps - early, LONG, 1.0, ROWS // 2)):
     if not count:
       continue
-    fresh, pool = (task.LifecycleTextSource(
-        size, 100 * seed + 10 * which + (scale == 1.0), 'train', questions=6,
-        length=length, scale=scale) for which, size in enumerate(
-            labels.sizes(count, rows, LABELLED)))
+    make = lambda which, size, length=length, scale=scale: (
+        task.LifecycleTextSource(
+            size, 100 * seed + 10 * which + (scale == 1.0), 'train',
+            questions=6, length=length, scale=scale))
+    fresh, pool = labels.sources(make, count, rows, labelled(memory))
     model = language_model(memory_)
     for batch in labels.batches(fresh, pool, rows, seed):
       params, moments, out = update(model, params, moments, batch)
@@ -480,24 +481,13 @@ def claims(counts, seconds, stream, gains, count):
   return rows
 
 
-def choose(name, steps, count):
-  """The rate at which a system answers most items, {'rate', 'right': {rate:
-  right}}; ties to the first."""
-  right = {}
-  for rate in RATES:
-    params, _ = train(MEMORY[name], 0, max(1, steps // 2), rate)
-    right[rate] = int(probes.hits(asked(
-        MEMORY[name], params, 0, max(1, count // 5), split='dev')).sum())
-  return {'rate': max(RATES, key=right.get),
-          'right': {str(rate): n for rate, n in right.items()}}
-
-
-def study(name, seed, steps, count, rate):
+def study(name, steps, count, seed, rate):
   """Trains and tests a system.
 
   Returns:
     {'right': {variant: {scenario: right}}, 'seconds'} and, of slots, 'stream',
-    see `in_mid_stream`, and 'rows', see `asked`.
+    see `in_mid_stream`, and 'rows', see `asked`; of the others 'dev', right
+    answers of the split 'dev'.
   """
   from statejax.tasks import lifecycle_text as task
   params, took = train(MEMORY[name], seed, steps, rate)
@@ -511,17 +501,24 @@ def study(name, seed, steps, count, rate):
     right['lifecycle off'] = test(memory, params, seed, count, store_all)
     right['oracle'] = test(memory, params, seed, count, oracle)
     out['stream'] = in_mid_stream(memory, params, seed)
+  else:
+    out['dev'] = int(probes.hits(asked(
+        memory, params, 0, max(1, count // 5), split='dev')).sum())
   return out
 
 
 def settings(steps, count, key):
-  """Returns a digest of what a cell depends on: 'slots/SEED', 'rate/NAME' or
-  'NAME at RATE/SEED'."""
-  name, last = key.split('/')
-  memory = MEMORY[last if name == 'rate' else name.split(' at ')[0]]
-  own = WEIGHTS if memory is MEMORY['slots'] else RATES
+  """Returns a digest of what a cell depends on, see `rates`."""
+  name = rates.named(key)
+  memory, own = MEMORY[name], WEIGHTS if name == 'slots' else key.split('/')[0]
   return digest([*(c.to_dict(config(m)) for m in (memory, served(memory))),
-                 steps, count, ROWS, LABELLED, HIDDEN, SHORT, LONG, EARLY, own])
+                 steps, count, ROWS, labelled(memory), HIDDEN, SHORT, LONG,
+                 EARLY, own])
+
+
+def labelled(memory):
+  """The share of logs with labels: only slots have a use for them."""
+  return LABELLED if isinstance(memory, c.SlotsConfig) else 0.
 
 
 def main(argv):
@@ -538,17 +535,12 @@ def main(argv):
       f'--steps={steps} --systems={",".join(SYSTEMS.value)}',
       functools.partial(settings, steps, count))
   counts, seconds, stream, gains = {}, {}, [], []
-  cell = {name: (name, RATE) for name in SYSTEMS.value}
-  for name in (x for x in SYSTEMS.value if x != 'slots'):
-    rate = record.get(f'rate/{name}', functools.partial(
-        choose, name, steps, count))['rate']
-    cell[name] = f'{name} at {rate}', rate
+  facts = {name: rates.best(
+      record, name, (RATE,) if name == 'slots' else RATES, seeds,
+      functools.partial(study, name, steps, count)) for name in SYSTEMS.value}
   for seed in range(seeds):
     ruled = rules(seed, count)
-    for name in SYSTEMS.value:
-      key, rate = cell[name]
-      found = record.get(f'{key}/{seed}', functools.partial(
-          study, name, seed, steps, count, rate))
+    for name, found in ((name, of[seed]) for name, of in facts.items()):
       seconds.setdefault(name, []).append(found['seconds'])
       stream += [found['stream']] if 'stream' in found else []
       for which, right in found['right'].items():

@@ -7,14 +7,14 @@ from statejax import config as c
 
 
 def test_sized():
-  found = equal_state.sized(8192, 73)
+  found = equal_state.sized(32768, 73)
   assert set(found) == set(equal_state.MAKERS)
   for mixer, size in found.values():
     assert size == equal_state.nbytes(mixer, 73)
-    assert abs(size - 8192) <= 0.03 * 8192
-  # By hand: 24 + 8 rows of 64 numbers; keys and values of 16 tokens and heads.
-  assert found['Transformer-XL'][0].memory == 24
-  assert found['window'][0].window == 16
+    assert abs(size - 32768) <= 0.03 * 32768
+  # By hand: 24 + 104 rows of 64 numbers; keys and values of 64 tokens.
+  assert found['Transformer-XL'][0].memory == 104
+  assert found['window'][0].window == 64
 
 
 def test_refused():

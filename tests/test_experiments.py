@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from experiments import event_models, rates
+from experiments.record import Record
 from statejax import config as c
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -67,12 +68,25 @@ for name, worse in (('restored', 7), ('edited', 7), ('beside', 7),
 ''')
 
 
-def test_cells_of_rates():
-  """A training at the rate of slots keeps the name that it had."""
-  mixers = {'delta': (c.KDAConfig(heads=4, key=16, value=16),) * 2}
-  of = functools.partial(rates.settings, mixers, 2000)
-  assert rates.cell('delta', 4e-3, 1) == 'delta/1'
-  assert of('delta/1') == event_models.settings(mixers['delta'], 2000)
-  other = rates.cell('delta', 1e-3, 1)
-  assert other == 'delta at 0.001/1'
-  assert len({of(k) for k in ('delta/1', other, 'rate/delta')}) == 3
+def test_the_best_rate_is_that_of_all_seeds(tmp_path):
+  """Seed 0 chooses, by items that are in no test; nothing is trained twice."""
+  made = []
+
+  def study(seed, rate):
+    made.append((seed, rate))
+    return {'dev': {1e-3: 3, 2e-3: 5, 4e-3: 5}[rate], 'right': [seed, rate]}
+
+  found = Record(tmp_path / 'x.json', '', lambda key: rates.named(key))
+  best = functools.partial(rates.best, found)
+  facts = best('delta', (1e-3, 2e-3, 4e-3), 2, study)
+  assert [x['right'] for x in facts] == [[0, 2e-3], [1, 2e-3]]
+  assert made == [(0, 1e-3), (0, 2e-3), (0, 4e-3), (1, 2e-3)]
+  assert best('slots', (4e-3,), 1, lambda *_: {'right': 7})[0]['right'] == 7
+  assert set(found.cells) == {'delta at 0.001/0', 'delta at 0.002/0',
+                              'delta at 0.002/1', 'delta at 0.004/0', 'slots/0'}
+  assert {x['of'] for x in found.cells.values()} == {'delta', 'slots'}
+
+
+def test_only_slots_see_labels():
+  assert event_models.labelled((event_models.SLOTS,)) == 0.1
+  assert event_models.labelled((c.KDAConfig(4, 16, 16),) * 2) == 0

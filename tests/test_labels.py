@@ -32,8 +32,19 @@ def test_halves():
     assert b['known'].tolist() == [False, False, True, True]
 
 
+def test_without_labels_no_item_comes_twice():
+  fresh, pool = labels.sources(
+      lambda which, size: Numbers(size, (1, -1)[which]), 3, 4, 0.)
+  found = list(labels.batches(fresh, pool, 4, seed=0))
+  x = np.concatenate([b['x'] for b in found])
+  assert x.tolist() == list(range(1, 13))
+  assert not any(b['known'].any() for b in found)
+
+
 @pytest.mark.parametrize('share', [0.1, 0.5])
-def test_sizes(share):
-  fresh, pool = labels.sizes(1000, 16, share)
-  assert fresh == 8000
-  assert pool / (fresh + pool) == pytest.approx(share, abs=1e-3)
+def test_sources(share):
+  fresh, pool = labels.sources(
+      lambda which, size: Numbers(size, (1, -1)[which]), 1000, 16, share)
+  assert len(fresh) == 8000
+  assert len(pool) / 8000 == pytest.approx(share / (1 - share), abs=1e-3)
+  assert fresh[0]['x'] == 1 and pool[0]['x'] == -1
