@@ -85,7 +85,10 @@ def settings(mixers, steps, key):
     steps: updates.
     key: see `rates`.
   """
-  of = event_models.settings(mixers[rates.named(key)], steps)
+  name = rates.named(key)
+  if name not in mixers:
+    return None
+  of = event_models.settings(mixers[name], steps)
   return digest([of, key.split('/')[0]])
 
 

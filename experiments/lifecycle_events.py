@@ -137,6 +137,8 @@ def study(name, steps, seed, rate):
 def settings(steps, key):
   """Returns a digest of what a cell depends on, see `rates`."""
   name = rates.named(key)
+  if name not in MIXERS:
+    return None
   of = event_models.settings(MIXERS[name], steps)
   return of if name == 'slots' else digest([of, key.split('/')[0]])
 

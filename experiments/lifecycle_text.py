@@ -510,6 +510,8 @@ def study(name, steps, count, seed, rate):
 def settings(steps, count, key):
   """Returns a digest of what a cell depends on, see `rates`."""
   name = rates.named(key)
+  if name not in MEMORY:
+    return None
   memory, own = MEMORY[name], WEIGHTS if name == 'slots' else key.split('/')[0]
   return digest([*(c.to_dict(config(m)) for m in (memory, served(memory))),
                  steps, count, ROWS, labelled(memory), HIDDEN, SHORT, LONG,

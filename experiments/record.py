@@ -17,8 +17,8 @@ class Record:
     Args:
       path: the results file.
       command: that makes all of it.
-      digest: tells of a key what its settings are; results of other settings
-        are left out, and so made again.
+      digest: tells of a key what its settings are, None of one that is no
+        more; results of other settings are left out, and so made again.
     """
     self.path, self.command = pathlib.Path(path), command
     self.digest = digest

@@ -90,3 +90,11 @@ def test_the_best_rate_is_that_of_all_seeds(tmp_path):
 def test_only_slots_see_labels():
   assert event_models.labelled((event_models.SLOTS,)) == 0.1
   assert event_models.labelled((c.KDAConfig(4, 16, 16),) * 2) == 0
+
+
+def test_results_of_what_is_no_more_are_left_out(tmp_path):
+  path = tmp_path / 'x.json'
+  path.write_text(json.dumps({'cells': {
+      'old/0': {'of': 'x'}, 'new/0': {'of': 'y'}, 'new/1': {'of': 'x'}}}))
+  found = Record(path, '', lambda key: {'new': 'y'}.get(rates.named(key)))
+  assert set(found.cells) == {'new/0'}
