@@ -17,7 +17,7 @@ from statejax import config as c
 WIDTH, ROWS, LABELLED, HIDDEN, LENGTH = 64, 64, 0.1, 4, 72
 # Seeds of the items of the test, and of those by which is chosen, begin here.
 TEST, DEV = 9000, 8000
-RATE, RATES = 4e-3, (2e-3, 4e-3, 8e-3)  # of slots, of what they compare with
+RATE = 4e-3  # of slots
 HEADS = c.AttentionConfig(heads=4, kv_heads=4, key=16, value=16, rope=None)
 RULES = c.SlotRules(slots=32, key=32, value=64, ring=1, span=1, key_span=1,
                     aliases=1, threshold=0.8)

@@ -207,7 +207,8 @@ def main(argv):
       f'--steps={steps} --text={text} --families={",".join(families)}',
       lambda key: digest([
           c.to_dict(frozen.config(key.split('/')[1])),
-          c.to_dict(config(key.split('/')[0])), text, steps, FLOORS]))
+          c.to_dict(config(key.split('/')[0])), text, steps, FLOORS,
+          frozen.BEHIND]))
   rows, show = [], lambda numbers: ', '.join(map(str, numbers))
   for way in WAYS:
     for family in families:

@@ -4,9 +4,12 @@ A sentence tells one event of `statejax.tasks.lifecycle_events` about 'entity a4
 n17', a pair of words, and 'v12', one word: a mean forgets order, and so digits.
 Half of the pairs are for training. A frozen model is trained on such sentences
 as text, about entities of training only, and then never again: what a memory
-reads of a sentence is the mean of its last hidden states.
+reads of a sentence is the mean of its hidden states behind each of the two
+layers. The last of them alone tell the next word, which is no longer what the
+sentence said.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -17,11 +20,11 @@ import optax
 from statejax import config as c
 from statejax import model as lm
 from statejax.layers import common, groups
-from statejax.ops import norm
 from statejax.tasks import lifecycle_events as le
 
 WIDTH, LENGTH, SIDE = 128, 12, 20
 ENTITIES = SIDE ** 2
+BEHIND = (1, 2)  # layers: where the states of a sentence are taken
 SENTENCES = {
     le.NOISE: 'somebody saw {} beside {} .', le.SET: '{} is set to {} .',
     le.MENTION: '{} once held {} .', le.REJECT: '{} may not take {} .',
@@ -142,28 +145,43 @@ def whitened(states, known, floor):
 
 
 def states(family, params):
-  """Means of last hidden states of all sentences, [8, ENTITIES, 65, D], and of
-  all names, [ENTITIES, D]. Float32."""
-  model = lm.LanguageModel(config(family))
+  """What a frozen model makes of all sentences and names.
 
-  @jax.jit
-  def run(tokens):
-    n = jnp.sum(tokens >= 0, axis=1, dtype=jnp.int32)
-    zero = jnp.zeros_like(n)
-    x = params['embed'][jnp.maximum(tokens, 0)]
-    context = common.context(zero, n, None, tokens.shape[1])
-    x, *_ = groups.run(model.config, params, x, model.init_state(
-        tokens.shape[0], 0).layers, context)
-    x = norm.rms_norm(x, params['norm'], eps=1e-6)
-    x = jnp.sum(jnp.where(context.valid[..., None], x, 0.), axis=1)
-    return x / jnp.maximum(n, 1)[:, None]
+  Returns:
+    means of the hidden states behind each layer, side by side, of all
+    sentences, [8, ENTITIES, 65, 2 WIDTH], and of those behind the last of all
+    names, [ENTITIES, WIDTH]. Float32.
+  """
+  whole = config(family)
 
-  def all_of(tokens):
+  def behind(count):
+    layers = whole.layers[:count]
+    model = lm.LanguageModel(dataclasses.replace(
+        whole, layers=layers, groups=(c.GroupConfig(
+            tuple(x.name for x in layers)),)))
+    mine = params | {'group_0': {
+        f'layer_{i}': params['group_0'][f'layer_{i}'] for i in range(count)}}
+
+    @jax.jit
+    def run(tokens):
+      n = jnp.sum(tokens >= 0, axis=1, dtype=jnp.int32)
+      x = mine['embed'][jnp.maximum(tokens, 0)]
+      context = common.context(jnp.zeros_like(n), n, None, tokens.shape[1])
+      x, *_ = groups.run(model.config, mine, x, model.init_state(
+          tokens.shape[0], 0).layers, context)
+      x = jnp.sum(jnp.where(context.valid[..., None], x, 0.), axis=1)
+      return x / jnp.maximum(n, 1)[:, None]
+    return run
+
+  def all_of(tokens, runs):
     # Many operations have one sentence for all values.
     flat, back = np.unique(tokens.reshape(-1, LENGTH), axis=0,
                            return_inverse=True)
-    out = [run(flat[i:i + 4160]) for i in range(0, len(flat), 4160)]
-    return np.concatenate(out)[back.reshape(-1)].reshape(
-        *tokens.shape[:-1], WIDTH)
+    out = np.concatenate([
+        np.concatenate([run(flat[i:i + 4160]) for run in runs], axis=-1)
+        for i in range(0, len(flat), 4160)])
+    return out[back.reshape(-1)].reshape(*tokens.shape[:-1], -1)
 
-  return tuple(all_of(x) for x in table())
+  sentences, names = table()
+  runs = [behind(count) for count in BEHIND]
+  return all_of(sentences, runs), all_of(names, runs[-1:])

@@ -9,7 +9,7 @@ wants of the memory (nothing, write, lock, delete), which object it is about and
 whether the version before is asked for. Tested on 600 unseen items of each
 seed, 75 of each family. `fallback off` and `lock ignored` are the same trained
 model with that part taken out; attention and the delta state are models of the
-same size without slots, each at that of three rates (`event_models.RATES`) at
+same size without slots, each at that of four rates (`RATES`) at
 which seed 0 answers most of 240 items of a split of their own. They have no use
 for labels, and so see no item twice. `shuffled` are slots, of one seed, whose
 every item has the answer and the labels of another. Rules see operations, keys
@@ -51,6 +51,7 @@ MIXERS = {
     'delta': (c.DeltaNetConfig(heads=4, key=32, value=32, conv=1),) * 2,
     'shuffled': (SLOTS,)}
 RIVALS = ('attention', 'delta')
+RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 # What one answer given always would get, 75, and some luck.
 LUCK = 90
 
@@ -157,8 +158,10 @@ def main(argv):
   """Trains, tests, prints the table and the claims."""
   del argv
   steps, seeds, out = STEPS.value, SEEDS.value, OUT.value
+  choice = RATES
   if SMOKE.value:
-    steps, seeds, out = 20, 1, pathlib.Path('runs/lifecycle_events.json')
+    steps, seeds, choice = 20, 1, RATES[:1]
+    out = pathlib.Path('runs/lifecycle_events.json')
     out.unlink(missing_ok=True)
   record = Record(
       out, f'python -m experiments.lifecycle_events --seeds={seeds} '
@@ -166,9 +169,9 @@ def main(argv):
       functools.partial(settings, steps))
   counts, gains, ruled = {}, [], []
   for name in SYSTEMS.value:
-    choice = event_models.RATES if name in RIVALS else (event_models.RATE,)
     for seed, found in enumerate(rates.best(
-        record, name, choice, 1 if name == 'shuffled' else seeds,
+        record, name, choice if name in RIVALS else (event_models.RATE,),
+        1 if name == 'shuffled' else seeds,
         functools.partial(study, name, steps))):
       for which, right in found['right'].items():
         counts.setdefault(which, []).append(right)

@@ -528,8 +528,9 @@ def main(argv):
   del argv
   from statejax.tasks import lifecycle_text as task
   steps, count, seeds, out = STEPS.value, TEST, SEEDS.value, OUT.value
+  choice = RATES
   if SMOKE.value:
-    steps, count, seeds = 10, 2, 1
+    steps, count, seeds, choice = 10, 2, 1, RATES[:1]
     out = pathlib.Path('runs/lifecycle_text.json')
     out.unlink(missing_ok=True)
   record = Record(
@@ -538,7 +539,7 @@ def main(argv):
       functools.partial(settings, steps, count))
   counts, seconds, stream, gains = {}, {}, [], []
   facts = {name: rates.best(
-      record, name, (RATE,) if name == 'slots' else RATES, seeds,
+      record, name, (RATE,) if name == 'slots' else choice, seeds,
       functools.partial(study, name, steps, count)) for name in SYSTEMS.value}
   for seed in range(seeds):
     ruled = rules(seed, count)

@@ -31,7 +31,7 @@ def test_a_state_is_the_mean_of_a_sentence(monkeypatch):
   monkeypatch.setattr(frozen, 'table', lambda: (sentences[:2], names))
   params = lm.LanguageModel(frozen.config('KDA')).init(jax.random.key(0))
   found, called = frozen.states('KDA', params)
-  assert found.shape == (2, 400, 5, 128) and called.shape == (400, 128)
+  assert found.shape == (2, 400, 5, 256) and called.shape == (400, 128)
   # Padding more changes nothing.
   wider = np.pad(sentences[:2], ((0, 0),) * 3 + ((0, 3),), constant_values=-1)
   monkeypatch.setattr(frozen, 'LENGTH', frozen.LENGTH + 3)
