@@ -185,7 +185,6 @@ def study(way, family, seed, steps, text):
   import jax
   import numpy as np
 
-  from experiments import frozen_sentences as frozen
   begin = time.perf_counter()
   plain, table, names, cost = prepared(family, seed, text)
   memory = train(table, names, way, seed, steps)
