@@ -19,9 +19,8 @@ sentence encoder (MiniLM). These six are our own, tiny and trained for a minute,
 with Mamba-2 in the place of the encoder. So the figures do not compare.
 
 Expected: with names 57 of 60 or more for each family and seed; without them
-whatever it is. After 1,200 updates with names: GDN 60, 58, 59, KDA 58, 57, 58,
-GDN-2 58, 56 (two seeds), softmax 59 (one); what was wrong is nearly all of
-facts in passing, which only the log has. Not run whole yet.
+whatever it is. Not run whole yet. What is wrong is nearly all of facts in
+passing, which only the log has and of which a frozen model keeps least.
 """
 
 import dataclasses
