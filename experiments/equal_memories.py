@@ -21,7 +21,7 @@ import pathlib
 from absl import app, flags
 
 from experiments import equal_state, event_models, rates, report
-from experiments.record import Record, digest
+from experiments.record import Record
 from statejax.tasks import lifecycle_events as task
 
 OUT = flags.DEFINE_string('out', 'experiments/results/equal_memories.json',
@@ -77,21 +77,6 @@ def study(mixers, steps, seed, rate):
           'dev': event_models.dev(mixers, params), 'seconds': round(took)}
 
 
-def settings(mixers, steps, key):
-  """Returns a digest of what a cell depends on.
-
-  Args:
-    mixers: {name: mixers of a model}.
-    steps: updates.
-    key: see `rates`.
-  """
-  name = rates.named(key)
-  if name not in mixers:
-    return None
-  of = event_models.settings(mixers[name], steps)
-  return digest([of, key.split('/')[0]])
-
-
 def main(argv):
   """Trains, tests, prints the table."""
   del argv
@@ -109,7 +94,7 @@ def main(argv):
   record = Record(
       out, f'python -m experiments.equal_memories --seeds={seeds} '
       f'--steps={steps} --names={",".join(NAMES.value)}',
-      functools.partial(settings, mixers_of, steps))
+      functools.partial(event_models.cell, mixers_of, steps))
   counts = {}
   for name, (mixers, size) in found.items():
     mine = (event_models.RATE,) if name.startswith('slots') else choice

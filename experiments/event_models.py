@@ -10,7 +10,7 @@ import time
 
 from absl import logging
 
-from experiments import labels, probes
+from experiments import labels, probes, rates
 from experiments.record import digest
 from statejax import config as c
 
@@ -288,3 +288,18 @@ def settings(mixers, steps):
   """Returns a digest of what a training depends on."""
   return digest([c.to_dict(config(mixers)), steps, ROWS, labelled(mixers),
                  HIDDEN])
+
+
+def cell(mixers, steps, key):
+  """Returns a digest of what a result depends on, None of no system here.
+
+  Args:
+    mixers: {name: mixers of a model}.
+    steps: updates.
+    key: of the result, see `rates`.
+  """
+  name = rates.named(key)
+  if name not in mixers:
+    return None
+  of = settings(mixers[name], steps)
+  return of if key.startswith('slots/') else digest([of, key.split('/')[0]])

@@ -30,7 +30,7 @@ import pathlib
 from absl import app, flags
 
 from experiments import event_models, probes, rates, report
-from experiments.record import Record, digest
+from experiments.record import Record
 from statejax import config as c
 
 OUT = flags.DEFINE_string('out', 'experiments/results/lifecycle_events.json',
@@ -135,15 +135,6 @@ def study(name, steps, seed, rate):
                     for which, x in found.items()}} | out
 
 
-def settings(steps, key):
-  """Returns a digest of what a cell depends on, see `rates`."""
-  name = rates.named(key)
-  if name not in MIXERS:
-    return None
-  of = event_models.settings(MIXERS[name], steps)
-  return of if name == 'slots' else digest([of, key.split('/')[0]])
-
-
 def over_rules(found, seed):
   """What slots gain over the best rule, of a cell of theirs; and each rule's
   right answers."""
@@ -166,7 +157,7 @@ def main(argv):
   record = Record(
       out, f'python -m experiments.lifecycle_events --seeds={seeds} '
       f'--steps={steps} --systems={",".join(SYSTEMS.value)}',
-      functools.partial(settings, steps))
+      functools.partial(event_models.cell, MIXERS, steps))
   counts, gains, ruled = {}, [], []
   for name in SYSTEMS.value:
     for seed, found in enumerate(rates.best(

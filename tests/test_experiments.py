@@ -87,9 +87,41 @@ def test_the_best_rate_is_that_of_all_seeds(tmp_path):
   assert {x['of'] for x in found.cells.values()} == {'delta', 'slots'}
 
 
-def test_only_slots_see_labels():
-  assert event_models.labelled((event_models.SLOTS,)) == 0.1
-  assert event_models.labelled((c.KDAConfig(4, 16, 16),) * 2) == 0
+def test_only_slots_see_labels(monkeypatch):
+  def sources(make, steps, rows, share):
+    raise InterruptedError(share)
+
+  monkeypatch.setattr(event_models.labels, 'sources', sources)
+  for mixer, share in ((event_models.SLOTS, 0.1), (c.KDAConfig(4, 16, 16), 0)):
+    with pytest.raises(InterruptedError) as found:
+      event_models.train((mixer,), 0, 4)
+    assert found.value.args == (share,)
+
+
+def test_only_slots_see_labels_of_text():
+  alone('''
+import experiments.lifecycle_text as lifecycle_text
+def sources(make, steps, rows, share):
+  raise InterruptedError(share)
+lifecycle_text.labels.sources = sources
+for name, share in (('slots', 0.1), ('delta', 0)):
+  try:
+    lifecycle_text.train(lifecycle_text.MEMORY[name], 0, 4)
+  except InterruptedError as found:
+    assert found.args == (share,), found
+  else:
+    assert False
+''')
+
+
+def test_a_result_knows_its_rate():
+  mixers = {'slots': (event_models.SLOTS,), 'delta': (c.KDAConfig(4, 16, 16),)}
+  of = lambda key, steps=2000: event_models.cell(mixers, steps, key)
+  keys = ('slots/0', 'delta at 0.001/0', 'delta at 0.002/0')
+  assert len({of(key) for key in keys}) == 3
+  assert of('delta at 0.001/1') == of('delta at 0.001/0') != of(
+      'delta at 0.001/0', 1000)
+  assert of('rate/delta') is None
 
 
 def test_results_of_what_is_no_more_are_left_out(tmp_path):

@@ -32,6 +32,12 @@ def test_a_state_is_the_mean_of_a_sentence(monkeypatch):
   params = lm.LanguageModel(frozen.config('KDA')).init(jax.random.key(0))
   found, called = frozen.states('KDA', params)
   assert found.shape == (2, 400, 5, 256) and called.shape == (400, 128)
+  # Behind the first layer first, which knows nothing of the second.
+  other = dict(params['group_0'], layer_1=jax.tree.map(
+      lambda x: 2 * x, params['group_0']['layer_1']))
+  changed, _ = frozen.states('KDA', params | {'group_0': other})
+  np.testing.assert_array_equal(changed[..., :128], found[..., :128])
+  assert np.abs(changed[..., 128:] - found[..., 128:]).max() > 0.01
   # Padding more changes nothing.
   wider = np.pad(sentences[:2], ((0, 0),) * 3 + ((0, 3),), constant_values=-1)
   monkeypatch.setattr(frozen, 'LENGTH', frozen.LENGTH + 3)
