@@ -38,8 +38,8 @@ def halves(n):
 MAKERS = {
     'attention': lambda n: c.AttentionConfig(**heads(*halves(n), 1)),
     'window': lambda n: c.AttentionConfig(**heads(), window=n),
-    'delta': lambda n: c.DeltaNetConfig(4, *halves(n), conv=1),
-    'KDA': lambda n: c.KDAConfig(4, *halves(n), conv=1),
+    'delta': lambda n: c.DeltaNetConfig(4, *halves(n), conv=1, chunk=16),
+    'KDA': lambda n: c.KDAConfig(4, *halves(n), conv=1, chunk=16),
     'Transformer-XL': lambda n: c.TransformerXLConfig(
         WIDTH, **heads(), segment=SEGMENT, memory=n, relative=32),
     'Compressive': lambda n: c.CompressiveConfig(
