@@ -47,6 +47,7 @@ STEPS = flags.DEFINE_integer('steps', 1000, 'updates')
 SMOKE = flags.DEFINE_bool('smoke', False, 'one seed, a few updates')
 
 SAYS, NAME, ROWS, TEST, LABELLED, HIDDEN = 128, 64, 32, 100, 0.1, 4
+RATE = 4e-3
 # Of the readers of chunks: of a token, of the hidden layer, and the window.
 LETTER, INNER, TAPS = 64, 256, 8
 WIDTH = SAYS + 2 * NAME
@@ -152,7 +153,7 @@ def train(way, seed, steps):
   import optax
   params = initial(way, seed)
   rate = optax.warmup_cosine_decay_schedule(
-      0., 4e-3, min(100, steps // 4), steps, 1e-5)
+      0., RATE, min(100, steps // 4), steps, 1e-5)
   optimizer = optax.chain(optax.clip_by_global_norm(1.), optax.adam(rate))
 
   @functools.partial(jax.jit, donate_argnums=(0, 1))
@@ -234,6 +235,17 @@ def claims(counts, count):
   return rows
 
 
+def tokens(seeds):
+  """Right answers of `lifecycle_text`, of each seed; none unless all are there,
+  of the same settings."""
+  text = pathlib.Path(TEXT.value)
+  cells = json.loads(text.read_text())['cells'] if text.exists() else {}
+  found = [cells.get(f'slots/{seed}') for seed in range(seeds)]
+  if None in found or len({x['of'] for x in found}) > 1:
+    return []
+  return [x['right']['slots'] for x in found]
+
+
 def main(argv):
   """Trains, tests, prints the table and the claims."""
   del argv
@@ -245,14 +257,11 @@ def main(argv):
       out, f'python -m experiments.bridge --seeds={seeds} --steps={steps}',
       lambda key: digest([c.to_dict(CONFIG), key.split('/')[0], steps, count,
                           ROWS, LABELLED, HIDDEN, SAYS, NAME, LETTER, INNER,
-                          TAPS]))
+                          TAPS, RATE]))
   counts = {way: [record.get(f'{way}/{seed}', functools.partial(
       study, way, seed, steps, count))['right'] for seed in range(seeds)]
             for way in ('events', 'chunks')}
-  text = pathlib.Path(TEXT.value)
-  cells = json.loads(text.read_text())['cells'] if text.exists() else {}
-  found = [x['right']['slots'] for key, x in sorted(cells.items())
-           if key.startswith('slots/')]
+  found = tokens(seeds)
   if found and not SMOKE.value:
     counts['tokens'] = found
   rows = claims(counts, count)

@@ -173,7 +173,9 @@ def fit(answers, params, inputs, seed, steps, *, length=LENGTH, rows=ROWS,
       logits, own = answers(params, *inputs, hints)
       cost = optax.softmax_cross_entropy_with_integer_labels(logits, answer)
       own = sum(jax.tree.leaves(own), jnp.float32(0))
-      known = jnp.maximum(jnp.sum(hints['want'] >= 0), 1)
+      # Losses of tokens: of those with labels, or of all where none has any.
+      known = jnp.sum(hints['want'] >= 0)
+      known = jnp.where(known > 0, known, hints['want'].size)
       return jnp.mean(cost) + own / known, jnp.mean(
           jnp.argmax(logits, -1) == answer)
     (cost, right), grads = jax.value_and_grad(loss, has_aux=True)(params)
@@ -287,7 +289,7 @@ def labelled(mixers):
 def settings(mixers, steps):
   """Returns a digest of what a training depends on."""
   return digest([c.to_dict(config(mixers)), steps, ROWS, labelled(mixers),
-                 HIDDEN])
+                 HIDDEN, RATE])
 
 
 def cell(mixers, steps, key):

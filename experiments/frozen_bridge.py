@@ -213,7 +213,8 @@ def main(argv):
       lambda key: digest([
           c.to_dict(frozen.config(key.split('/')[1])),
           c.to_dict(config(key.split('/')[0])), text, steps, FLOORS,
-          frozen.BEHIND]))
+          frozen.BEHIND, event_models.ROWS, event_models.LABELLED,
+          event_models.HIDDEN, event_models.RATE]))
   right = {cell: record.get('{}/{}/{}'.format(*cell), functools.partial(
       study, *cell, steps, text))['right'] for cell in (
           (way, family, seed) for family in families for seed in range(seeds)

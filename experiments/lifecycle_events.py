@@ -91,10 +91,10 @@ def claims(counts, gains):
                            show(total('shuffled')),
                            max(total('shuffled')) <= LUCK))
   for name in RIVALS:
-    if name in counts:
+    if name in counts and 'slots' in counts:
       rows.append(report.Row(
-          f'{name}: right of 600, {size_of(name):,} parameters', '< 600',
-          show(total(name)), max(total(name)) < TEST))
+          f'{name}: right of 600, {size_of(name):,} parameters', 'fewer',
+          show(total(name)), max(total(name)) < min(total('slots'))))
   lost = {'fallback off': ('pressure', 'no_write'),
           'lock ignored': ('protected',)}
   for name, where in lost.items() if 'slots' in counts else ():

@@ -512,7 +512,8 @@ def settings(steps, count, key):
   name = rates.named(key)
   if name not in MEMORY:
     return None
-  memory, own = MEMORY[name], WEIGHTS if name == 'slots' else key.split('/')[0]
+  memory = MEMORY[name]
+  own = [WEIGHTS, RATE] if name == 'slots' else key.split('/')[0]
   return digest([*(c.to_dict(config(m)) for m in (memory, served(memory))),
                  steps, count, ROWS, labelled(memory), HIDDEN, SHORT, LONG,
                  EARLY, own])
@@ -538,12 +539,12 @@ def main(argv):
       f'--steps={steps} --systems={",".join(SYSTEMS.value)}',
       functools.partial(settings, steps, count))
   counts, seconds, stream, gains = {}, {}, [], []
-  facts = {name: rates.best(
+  cells = {name: rates.best(
       record, name, (RATE,) if name == 'slots' else choice, seeds,
       functools.partial(study, name, steps, count)) for name in SYSTEMS.value}
   for seed in range(seeds):
     ruled = rules(seed, count)
-    for name, found in ((name, of[seed]) for name, of in facts.items()):
+    for name, found in ((name, of[seed]) for name, of in cells.items()):
       seconds.setdefault(name, []).append(found['seconds'])
       stream += [found['stream']] if 'stream' in found else []
       for which, right in found['right'].items():

@@ -261,6 +261,8 @@ def _edit(verb, target):
   """Edits one slot, and keeps the state if that has changed it."""
   from statejax.artifact.journal import Journal
   from statejax.memory import Memory
+  # What can refuse the child does so before the journal says that it is there.
+  _require_room(target, 2 if LOCK.value else 1)
   book = Journal(JOURNAL.value) if JOURNAL.value else None
   if book is not None:
     book.adopt(0, target.edited.salts)
@@ -292,6 +294,16 @@ def _edit(verb, target):
   target.keep(state, _edited(memory, target.edited, receipts))
 
 
+def _require_room(target, more):
+  """Raises where an artifact would have too many edits for its manifest."""
+  from statejax.artifact import manifest
+  have = len(target.edited.edits)
+  if target.origin is not None and have + more > manifest.MAX_EDITS:
+    raise ValueError(f'memory: expected at most {manifest.MAX_EDITS} edits of '
+                     f'an artifact, this one has {have}; nothing was changed. '
+                     'Absorb the tokens again, and edit what comes of that.')
+
+
 def _refused(receipt):
   """The outcome, and what to do about it."""
   return f'{receipt.outcome}' + {
@@ -314,6 +326,7 @@ def _merge(first, second):
     raise ValueError('memory merge: expected two saved states or two artifacts,'
                      ' got one of each; a child names both as its parents.')
   one, other = _open(first, 'merge'), _open(second, 'merge')
+  _require_room(one, 1)
   book = Journal(JOURNAL.value) if JOURNAL.value else None
   if book is not None:
     book.adopt(ROW.value, one.edited.salts)

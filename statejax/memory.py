@@ -291,6 +291,9 @@ class Memory:
     """
     # More than this would be committed, and no longer wait to be seen.
     most = self.config.segment - 1
+    if most < 1:
+      raise ValueError('memory: expected a model whose segments have 2 tokens '
+                       'or more, to see what it would write; this one has 1.')
     tokens = self._tokens(statement, most, 'statement')
     parts = np.full(tokens.shape, -1, np.int32)
     if self.config.vocab and len(key):
@@ -311,14 +314,15 @@ class Memory:
 
   def _within(self, tokens, parts, said, what):
     """Where tokens were said, in a part of the statement that is still free."""
-    size = len(said)
-    for i in range(len(tokens) - size, -1, -1):
+    size, sees = len(said), self.config.statement
+    for i in range(len(tokens) - size, max(0, len(tokens) - sees) - 1, -1):
       at = slice(i, i + size)
       if (tokens[at] == said).all() and not parts[at].any():
         return at
     raise ValueError(
-        f'statement: expected the {what} {list(map(int, said))} in it, as this '
-        f'model spells what it keeps, got {tokens.tolist()}.')
+        f'statement: expected the {what} {list(map(int, said))} in its last '
+        f'{sees} tokens, of which this model spells what it keeps, got '
+        f'{tokens.tolist()}.')
 
   def lock(self, state, slot, **where):
     """Protects a slot from being changed or evicted; with the host's
@@ -345,6 +349,8 @@ class Memory:
   def alias(self, params, state, slot, statement, name=(), **where):
     """Gives a slot the key of a statement as another name; `name` are the
     tokens of it, see `write`."""
+    if len(name):
+      self._tokens(name, self.config.rules.key_span, 'name')
     found = self.encode(params, statement, name)['key']
     return self._simple(sl.ALIAS, state, slot, where, name=found)
 
@@ -425,7 +431,8 @@ class Memory:
 
     Args:
       old, new: the states before and after, outside of `jax.jit`.
-      op, receipts: of `events`, and what `commit` has returned.
+      op, receipts: of `events`, and what `commit` has returned: of one event of
+        each row, as a journal has them one by one.
       reason: see `write`.
 
     Returns:
@@ -434,6 +441,10 @@ class Memory:
     if op not in sl.OPS:
       raise ValueError(f'op: expected one of {", ".join(sl.OPS)}; got {op!r}.')
     found, out = jax.device_get(receipts), []
+    if found.outcome.shape[1] != 1:
+      raise ValueError('noted: expected the receipts of one event of each row, '
+                       f'got {found.outcome.shape[1]}; commit them one after '
+                       'another, and note each.')
     if (np.asarray(old.length) != np.asarray(new.length)).any():
       raise ValueError('noted: expected the state right before the edits, this '
                        'one has absorbed another number of tokens; return it '

@@ -31,6 +31,21 @@ def test_smoke(name, tmp_path):
       f'python -m experiments.{name}')
 
 
+@pytest.mark.parametrize('name', ['lifecycle_events', 'lifecycle_text',
+                                  'bridge'])
+def test_what_is_recorded_is_of_this_code(name, tmp_path):
+  """All trainings are there, and the table of them is that of the file."""
+  kept = ROOT / f'experiments/results/{name}.json'
+  text, out = json.loads(kept.read_text()), tmp_path / 'x.json'
+  out.write_text(json.dumps(text))
+  arguments = text['command'].split()[2:]
+  subprocess.run([sys.executable, '-m', *arguments, f'--out={out}'], cwd=ROOT,
+                 check=True, timeout=300, env=os.environ)
+  found = json.loads(out.read_text())
+  assert found['cells'] == text['cells'] and found['rows'] == text['rows']
+  assert all(row['ok'] for row in found['rows'])
+
+
 def alone(program):
   """Runs a program by itself: two experiments may have flags of one name."""
   subprocess.run([sys.executable, '-c', program], check=True,

@@ -296,11 +296,19 @@ def test_a_fact_that_was_read_wants_a_replay(book):
   # An edit that stays is made again; only the tokens go.
   again = lambda s: memory.write(params(HYBRID), s, [3, 31], key=[31],
                                  value=[29, 7])
-  new, _ = forget.replay_without(
+  new, receipt = forget.replay_without(
       HYBRID, params(HYBRID), later, before, tokens[0], (7, 8),
       edits=[forget.Edit(entry, again)], chunk=GRID)
   assert memory.list(new)[0].values == ((29, 7),)
   assert memory.list(new)[0].reads == 0
+  assert [r.outcome for r in receipt.again] == ['committed']
+  # Once more is not what it was.
+  twice = lambda s: again(again(s)[0])
+  with pytest.raises(ValueError, match='a write, committed, again; it is a '
+                     'write, refreshed'):
+    forget.replay_without(
+        HYBRID, params(HYBRID), later, before, tokens[0], (7, 8),
+        edits=[forget.Edit(entry, twice)], chunk=GRID)
   with pytest.raises(ValueError, match='an edit of the journal is not among'):
     forget.replay_without(HYBRID, params(HYBRID), later, before, tokens[0],
                           (7, 8), chunk=GRID)
@@ -318,9 +326,12 @@ def test_a_fact_that_lay_beside_one_that_was_read_wants_a_replay(tmp_path):
   # The one that was read is emptied, and with it when it was.
   gone, _ = memory.purge(later, 0)
   assert forget.plan(memory, gone, 1).mode == 'replay'
-  # Before anything is read.
+  # Before anything is read it may have been met: by what asks for a version
+  # that it does not keep, say.
+  assert forget.plan(memory, state, 1).mode == 'purge'
   quiet = feed(HYBRID, state, np.full((2, 3), 4, np.int32))
-  assert forget.plan(memory, quiet, 1).mode == 'purge'
+  assert forget.plan(memory, quiet, 1) == forget.Plan(
+      'replay', 6, 'written from outside at 6')
   _, receipt = forget.purge(memory, later, 1)
   assert receipt.scope == 'bank' and 'logits' in receipt.left
 

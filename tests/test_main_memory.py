@@ -1,15 +1,17 @@
 """The command `memory` on saved states and artifacts of a text model."""
 
+import contextlib
 import functools
 import json
 import shutil
+import types
 
 import jax
 import pytest
 from test_main import run  # noqa: F401
 
 from statejax import config as c
-from statejax import main
+from statejax import main, memories
 from statejax import model as lm
 from statejax.artifact import journal, manifest, objects, serving, verify
 from statejax.train import checkpoint, restore, step
@@ -445,3 +447,16 @@ def test_a_journal_forgets_what_has_no_slot(saved, run, restored):  # noqa: F811
   code, _, err = run('memory', 'journal', str(saved / 'forgetful'),
                      '--forget=memory/0/7')
   assert code == 2 and 'of an object that this journal knows' in err
+
+
+@pytest.mark.parametrize('have, more, ok', [
+    (1023, 1, True), (1023, 2, False), (1024, 1, False)])
+def test_the_journal_is_not_told_of_an_edit_that_no_artifact_can_have(
+    have, more, ok):
+  full = types.SimpleNamespace(
+      edited=types.SimpleNamespace(edits=((0, ''),) * have), origin='parent')
+  saved = types.SimpleNamespace(edited=full.edited, origin=None)
+  memories._require_room(saved, more)
+  with (contextlib.nullcontext() if ok else pytest.raises(
+      ValueError, match=f'at most 1024 edits .* this one has {have}; nothing')):
+    memories._require_room(full, more)

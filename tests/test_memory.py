@@ -538,7 +538,7 @@ def test_what_is_spelled_is_what_the_host_says():
   state, receipt = write(state, [3, 10, 5, 21, 7], [10, 5], [21, 7])
   assert receipt.outcome == 'committed'
   # Around the key anything may stand; another key is another object.
-  state, receipt = write(state, [22, 4, 4, 10, 5, 9], [10, 5], [22])
+  state, receipt = write(state, [9, 22, 10, 5, 4], [10, 5], [22])
   assert (receipt.slot, receipt.version) == (0, 2)
   state, receipt = write(state, [3, 5, 10, 21, 7], [5, 10], [21, 7])
   assert (receipt.slot, receipt.version) == (1, 1)
@@ -549,5 +549,12 @@ def test_what_is_spelled_is_what_the_host_says():
   # The key stands in the value as well.
   state, receipt = write(state, [30, 2, 30, 7], [30], [30, 7])
   assert (receipt.slot, receipt.version) == (1, 3)
-  with pytest.raises(ValueError, match=r'the value \[9\] in it.*\[3, 10, 4\]'):
-    write(state, [3, 10, 4], [10], [9])
+  for statement, key, value, why in (
+      ([3, 10, 4], [10], [9], r'value \[9\] in its .*\[3, 10, 4\]'),
+      # Farther back than a writer looks nothing is spelled.
+      ([22, 4, 4, 10, 5, 9], [10, 5], [22], r'value \[22\] in its last 4 '),
+      ([10, 5, 4, 21, 7], [10, 5], [21, 7], r'key \[10, 5\] in its last 4 ')):
+    with pytest.raises(ValueError, match=why):
+      write(state, statement, key, value)
+  with pytest.raises(ValueError, match='name: expected 1 to 2 tokens'):
+    memory.alias(found, state, 1, [5, 6, 7, 8], name=[5, 6, 7])

@@ -186,6 +186,9 @@ def test_many_rows_are_edited_in_one_program():
   end, (receipt,) = memory.noted(middle, last, 'write', wrote)
   want, two = memory.write(params(), want, [3, 15], key=[15], value=[6], row=1)
   assert receipt == two and changed(end, want) == set()
+  both = jax.tree.map(lambda x: np.concatenate([x, x], axis=1), wrote)
+  with pytest.raises(ValueError, match='receipts of one event of each row'):
+    memory.noted(middle, last, 'write', both)
   rows = np.ones(2, bool)
   for make, why in (
       (lambda: memory.events('fly', rows), 'op: expected one of null'),

@@ -8,6 +8,7 @@ beside the journal, one for each object, and go when the object is purged: a
 short value can be guessed from a hash without one.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -51,16 +52,17 @@ class Journal:
     self.path.mkdir(exist_ok=True)
     _sync(self.path.absolute().parent)
     self._log, self._salts = self.path / LOG, self.path / SALTS
-    text = self._log.read_bytes() if self._log.exists() else b''
-    self.entries, self._head, self._size = _chain(self._log, text)
-    self.gone = {e['forgets'] for e in self.entries if e.get('forgets')}
-    self._salt = _read_salts(self._salts)
-    self._require_salts()
-    if self._size < len(text):
-      os.truncate(self._log, self._size)
-    # A crash may fall between an entry and what it says.
-    for name in self.gone & set(self._salt):
-      self._drop(name)
+    with self._locked():
+      text = self._log.read_bytes()
+      self.entries, self._head, self._size = _chain(self._log, text)
+      self.gone = {e['forgets'] for e in self.entries if e.get('forgets')}
+      self._salt = _read_salts(self._salts)
+      self._require_salts()
+      if self._size < len(text):
+        os.truncate(self._log, self._size)
+      # A crash may fall between an entry and what it says.
+      if self.gone & set(self._salt):
+        self._write_salts()
 
   def _require_salts(self):
     """Raises where salts are lost: edits would no longer follow each other."""
@@ -87,21 +89,17 @@ class Journal:
     entry = json.loads(digest.canonical(entry))
     link = _link(self._head, entry)
     line = json.dumps(entry | {'hash': link}, sort_keys=True) + '\n'
-    with open(self._log, 'ab') as f:
-      fcntl.flock(f, fcntl.LOCK_EX)
-      if os.fstat(f.fileno()).st_size != self._size:
-        raise ValueError(f'{self._log}: expected to be the only writer, but '
-                         'another one has appended; open the journal anew.')
+    with self._alone() as f:
       f.write(line.encode())
       f.flush()
       os.fsync(f.fileno())
-    _sync(self.path)
-    self._size += len(line.encode())
-    self.entries.append(entry)
-    self._head = link
-    if entry.get('forgets'):
-      self.gone.add(entry['forgets'])
-      self._drop(entry['forgets'])
+      _sync(self.path)
+      self._size += len(line.encode())
+      self.entries.append(entry)
+      self._head = link
+      if entry.get('forgets'):
+        self.gone.add(entry['forgets'])
+        self._write_salts()
 
   def commitment(self, name, row):
     """Returns the commitment to a slot's row, 64 hex digits.
@@ -109,10 +107,14 @@ class Journal:
     Args:
       name: of the object; its salt is made at first use.
       row: dict without floats.
+
+    Raises:
+      ValueError: as of `append`.
     """
     if name not in self._salt:
-      self._salt[name] = secrets.token_hex(16)
-      self._write_salts()
+      with self._alone():
+        self._salt[name] = secrets.token_hex(16)
+        self._write_salts()
     return commitment(self._salt[name], row)
 
   def salts(self, row):
@@ -139,8 +141,9 @@ class Journal:
                          'its edits are written down in, or a new one.')
       theirs[name] = salt
     if theirs.keys() - self._salt:
-      self._salt |= theirs
-      self._write_salts()
+      with self._alone():
+        self._salt |= theirs
+        self._write_salts()
 
   def forget(self, name, reason=''):
     """Destroys the salt of an object that has no slot any more, as `PURGE` does
@@ -161,15 +164,36 @@ class Journal:
                  'row': int(row), 'oid': int(oid), 'reason': reason,
                  'before': '', 'after': '', 'forgets': name})
 
-  def _drop(self, name):
-    if self._salt.pop(name, None) is not None:
-      self._write_salts()
-
   def salt(self, name):
     """Returns the salt of an object, 32 hex digits, or None where forgotten."""
     return self._salt.get(name)
 
+  @contextlib.contextmanager
+  def _locked(self):
+    """The log, open for more, and no other process in here."""
+    with open(self._log, 'ab') as f:
+      fcntl.flock(f, fcntl.LOCK_EX)
+      yield f
+
+  @contextlib.contextmanager
+  def _alone(self):
+    """The same, where no other process has appended."""
+    with self._locked() as f:
+      if os.fstat(f.fileno()).st_size != self._size:
+        raise ValueError(f'{self._log}: expected to be the only writer, but '
+                         'another one has appended; open the journal anew.')
+      yield f
+
   def _write_salts(self):
+    """Replaces the file of salts by what is known, but for what is gone; to be
+    called under the lock.
+
+    What is in the file already stays: who has made it may not have appended the
+    entry of it yet.
+    """
+    self._salt |= _read_salts(self._salts)
+    for name in self.gone:
+      self._salt.pop(name, None)
     new = self._salts.with_suffix('.new')
     with open(new, 'w') as f:
       json.dump(self._salt, f, sort_keys=True)

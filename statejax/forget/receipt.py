@@ -32,6 +32,7 @@ class Receipt:
       to remove.
     dropped: other spans of the row that are no longer followed.
     edit: `statejax.memory.Receipt` of a slot's, else None.
+    again: those of the edits that a replay has made again.
   """
 
   mode: str
@@ -44,6 +45,7 @@ class Receipt:
   left: tuple[str, ...]
   dropped: tuple[tuple[int, int], ...] = ()
   edit: mem.Receipt | None = None
+  again: tuple[mem.Receipt, ...] = ()
 
 
 def carriers(state, places=()):

@@ -19,7 +19,8 @@ class Edit:
   Attributes:
     entry: of the journal.
     again: function from a state to (state, receipt) that makes it anew; None
-      leaves it out.
+      leaves it out. Without the span slots may have other numbers: it has to
+      find its own by key.
   """
 
   entry: dict
@@ -69,11 +70,13 @@ def replay_without(model, params, state, snapshot, log, span=None, *, row=0,
     journal: `statejax.artifact.journal.Journal` for this delete, or None.
 
   Returns:
-    The state and a `Receipt` of scope 'model'.
+    The state and a `Receipt` of scope 'model', with those of the edits made
+    again.
 
   Raises:
     ValueError: a span that the log does not hold or that the snapshot has seen;
-      a log or edits that do not lead from the snapshot to the row.
+      a log or edits that do not lead from the snapshot to the row; an edit that
+      comes out otherwise than it did.
   """
   if chunk < 1:
     raise ValueError(f'chunk: expected >= 1, got {chunk}.')
@@ -99,13 +102,21 @@ def replay_without(model, params, state, snapshot, log, span=None, *, row=0,
       fresh, pending=jnp.full_like(fresh.pending, -1)))
   keep = np.ones(log.size, bool)
   keep[begin - first:end - first] = False
-  at = 0
+  at, made = 0, []
   for edit in edits:
     stop = edit.entry['length'] - first
     new = _feed(model, params, new, log[at:stop][keep[at:stop]], row, chunk)
     at = stop
     if edit.again is not None:
-      new, _ = edit.again(new)
+      new, one = edit.again(new)
+      if (one.op, one.outcome) != (edit.entry['op'], edit.entry['outcome']):
+        raise ValueError(
+            f'edits: expected that of {edit.entry["length"]} tokens to be a '
+            f'{edit.entry["op"]}, {edit.entry["outcome"]}, again; it is a '
+            f'{one.op}, {one.outcome}. Without the span there may be nothing '
+            'to edit, or in another slot; leave the edit out, or find its slot '
+            'by key.')
+      made.append(one)
   new = _feed(model, params, new, log[at:][keep[at:]], row, chunk)
   names = rc.carriers(state)
   absent = rc.unused(state)
@@ -113,7 +124,8 @@ def replay_without(model, params, state, snapshot, log, span=None, *, row=0,
       'pending', 'logits', 'shadows')}
   receipt = rc.make(
       'replay', state, row, (-1, -1) if span is None else (begin, end), 'model',
-      cleared, absent, names, dropped=rc.spans(state, row))
+      cleared, absent, names, dropped=rc.spans(state, row),
+                    again=tuple(made))
   # The witness knows nothing of it: it is that of the other stream.
   rc.noted(receipt, journal, 'replayed')
   return new, receipt

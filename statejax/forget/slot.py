@@ -14,6 +14,10 @@ from statejax.ops import lifecycle
 from statejax.ops import slots as sl
 from statejax.slot_facts import integer
 
+# Edits after which no look and no event of the stream ends at a lone object
+# without reading or changing it.
+_OPEN = {sl.OPS[op] for op in (sl.WRITE, sl.ROLLBACK, sl.ALIAS, sl.REKEY,
+                               sl.EXPIRE)}
 # What deleting a slot empties, and what purging it does not.
 _DELETED = ('value', 'span', 'source', 'salience')
 _COUNTERS = ('seq', 'next_oid')
@@ -37,16 +41,18 @@ class Plan:
 def plan(memory, state, slot, row=0):
   """Returns the `Plan` that forgets a slot's object in the whole model.
 
-  What was written from outside has changed nothing but its slot as long as the
-  row reads no slot: an unread key lessens the weights of those that are read,
-  and what was deleted keeps the model from looking elsewhere. What was read is
-  in all that came after, and what the stream has said of the object is in all
-  that came after its statement, also where that waits to be committed: as far
-  back as the writer looks, `SlotsConfig.statement` tokens. Whether only edits
-  have made the object, the journal knows; without one it is taken for the
-  stream's. What an object has pushed out when it came is not brought back, and
-  the same words said elsewhere, without an event of this object, are not looked
-  for.
+  What was written from outside has changed nothing but its slot until the row
+  absorbs a token; and after that as long as it is the only object that the row
+  has ever had, and was not read. Beside others a key that nobody reads lessens
+  the weights of those that are read, and what is asked or said may end at it
+  without a trace: at a version that it does not keep, at its lock, at what was
+  deleted. What was read is in all that came after, and what the stream has said
+  of the object is in all that came after its statement, also where that waits
+  to be committed: as far back as the writer looks, `SlotsConfig.statement`
+  tokens. Whether only edits have made the object, the journal knows; without
+  one it is taken for the stream's. What an object has pushed out when it came
+  is not brought back, and the same words said elsewhere, without an event of
+  this object, are not looked for.
 
   Raises:
     ValueError: an empty slot, or none of this number.
@@ -62,22 +68,31 @@ def plan(memory, state, slot, row=0):
   waits = layer.waiting(waits)
   about = np.asarray(lifecycle.meant(
       memory.config.rules, memory.bank(state_row), waits)) == slot
+  edits = made(memory, bank, slot, row)
+  first, why = _made_at(memory, bank, slot, edits)
   if about.any():
     begin = _statement(memory, np.asarray(waits.time)[about].min())
-    return Plan('replay', begin,
-                f'the stream has spoken of it from {begin} on, which waits')
-  edits = made(memory, bank, slot, row)
+    if begin <= first:
+      first = begin
+      why = f'the stream has spoken of it from {begin} on, which waits'
+  elif edits and (int(state.length[row]) == first
+                  or _alone(memory.config.rules, bank, slot, edits)):
+    return Plan('purge', -1, 'written from outside, and met by nothing since')
+  return Plan('replay', first, why)
+
+
+def _made_at(memory, bank, slot, edits):
+  """Where a slot's object may first be in the stream, and how it is known."""
   if edits:
     first = edits[0]['length']
-    if int(state.length[row]) == first or _unseen(bank, slot, edits):
-      return Plan('purge', -1, 'written from outside, and no slot read since')
-    return Plan('replay', first, f'written from outside at {first}')
-  version, source, time = (int(x[0, slot]) for x in (
-      bank.version, bank.source[..., 0], bank.t_write))
-  if version == 1 and source >= 0:
-    begin = _statement(memory, time)
-    return Plan('replay', begin, f'said by the stream from {begin} on')
-  return Plan('replay', 0, 'it is not known who wrote its first version')
+    return first, f'written from outside at {first}'
+  version, start, count, time = (int(x[0, slot]) for x in (
+      bank.version, bank.source[..., 0], bank.source[..., 1], bank.t_write))
+  if version != 1 or start < 0:
+    return 0, 'it is not known who wrote its first version'
+  # Said again it has a later time, and the source of the first.
+  begin = _statement(memory, min(start + count - 1, time))
+  return begin, f'said by the stream from {begin} on'
 
 
 def _statement(memory, time):
@@ -114,14 +129,11 @@ def made(memory, bank, slot, row=0):
   return edits if whole else []
 
 
-def _unseen(bank, slot, edits):
-  """Whether no slot of a row has been read since edits have made an object."""
-  # Gone, it is nearest to who asks for it, and counts no reads.
-  silent = {e['op'] for e in edits} & {'delete', 'quarantine'}
-  # A slot that was emptied or taken has lost when it was read.
-  lost = bank.next_oid[0] > bank.oid[0, slot] + 1 or (
-      (bank.status == sl.EMPTY) & (bank.seq > 0)).any()
-  return not silent and not lost and bank.t_read.max() < edits[0]['length']
+def _alone(rules, bank, slot, edits):
+  """Whether an object is the only one that a row ever had, and was not met."""
+  # What is not taken in for want of room leaves no trace either.
+  return (bank.next_oid[0] == 1 and bank.reads[0, slot] == 0
+          and {e['op'] for e in edits} <= _OPEN and rules.policy != 'reject')
 
 
 def suppress(memory, state, slot, row=0, **where):

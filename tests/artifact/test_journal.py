@@ -1,0 +1,74 @@
+"""Two processes that write down edits of one state."""
+
+import json
+import multiprocessing
+
+import pytest
+
+from statejax.artifact import journal as jn
+
+
+def edit(book, oid):
+  """An entry as `statejax.memory` makes it."""
+  after = book.commitment(f'memory/0/{oid}', {'x': oid})
+  book.append({'op': 'write', 'layer': 'memory', 'row': 0, 'oid': oid,
+               'before': '', 'after': after, 'outcome': 'committed'})
+
+
+def salts(path):
+  return set(json.loads((path / jn.SALTS).read_text()))
+
+
+def test_who_comes_second_loses_nothing(tmp_path):
+  one, two = jn.Journal(tmp_path / 'a'), jn.Journal(tmp_path / 'a')
+  edit(one, 0)
+  for late in (lambda: edit(two, 1), lambda: two.adopt(0, {'memory/5': 'ab'}),
+               lambda: two.append({'op': 'lock'})):
+    with pytest.raises(ValueError, match='only writer'):
+      late()
+  assert salts(tmp_path / 'a') == {'memory/0/0'}
+  edit(one, 2)
+  assert jn.Journal(tmp_path / 'a').entries == one.entries
+
+
+def test_who_comes_second_brings_no_purged_salt_back(tmp_path):
+  one = jn.Journal(tmp_path / 'a')
+  edit(one, 0)
+  two = jn.Journal(tmp_path / 'a')
+  one.append({'op': 'purge', 'forgets': 'memory/0/0'})
+  with pytest.raises(ValueError, match='only writer'):
+    edit(two, 5)
+  assert salts(tmp_path / 'a') == set()
+
+
+def test_salts_of_entries_to_come_stay(tmp_path):
+  one, two = jn.Journal(tmp_path / 'a'), jn.Journal(tmp_path / 'a')
+  mine = one.commitment('memory/0/0', {'x': 0})
+  assert two.commitment('memory/0/0', {'x': 0}) == mine
+  two.commitment('memory/0/1', {'x': 1})
+  one.append({'op': 'write', 'after': mine, 'layer': 'memory', 'row': 0,
+              'oid': 0})
+  again = jn.Journal(tmp_path / 'a')
+  assert again.commitment('memory/0/0', {'x': 0}) == mine
+  assert salts(tmp_path / 'a') == {'memory/0/0', 'memory/0/1'}
+
+
+def _opened(path, done):
+  jn.Journal(path)
+  done.set()
+
+
+def test_a_journal_is_not_opened_while_a_line_is_written(tmp_path):
+  book = jn.Journal(tmp_path / 'a')
+  spawn = multiprocessing.get_context('spawn')
+  done = spawn.Event()
+  other = spawn.Process(target=_opened, args=(tmp_path / 'a', done))
+  with book._alone() as f:
+    # Half a line: who read it now would take it for torn, and cut it off.
+    f.write(b'{"op": ')
+    f.flush()
+    other.start()
+    assert not done.wait(1.5)
+    f.truncate(0)
+  other.join(60)
+  assert done.is_set() and other.exitcode == 0
