@@ -362,7 +362,7 @@ def test_suppressing_empties_the_slot_and_says_what_it_leaves(book):
   layer = state.layers['l0']
   for name, value, want in (
       ('source', (5, 1), forget.Plan(
-          'replay', 3, 'said by the stream from 3 on')),
+          'replay', 2, 'said by the stream from 2 on')),
       ('version', 2, forget.Plan(
           'replay', 0, 'it is not known who wrote its first version'))):
     held = getattr(bank, name).at[0, 0].set(jnp.array(value))
