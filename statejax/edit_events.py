@@ -157,3 +157,17 @@ def _check(name, x, known):
       known and x.size and (x.min() < -1 or x.max() > MOST)):
     raise ValueError(f'{name}: expected integers of -1 to {MOST}, got '
                      f'{x.tolist() if known else x.dtype}.')
+
+
+def undone_at(before, after, row):
+  """Returns the position of the first token whose event waited in a row and was
+  undone by an edit, -1 for none.
+
+  Args:
+    before, after: the layer's `SlotsState`.
+    row: of them.
+  """
+  waited, waits, time = (np.asarray(x)[0, row] for x in (
+      before.want, after.want, before.want_time))
+  gone = waited != waits
+  return int(time[gone].min()) if gone.any() else -1

@@ -326,14 +326,16 @@ def _merge(first, second):
     raise ValueError('memory merge: expected two saved states or two artifacts,'
                      ' got one of each; a child names both as its parents.')
   one, other = _open(first, 'merge'), _open(second, 'merge')
-  _require_room(one, 1)
+  merge = lambda memory: memory.merge(
+      one.state, other.state, ROW.value, ROW.value, REASON.value)
+  memory = Memory(one.model, LAYER.value, host=HOST.value,
+                  principal=TENANT.value)
+  _require_room(one, sum(r.changed for r in merge(memory)[1].values()))
   book = Journal(JOURNAL.value) if JOURNAL.value else None
   if book is not None:
     book.adopt(ROW.value, one.edited.salts)
-  memory = Memory(one.model, LAYER.value, host=HOST.value,
-                  principal=TENANT.value, journal=book)
-  state, found = memory.merge(one.state, other.state, ROW.value, ROW.value,
-                              REASON.value)
+  memory = dataclasses.replace(memory, journal=book)
+  state, found = merge(memory)
   for slot, receipt in found.items():
     print(json.dumps({'theirs': slot, **dataclasses.asdict(receipt)}))
   changed = [receipt for receipt in found.values() if receipt.changed]

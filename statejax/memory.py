@@ -237,7 +237,8 @@ class Memory:
       statement: tokens, fewer than a segment.
       key, value: tokens that are kept of what names the object, and of what it
         is; `read` shows them. Where addresses are spelled (`SlotsConfig.vocab`)
-        these are what is spelled, and the statement has to hold them.
+        these are what is spelled, and the statement has to hold them in its
+        last `SlotsConfig.statement` tokens.
       row: of the state.
       slot: the slot to overwrite; None finds it by its key, or takes a new one.
       ttl: tokens after which it expires; None never. Where the slot holds these
@@ -523,7 +524,9 @@ class Memory:
     before, after = self._commitments(old, new, receipt)
     receipt = dataclasses.replace(receipt, before=before, after=after)
     entry = dataclasses.asdict(receipt) | {
-        'layer': self.layer, 'host': int(self.host), 'forgets': ''}
+        'layer': self.layer, 'host': int(self.host), 'forgets': '',
+        'overruled': edit_events.undone_at(
+            self._held(old), self._held(new), row)}
     if receipt.changed and op == sl.OPS[sl.PURGE]:
       entry['forgets'] = self._object(row, receipt.oid)
     del entry['mark']

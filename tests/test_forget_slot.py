@@ -38,6 +38,19 @@ def test_what_waits_is_not_all_that_was_said():
   assert forget.plan(memory, later, 0).before == 0
 
 
+def test_what_an_edit_has_overruled_was_said(tmp_path):
+  memory = mem.Memory(MODEL, journal=jn.Journal(tmp_path / 'a'), host=True)
+  waits = heard(blank(), [9, 10], [], want='write')[1]
+  state, receipt = memory.write(params(), waits, [3, 10], key=[10], value=[9])
+  assert receipt.changed and memory.journal.entries[-1]['overruled'] == 1
+  # At once, and also after more: the stream said it before the edit.
+  for later in (state, after_all(state)):
+    assert forget.plan(memory, later, 0) == forget.Plan(
+        'replay', 0, 'the stream has spoken of it from 0 on, not yet in the '
+        'slot')
+  assert forget.purge(memory, state, 0)[1].scope == 'bank'
+
+
 def lock(memory, state):
   return memory.lock(state, 0)[0]
 
@@ -46,41 +59,28 @@ def other(memory, state):
   return memory.write(params(), state, [3, 12], key=[12], value=[8])[0]
 
 
-@pytest.mark.parametrize('edit', [lock, other])
+@pytest.mark.parametrize('edit', [lambda _, state: state, lock, other])
 def test_what_may_have_been_met_wants_a_replay(edit, tmp_path):
-  """A lock refuses, and who asks for a version may end at another slot."""
+  """A lock refuses, an owner keeps others out, a slot is taken."""
   memory = mem.Memory(MODEL, journal=jn.Journal(tmp_path / 'a'), host=True)
   state, _ = memory.write(params(), blank(), [3, 10], key=[10], value=[9])
-  quiet = heard(state, [1, 1], [])[1]
-  assert memory.list(quiet)[0].reads == 0
-  assert forget.plan(memory, quiet, 0).mode == 'purge'
   state = edit(memory, state)
   assert forget.plan(memory, state, 0).mode == 'purge'
   quiet = heard(state, [1, 1], [])[1]
+  assert memory.list(quiet)[0].reads == 0
   assert forget.plan(memory, quiet, 0) == forget.Plan(
       'replay', 0, 'written from outside at 0')
   assert forget.purge(memory, quiet, 0)[1].scope == 'bank'
 
 
-def test_a_merged_tombstone_is_met_by_who_asks(tmp_path):
-  plain = mem.Memory(MODEL)
-  theirs, _ = plain.write(params(), blank(), [3, 11], key=[11], value=[5])
-  theirs, _ = plain.delete(theirs, 0)
+def test_a_fact_of_which_no_token_knows_is_gone_bit_for_bit(tmp_path):
   memory = mem.Memory(MODEL, journal=jn.Journal(tmp_path / 'a'), host=True)
-  state, _ = memory.merge(heard(blank(), [7, 9], [])[1], theirs)
-  later = heard(state, [11], [])[1]
-  assert memory.list(later)[0].reads == 0
-  assert forget.plan(memory, later, 0).mode == 'replay'
-  assert forget.purge(memory, later, 0)[1].scope == 'bank'
-
-
-def test_a_lone_fact_that_nobody_met_is_gone_bit_for_bit(tmp_path):
-  memory = mem.Memory(MODEL, journal=jn.Journal(tmp_path / 'a'), host=True)
-  state, _ = memory.write(params(), blank(), [3, 10], key=[10], value=[9])
-  talk = lambda state: after_all(heard(state, [5, 6, 7], [])[1])
-  gone, receipt = forget.purge(memory, talk(state), 0)
+  before = heard(blank(), [5, 6, 7], [])[1]
+  state, _ = memory.write(params(), before, [3, 10], key=[10], value=[9])
+  gone, receipt = forget.purge(memory, state, 0)
   assert receipt.scope == 'model'
-  for (path, a, _, _), (_, b, _, _) in zip(
-      st.leaves(gone), st.leaves(talk(blank()))):
+  assert set(receipt.left) == {'layers/memory/seq', 'layers/memory/next_oid',
+                               'forks, prefix caches and artifacts'}
+  for (path, a, _, _), (_, b, _, _) in zip(st.leaves(gone), st.leaves(before)):
     if path != 'witness' and path not in receipt.left:
       assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), path

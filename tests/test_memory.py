@@ -501,7 +501,7 @@ def test_a_purge_takes_what_waits_with_it(value, tmp_path):
   assert forget.plan(memory, state, 0).mode == 'purge'
   _, said = heard(state, [21, 10], [], want='write')
   assert forget.plan(memory, said, 0) == forget.Plan(
-      'replay', 0, 'the stream has spoken of it from 0 on, which waits')
+      'replay', 0, 'the stream has spoken of it from 0 on, not yet in the slot')
   new, receipt = forget.purge(memory, said, 0)
   assert receipt.scope == 'bank' and 'layers/memory/want_value' in receipt.left
   assert 'token log' in receipt.left

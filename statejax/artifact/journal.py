@@ -87,9 +87,9 @@ class Journal:
       ValueError: another process has appended since this one opened it.
     """
     entry = json.loads(digest.canonical(entry))
-    link = _link(self._head, entry)
-    line = json.dumps(entry | {'hash': link}, sort_keys=True) + '\n'
     with self._alone() as f:
+      link = _link(self._head, entry)
+      line = json.dumps(entry | {'hash': link}, sort_keys=True) + '\n'
       f.write(line.encode())
       f.flush()
       os.fsync(f.fileno())
@@ -99,6 +99,8 @@ class Journal:
       self._head = link
       if entry.get('forgets'):
         self.gone.add(entry['forgets'])
+      # Also what could not be written when it went.
+      if self.gone & self._salt.keys():
         self._write_salts()
 
   def commitment(self, name, row):
@@ -113,8 +115,7 @@ class Journal:
     """
     if name not in self._salt:
       with self._alone():
-        self._salt[name] = secrets.token_hex(16)
-        self._write_salts()
+        self._write_salts({name: secrets.token_hex(16)})
     return commitment(self._salt[name], row)
 
   def salts(self, row):
@@ -142,8 +143,7 @@ class Journal:
       theirs[name] = salt
     if theirs.keys() - self._salt:
       with self._alone():
-        self._salt |= theirs
-        self._write_salts()
+        self._write_salts(theirs)
 
   def forget(self, name, reason=''):
     """Destroys the salt of an object that has no slot any more, as `PURGE` does
@@ -184,23 +184,23 @@ class Journal:
                          'another one has appended; open the journal anew.')
       yield f
 
-  def _write_salts(self):
-    """Replaces the file of salts by what is known, but for what is gone; to be
-    called under the lock.
+  def _write_salts(self, more=None):
+    """Replaces the file of salts by what is known and more, but for what is
+    gone; to be called under the lock.
 
     What is in the file already stays: who has made it may not have appended the
     entry of it yet.
     """
-    self._salt |= _read_salts(self._salts)
-    for name in self.gone:
-      self._salt.pop(name, None)
+    known = self._salt | (more or {}) | _read_salts(self._salts)
+    known = {n: salt for n, salt in known.items() if n not in self.gone}
     new = self._salts.with_suffix('.new')
     with open(new, 'w') as f:
-      json.dump(self._salt, f, sort_keys=True)
+      json.dump(known, f, sort_keys=True)
       f.flush()
       os.fsync(f.fileno())
     os.replace(new, self._salts)
     _sync(self.path)
+    self._salt = known
 
 
 def read(path):

@@ -14,6 +14,9 @@ from statejax.ops import witness
 OUTSIDE = ('pending', 'logits', 'shadows', 'slots.json', 'token log',
            'forks, prefix caches and artifacts')
 
+# Outcomes of edits that have changed something.
+CHANGED = ('committed', 'refreshed')
+
 
 @dataclasses.dataclass(frozen=True)
 class Receipt:

@@ -18,9 +18,9 @@ class Edit:
 
   Attributes:
     entry: of the journal.
-    again: function from a state to (state, receipt) that makes it anew; None
-      leaves it out. Without the span slots may have other numbers: it has to
-      find its own by key.
+    again: function from a state to what `statejax.memory` returns of such an
+      edit, which makes it anew; None leaves it out. Without the span slots may
+      have other numbers: it has to find its own by key.
   """
 
   entry: dict
@@ -76,7 +76,7 @@ def replay_without(model, params, state, snapshot, log, span=None, *, row=0,
   Raises:
     ValueError: a span that the log does not hold or that the snapshot has seen;
       a log or edits that do not lead from the snapshot to the row; an edit that
-      comes out otherwise than it did.
+      changed something, and now nothing.
   """
   if chunk < 1:
     raise ValueError(f'chunk: expected >= 1, got {chunk}.')
@@ -108,15 +108,16 @@ def replay_without(model, params, state, snapshot, log, span=None, *, row=0,
     new = _feed(model, params, new, log[at:stop][keep[at:stop]], row, chunk)
     at = stop
     if edit.again is not None:
-      new, one = edit.again(new)
-      if (one.op, one.outcome) != (edit.entry['op'], edit.entry['outcome']):
+      new, found = edit.again(new)
+      found = list(found.values()) if isinstance(found, dict) else [found]
+      if edit.entry['outcome'] in rc.CHANGED and not any(
+          one.changed for one in found):
         raise ValueError(
-            f'edits: expected that of {edit.entry["length"]} tokens to be a '
-            f'{edit.entry["op"]}, {edit.entry["outcome"]}, again; it is a '
-            f'{one.op}, {one.outcome}. Without the span there may be nothing '
-            'to edit, or in another slot; leave the edit out, or find its slot '
-            'by key.')
-      made.append(one)
+            f'edits: expected that of {edit.entry["length"]} tokens, a '
+            f'{edit.entry["op"]}, to change something again, it has come to '
+            f'{", ".join(one.outcome for one in found) or "nothing"}. Without '
+            'the span there may be nothing to edit; leave the edit out then.')
+      made += found
   new = _feed(model, params, new, log[at:][keep[at:]], row, chunk)
   names = rc.carriers(state)
   absent = rc.unused(state)
@@ -125,7 +126,7 @@ def replay_without(model, params, state, snapshot, log, span=None, *, row=0,
   receipt = rc.make(
       'replay', state, row, (-1, -1) if span is None else (begin, end), 'model',
       cleared, absent, names, dropped=rc.spans(state, row),
-                    again=tuple(made))
+      again=tuple(made))
   # The witness knows nothing of it: it is that of the other stream.
   rc.noted(receipt, journal, 'replayed')
   return new, receipt
@@ -145,7 +146,7 @@ def _check_log(held, state, log, edits, row):
           f'edits: expected those of row {row} in order, from {at} to {last} '
           f'tokens, got one of row {edit.entry["row"]} at {stop}.')
     mark = rc.absorb(mark, log[at - first:stop - first])
-    if edit.entry['outcome'] in ('committed', 'refreshed'):
+    if edit.entry['outcome'] in rc.CHANGED:
       mark = rc.absorb(mark, np.array([edit_marks.element(edit.entry)]))
     at = stop
   if not rc.stands(state, row, rc.absorb(mark, log[at - first:])):

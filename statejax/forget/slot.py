@@ -14,10 +14,6 @@ from statejax.ops import lifecycle
 from statejax.ops import slots as sl
 from statejax.slot_facts import integer
 
-# Edits after which no look and no event of the stream ends at a lone object
-# without reading or changing it.
-_OPEN = {sl.OPS[op] for op in (sl.WRITE, sl.ROLLBACK, sl.ALIAS, sl.REKEY,
-                               sl.EXPIRE)}
 # What deleting a slot empties, and what purging it does not.
 _DELETED = ('value', 'span', 'source', 'salience')
 _COUNTERS = ('seq', 'next_oid')
@@ -42,17 +38,15 @@ def plan(memory, state, slot, row=0):
   """Returns the `Plan` that forgets a slot's object in the whole model.
 
   What was written from outside has changed nothing but its slot until the row
-  absorbs a token; and after that as long as it is the only object that the row
-  has ever had, and was not read. Beside others a key that nobody reads lessens
-  the weights of those that are read, and what is asked or said may end at it
-  without a trace: at a version that it does not keep, at its lock, at what was
-  deleted. What was read is in all that came after, and what the stream has said
-  of the object is in all that came after its statement, also where that waits
-  to be committed: as far back as the writer looks, `SlotsConfig.statement`
-  tokens. Whether only edits have made the object, the journal knows; without
-  one it is taken for the stream's. What an object has pushed out when it came
-  is not brought back, and the same words said elsewhere, without an event of
-  this object, are not looked for.
+  absorbs a token. After that it may have been met without a trace: what is
+  asked or said can end at it because of its key, its lock, its owner or its
+  place. What the stream has said of the object is in all that came after its
+  statement, also where that waits to be committed or an edit has overruled it:
+  as far back as the writer looks, `SlotsConfig.statement` tokens. Whether only
+  edits have made the object, the journal knows; without one it is taken for
+  the stream's. What an object has pushed out when it came, or kept other edits
+  from writing, is not brought back; and the same words said elsewhere, without
+  an event of this object, are not looked for.
 
   Raises:
     ValueError: an empty slot, or none of this number.
@@ -70,14 +64,16 @@ def plan(memory, state, slot, row=0):
       memory.config.rules, memory.bank(state_row), waits)) == slot
   edits = made(memory, bank, slot, row)
   first, why = _made_at(memory, bank, slot, edits)
-  if about.any():
-    begin = _statement(memory, np.asarray(waits.time)[about].min())
+  # Where the stream has spoken of it without writing it.
+  said = [*np.asarray(waits.time)[about], *(
+      e.get('overruled', 0) for e in edits if e.get('overruled', 0) >= 0)]
+  if said:
+    begin = _statement(memory, min(said))
     if begin <= first:
       first = begin
-      why = f'the stream has spoken of it from {begin} on, which waits'
-  elif edits and (int(state.length[row]) == first
-                  or _alone(memory.config.rules, bank, slot, edits)):
-    return Plan('purge', -1, 'written from outside, and met by nothing since')
+      why = f'the stream has spoken of it from {begin} on, not yet in the slot'
+  elif edits and int(state.length[row]) == first:
+    return Plan('purge', -1, 'written from outside, and no token read since')
   return Plan('replay', first, why)
 
 
@@ -119,7 +115,7 @@ def made(memory, bank, slot, row=0):
     return []
   edits = [e for e in book.entries if e['row'] == row
            and e.get('layer') == memory.layer and e.get('oid') == oid
-           and e['outcome'] in ('committed', 'refreshed')]
+           and e['outcome'] in rc.CHANGED]
   held = slot_facts.plain(bank, slot) | {
       'reads': 0, 't_first': -1, 't_read': -1}
   said = [e['after'] for e in edits]
@@ -127,13 +123,6 @@ def made(memory, bank, slot, row=0):
       [e['before'] for e in edits[1:]] == said[:-1]
       and book.commitment(name, held) == said[-1])
   return edits if whole else []
-
-
-def _alone(rules, bank, slot, edits):
-  """Whether an object is the only one that a row ever had, and was not met."""
-  # What is not taken in for want of room leaves no trace either.
-  return (bank.next_oid[0] == 1 and bank.reads[0, slot] == 0
-          and {e['op'] for e in edits} <= _OPEN and rules.policy != 'reject')
 
 
 def suppress(memory, state, slot, row=0, **where):

@@ -1,5 +1,6 @@
 """Two processes that write down edits of one state."""
 
+import concurrent.futures
 import json
 import multiprocessing
 
@@ -51,6 +52,33 @@ def test_salts_of_entries_to_come_stay(tmp_path):
   again = jn.Journal(tmp_path / 'a')
   assert again.commitment('memory/0/0', {'x': 0}) == mine
   assert salts(tmp_path / 'a') == {'memory/0/0', 'memory/0/1'}
+
+
+def test_what_the_disk_refused_is_tried_again(tmp_path, monkeypatch):
+  book = jn.Journal(tmp_path / 'a')
+  edit(book, 1)
+  replace = jn.os.replace
+
+  def full(*_):
+    raise OSError(28, 'no space')
+
+  for late in (lambda: edit(book, 0), lambda: book.adopt(0, {'m/7': '00' * 16}),
+               lambda: book.append({'op': 'purge', 'forgets': 'memory/0/1'})):
+    monkeypatch.setattr(jn.os, 'replace', full)
+    with pytest.raises(OSError):
+      late()
+    monkeypatch.setattr(jn.os, 'replace', replace)
+  edit(book, 0)
+  assert salts(tmp_path / 'a') == {'memory/0/0'} == set(book._salt)
+  assert jn.Journal(tmp_path / 'a').entries == book.entries
+
+
+def test_threads_append_one_after_another(tmp_path):
+  book = jn.Journal(tmp_path / 'a')
+  with concurrent.futures.ThreadPoolExecutor(4) as pool:
+    list(pool.map(lambda i: book.append({'op': 'lock', 'row': i}), range(40)))
+  assert jn.Journal(tmp_path / 'a').entries == book.entries
+  assert sorted(e['row'] for e in book.entries) == list(range(40))
 
 
 def _opened(path, done):
