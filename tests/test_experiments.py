@@ -2,11 +2,13 @@
 
 import functools
 import json
+import math
 import os
 import pathlib
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import pytest
 
 from experiments import event_models, rates
@@ -127,6 +129,22 @@ for name, share in (('slots', 0.1), ('delta', 0)):
   else:
     assert False
 ''')
+
+
+@pytest.mark.parametrize('share, want', [(0., 1.), (0.5, 2.)])
+def test_losses_of_layers_are_per_token_that_has_one(share, want, monkeypatch):
+  """Of all where nobody has labels, or they would decide every clipping."""
+  told = []
+  monkeypatch.setattr(event_models.logging, 'info',
+                      lambda _, i, cost, right: told.append(float(cost)))
+
+  def answers(params, events, hints):
+    own = jnp.float32(events.shape[0] * events.shape[1])
+    return jnp.zeros((len(events), 65)) + params['w'], {'loss': own}
+
+  event_models.fit(answers, {'w': jnp.zeros(())}, lambda x: (x['events'],), 0,
+                   4, rows=2, share=share)
+  assert told == [pytest.approx(math.log(65) + want, abs=1e-5)]
 
 
 def test_a_result_knows_its_rate():

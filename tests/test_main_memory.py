@@ -230,6 +230,13 @@ def test_an_artifact_is_edited_into_a_child(saved, run, tmp_path,  # noqa: F811
   out = run('state', 'show', 'chat', *acme)[1]
   assert f'from {one["id"]}' in out and two['id'] in out
   assert 'bob may resume' in out
+  # An edit too many is refused before the journal is told of it.
+  with pytest.MonkeyPatch.context() as few:
+    few.setattr(manifest, 'MAX_EDITS', 2)
+    code, _, err = run('memory', 'lock', 'chat', *acme, '--slot=0',
+                       f'--journal={tmp_path}/late')
+    assert code == 2 and 'expected at most 2 edits of an artifact' in err
+    assert not (tmp_path / 'late').exists()
   # What is refused makes nothing, and the name stays.
   code, _, err = run('memory', 'delete', 'chat', *acme, '--slot=0')
   assert code == 2 and 'invalid, it cannot be done' in err
@@ -274,6 +281,12 @@ def test_slots_of_two_artifacts(saved, run, tmp_path, restored):  # noqa: F811
   code, out, err = run('memory', 'merge', 'chat', 'other', *acme)
   assert code == 2 and not out and 'nothing was changed' in err
   assert write('other', 'blue', '--slot=0')[0] == 0
+  with pytest.MonkeyPatch.context() as few:
+    few.setattr(manifest, 'MAX_EDITS', 1)
+    code, _, err = run('memory', 'merge', 'chat', 'other', *acme,
+                       f'--journal={tmp_path}/edits')
+    assert code == 2 and 'expected at most 1 edits' in err
+    assert not (tmp_path / 'edits').exists()
   code, out, err = run('memory', 'merge', 'chat', 'other', *acme,
                        f'--journal={tmp_path}/edits', '--reason=both')
   assert code == 0, err
