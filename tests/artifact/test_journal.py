@@ -68,6 +68,9 @@ def test_what_the_disk_refused_is_tried_again(tmp_path, monkeypatch):
     with pytest.raises(OSError):
       late()
     monkeypatch.setattr(jn.os, 'replace', replace)
+  assert salts(tmp_path / 'a') == {'memory/0/1'}
+  book.append({'op': 'lock'})
+  assert salts(tmp_path / 'a') == set()
   edit(book, 0)
   assert salts(tmp_path / 'a') == {'memory/0/0'} == set(book._salt)
   assert jn.Journal(tmp_path / 'a').entries == book.entries
