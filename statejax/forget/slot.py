@@ -65,8 +65,8 @@ def plan(memory, state, slot, row=0):
   edits = made(memory, bank, slot, row)
   first, why = _made_at(memory, bank, slot, edits)
   # Where the stream has spoken of it without writing it.
-  said = [*np.asarray(waits.time)[about], *(
-      e.get('overruled', 0) for e in edits if e.get('overruled', 0) >= 0)]
+  undone = (e.get('overruled', 0) for e in edits)
+  said = [*np.asarray(waits.time)[about], *(at for at in undone if at >= 0)]
   if said:
     begin = _statement(memory, min(said))
     if begin <= first:
