@@ -8,7 +8,7 @@ are two, which together hold as many bytes after the question as the slots and
 what their fallback keeps. `slots alone` has no fallback, and no more bytes for
 it. Labels help slots only: the others have nothing that they could name, and so
 see no item twice. All others learn at one rate, `RATE`, between the two best of
-`lifecycle_events`, at which attention and the delta rule answer 170 and 169, 130
+`lifecycle_events`, at which attention answers 170 and 169, the delta rule 130
 and 140 of 240; for slots the rate is that of `lifecycle_events`.
 
 Expected: slots answer more than any other memory of their size. So far one of
