@@ -25,20 +25,20 @@ which lines update and delete, and takes the last. Each question to slots leaves
 a row, see `probes`; where a training has left counts only, its misses are
 paired as they count worst.
 
-Also shown: a state saved and restored in mid-log goes on to the same bits, and
-a host's edit between log and question changes that answer and no other.
+Also shown: a state saved and restored in mid-log goes on to the same bits; a
+host's edit in mid-log holds until the log says something else, and one between
+log and question changes that answer and no other; see `interrupted`.
 """
 
 import dataclasses
 import functools
 import math
 import pathlib
-import tempfile
 import time
 
 from absl import app, flags, logging
 
-from experiments import labels, probes, rates, report
+from experiments import interrupted, labels, probes, rates, report
 from experiments.record import Record, digest
 from statejax import config as c
 from statejax.tasks import lifecycle_words as words
@@ -309,108 +309,12 @@ def without_fallback(memory, params):
       'group_0': layers}
 
 
-def in_mid_stream(memory, params, seed, rows=8):
-  """What interruptions do to `rows` logs of the scenario 'base'.
-
-  Each log has two questions, about two keys, asked apart of the same state.
-
-  Returns:
-    {'restored': rows whose logits after save and restore are the same bits,
-     'edited': rows that answer what the host wrote over the first key,
-     'beside': of these, those that answer about the second key as before,
-     'undone': of these, those that a rollback gives the answer of before, and
-       the slot the value of before, bit by bit; its history goes on,
-     'waited': edits that overruled a line which no commit had seen, and which a
-       rollback therefore does not bring back,
-     'others': edits that leave all other rows the same bits,
-     'journal': whether it says these edits and nothing else, in order}.
-  """
-  import numpy as np
-
-  from statejax.artifact import journal, serving
-  from statejax.memory import Memory
+def stream(seed, rows=8):
+  """Logs to interrupt, of two questions each about two keys; the longest have
+  no place for a second one in `LONG`."""
   from statejax.tasks import lifecycle_text as task
-  model = language_model(memory)
-  room = LONG + 64  # the longest logs have no place for a second question
-  source = task.LifecycleTextSource(rows, 3000 + seed, 'test', length=room,
-                                    scenarios=('base',), questions=2)
-  batch = next(batches(source, rows))
-  tokens, stop = batch['tokens'], words.encode(words.STOP)[0]
-  spots = [np.flatnonzero(row >= 0) for row in batch['targets']]
-  ask = np.array([x[0] for x in spots])
-  # What follows the first answer asks again.
-  answered = np.array([x[np.argmax(np.diff(x) > 1)] + 1 for x in spots])
-  again = np.array([x[np.argmax(np.diff(x) > 1) + 1] for x in spots])
-  ends = [np.flatnonzero(row[:at] == stop) for row, at in zip(tokens, ask)]
-  last = np.array([e[-1] + 1 for e in ends])  # the log
-  half = np.array([e[len(e) // 2] - 3 for e in ends])  # within a line
-
-  def piece(state, begin, end):
-    width = 64 * -(-int(np.max(end - begin)) // 64)
-    part = np.zeros((rows, width), np.int32)
-    for row in range(rows):
-      part[row, :end[row] - begin[row]] = tokens[row, begin[row]:end[row]]
-    return model.step(params, state, part, end - begin)
-
-  def answer(state, begin=last, end=ask):
-    """The five tokens that follow a question, each fed back, and all their
-    logits."""
-    logits, state = piece(state, begin, end + 1)
-    at = (end - begin)[:, None, None]
-    logits = np.take_along_axis(np.asarray(logits), at, axis=1)[:, 0]
-    said, seen = [], []
-    for _ in range(5):
-      seen.append(logits)
-      said.append(np.argmax(logits, axis=-1).astype(np.int32))
-      logits, state = model.step(params, state, said[-1][:, None])
-      logits = np.asarray(logits)[:, 0]
-    return np.stack(said, axis=1), np.stack(seen, axis=1)
-
-  zero = np.zeros(rows, np.int64)
-  _, held = piece(model.init_state(rows, room), zero, half)
-  with tempfile.TemporaryDirectory() as place:
-    path = pathlib.Path(place) / 'state'
-    serving.save_state(path, model, params, held)
-    back = serving.load_state(path, model, params)
-  logs = [piece(state, half, last)[1] for state in (held, back)]
-  (said, plain), (_, kept) = (answer(x) for x in logs)
-  beside = answer(logs[0], answered, again)[0]
-  def front(state, row, slot):
-    """Bytes of the value that a slot holds now."""
-    held = state.layers['memory']
-    return [np.asarray(x[0, row, slot, 0]).tobytes()
-            for x in (held.value, held.span)]
-  same = lambda x: (x.view(np.uint32) == plain.view(np.uint32)).all((1, 2))
-
-  found = {'rows': rows, 'restored': int(same(kept).sum())} | dict.fromkeys(
-      ('edited', 'beside', 'undone', 'waited', 'others'), 0)
-  with tempfile.TemporaryDirectory() as place:
-    book = journal.Journal(pathlib.Path(place) / 'journal')
-    editor = Memory(model, journal=book)
-    for row in range(rows):
-      key = words.name(source.record(row).questions[0].key)
-      value = words.value(12345 + row)
-      statement = f'word is {key} now holds {value} promptly .'
-      state, receipt = editor.write(
-          params, logs[0], words.encode(statement), key=words.encode(key),
-          value=words.encode(value), row=row)
-      before, after = (np.asarray(x.layers['memory'].want)[0, row]
-                       for x in (logs[0], state))
-      found['waited'] += bool((before != after).any())
-      new, seen = answer(state)
-      rest = np.arange(rows) != row
-      found['others'] += bool(same(seen)[rest].all())
-      found['edited'] += receipt.changed and words.decode(new[row]) == value
-      found['beside'] += bool((answer(state, answered, again)[0][row]
-                               == beside[row]).all())
-      state, _ = editor.rollback(state, receipt.slot, row=row)
-      found['undone'] += bool((answer(state)[0][row] == said[row]).all()
-                              and front(state, row, receipt.slot) == front(
-                                  logs[0], row, receipt.slot))
-    found['journal'] = [(e['op'], e['row'], e['outcome']) for e in (
-        book.entries)] == [(op, row, 'committed') for row in range(rows)
-                           for op in ('write', 'rollback')]
-  return found
+  return task.LifecycleTextSource(rows, 3000 + seed, 'test', length=LONG + 64,
+                                  scenarios=('base',), questions=2)
 
 
 def facts(name):
@@ -463,6 +367,8 @@ def claims(counts, seconds, stream, gains, count):
         'fewer than slots' if best else 'reported', show(got),
         all(a < b for a, b in zip(got, best)))
   for name, told in (('restored', 'logits after save and restore, same bits'),
+                     ('amid', 'answers to an edit in mid-log, log going on'),
+                     ('again', 'the same, or what the log says after it'),
                      ('edited', 'answers to what a host wrote'),
                      ('beside', 'answers about another key of that log, kept'),
                      ('others', 'edits that leave all other rows the same bits')
@@ -486,7 +392,7 @@ def study(name, steps, count, seed, rate):
 
   Returns:
     {'right': {variant: {scenario: right}}, 'seconds'} and, of slots, 'stream',
-    see `in_mid_stream`, and 'rows', see `asked`; of the others 'dev', right
+    see `interrupted.study`, and 'rows', see `asked`; of the others 'dev', right
     answers of the split 'dev'.
   """
   from statejax.tasks import lifecycle_text as task
@@ -500,7 +406,8 @@ def study(name, steps, count, seed, rate):
     right['fallback off'] = test(*without_fallback(memory, params), seed, count)
     right['lifecycle off'] = test(memory, params, seed, count, store_all)
     right['oracle'] = test(memory, params, seed, count, oracle)
-    out['stream'] = in_mid_stream(memory, params, seed)
+    out['stream'] = interrupted.study(
+        language_model(memory), params, stream(seed), LONG + 64)
   else:
     out['dev'] = int(probes.hits(asked(
         memory, params, 0, max(1, count // 5), split='dev')).sum())

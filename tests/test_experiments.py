@@ -71,7 +71,8 @@ from statejax.tasks import lifecycle_text as task
 def claims(alias=99, **changes):
   full, none = (dict.fromkeys(task.SCENARIOS, n) for n in (100, 0))
   stream = {'rows': 8, 'restored': 8, 'edited': 8, 'beside': 8, 'undone': 7,
-            'waited': 1, 'others': 8, 'journal': True} | changes
+            'waited': 1, 'others': 8, 'journal': True, 'amid': 8,
+            'again': 8} | changes
   counts = {'slots': [full | {'alias': alias}], 'fallback off': [none],
             'lifecycle off': [none], 'oracle': [full], 'last update': [none]}
   rows = lifecycle_text.claims(counts, {'slots': [9]}, [stream],
@@ -80,7 +81,8 @@ def claims(alias=99, **changes):
 assert claims() == []
 assert claims(alias=98) == ['slots: alias, right of 100, each seed']
 for name, worse in (('restored', 7), ('edited', 7), ('beside', 7),
-                    ('others', 7), ('undone', 6), ('journal', False)):
+                    ('others', 7), ('amid', 7), ('again', 7), ('undone', 6),
+                    ('journal', False)):
   assert len(claims(**{name: worse})) == 1, name
 ''')
 
