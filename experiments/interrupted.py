@@ -95,9 +95,9 @@ def texts(model, params, source):
 def told(editor, params, state, question, value, row):
   """What a host writes over the key of a question: as `editor.write`."""
   key, value = words.name(question.key), words.value(value)
-  return editor.write(
-      params, state, words.encode(f'word is {key} now holds {value} promptly .'),
-      key=words.encode(key), value=words.encode(value), row=row)
+  said = words.encode(f'word is {key} now holds {value} promptly .')
+  return editor.write(params, state, said, key=words.encode(key),
+                      value=words.encode(value), row=row)
 
 
 def front(state, row, slot):
@@ -168,12 +168,13 @@ def study(model, params, source, room):
     room: of the state, tokens.
 
   Returns:
-    {'rows': logs, 'restored': those whose logits after save and restore in
-       mid-log are the same bits,
-     'amid': rows where an edit after the log's last word on the first key, while
-       the log goes on, is answered, and the second question as before,
-     'again': the same of an edit at half of the log, or of the log's word if it
-       comes later; 'late': how many do,
+    {'rows': logs,
+     'restored': those whose logits after save and restore in mid-log are the
+       same bits,
+     'amid': those that answer an edit made after the log's last word on the
+       first key while the log goes on, and the second question as before,
+     'again': the same of an edit at half of the log, or the log's word if it
+       comes later; 'late': in how many it does,
      'edited': rows that answer what the host wrote at the log's end over the
        first key,
      'beside': of these, those that answer about the second key as before,

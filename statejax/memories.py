@@ -75,7 +75,7 @@ REASON = flags.DEFINE_string(
     'reason', '', 'memory: a line for receipt and journal, without content')
 TENANT = flags.DEFINE_integer(
     'tenant', None, 'memory: whose slots are edited, a number; default those '
-    "of the model's own stream, which alone the model reads")
+    "of the model's own stream, which it reads beside those of nobody, -1")
 HOST = flags.DEFINE_bool(
     'host', False, 'memory: act with the capability of the host')
 
@@ -114,6 +114,8 @@ class _Target:
     keep: function that keeps an edited state, given it, its `Edited` and of
       which artifact slots were merged into it, None for none.
     edited: `mint.Edited`; a saved state keeps the edits of it.
+    may: function that raises where it would not be kept, given of which
+      artifact slots are to be merged into it, None for none.
     origin: `mint.Parent`, None of a saved state.
   """
 
@@ -122,6 +124,7 @@ class _Target:
   params: Any
   keep: Callable
   edited: Any
+  may: Callable = lambda slots: None
   origin: Any = None
 
 
@@ -184,15 +187,16 @@ def run(verb: str, *targets: str):
 def _journal(path):
   """Prints a journal whose chain is whole."""
   from statejax.artifact import journal
-  if FORGET.value is not None and (pathlib.Path(path) / journal.LOG).is_file():
-    journal.Journal(path).forget(FORGET.value, REASON.value)
   entries, head = journal.read(path)
-  for entry in entries:
-    print(json.dumps(entry))
-  print(json.dumps({'edits': len(entries), 'head': head}))
   if HEAD.value not in (None, head):
     raise ValueError(f'{path}: expected the head {HEAD.value}, got {head}; '
                      'edits were cut off, or others were added.')
+  if FORGET.value is not None:
+    journal.Journal(path).forget(FORGET.value, REASON.value)
+    entries, head = journal.read(path)
+  for entry in entries:
+    print(json.dumps(entry))
+  print(json.dumps({'edits': len(entries), 'head': head}))
 
 
 def _look(verb, one, other=None):
@@ -263,9 +267,10 @@ def _edit(verb, target):
   from statejax.memory import Memory
   # What can refuse the child does so before the journal says that it is there.
   _require_room(target, 2 if LOCK.value else 1)
+  target.may(None)
   book = Journal(JOURNAL.value) if JOURNAL.value else None
   if book is not None:
-    book.adopt(0, target.edited.salts)
+    book.adopt(ROW.value, target.edited.salts)
   memory = Memory(target.model, LAYER.value, host=HOST.value,
                   principal=TENANT.value, journal=book)
   state, slot, params = target.state, SLOT.value, target.params
@@ -331,6 +336,7 @@ def _merge(first, second):
   memory = Memory(one.model, LAYER.value, host=HOST.value,
                   principal=TENANT.value)
   _require_room(one, sum(r.changed for r in merge(memory)[1].values()))
+  one.may(other.origin)
   book = Journal(JOURNAL.value) if JOURNAL.value else None
   if book is not None:
     book.adopt(ROW.value, one.edited.salts)
@@ -349,9 +355,10 @@ def _merge(first, second):
 def _edited(memory, before, receipts):
   """The `mint.Edited` after these edits of it."""
   salts = before.salts
+  gone = {f'{memory.layer}/{r.oid}' for r in receipts if r.op == 'purge'}
   if memory.journal is not None:
     salts = salts | memory.journal.salts(ROW.value)
-  gone = {f'{memory.layer}/{r.oid}' for r in receipts if r.op == 'purge'}
+    gone |= memory.journal.forgotten(ROW.value)
   return dataclasses.replace(
       before, salts={n: x for n, x in salts.items() if n not in gone},
       edits=(*before.edits, *((r.length, r.mark) for r in receipts)))
@@ -435,16 +442,19 @@ def _artifact(key, charged):
   if charged:
     asking.nameless(ref, key)
   origin = minting.Parent(found.id, found.about)
-  def keep(state, edited, slots=None):
+  def terms_with(slots):
     terms = minting.Terms.of(found.about)
-    if slots is not None and slots.about['sealed'] != 'none':
-      terms = dataclasses.replace(terms, sealed=True)
+    return dataclasses.replace(terms, sealed=terms.sealed or (
+        slots is not None and slots.about['sealed'] != 'none'))
+  def may(slots):
+    minting.may_go_on(shop, origin, terms_with(slots), who, slots)
+  def keep(state, edited, slots=None):
     # Without the transcript: what absorbs it again would undo the edit.
     asking.say(minting.mint(
-        shop, state, 0, found.host, terms, principal=who, edited=edited,
-        parent=origin, slots=slots,
+        shop, state, 0, found.host, terms_with(slots), principal=who,
+        edited=edited, parent=origin, slots=slots,
         # An edit absorbs no token: what it took to come here is the same.
         account=found.about['account'], ref=name or (key if ref else ''),
         # A name that is not theirs stays, as where they resume it.
         expect=ref[1] if ref and not name else 0))
-  return _Target(found.state, model, params, keep, found.edited, origin)
+  return _Target(found.state, model, params, keep, found.edited, may, origin)

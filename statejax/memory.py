@@ -22,7 +22,7 @@ import numpy as np
 from statejax import edit_events, edit_marks, slot_facts, slot_merge
 from statejax import model as lm
 from statejax import state as st
-from statejax.artifact.journal import Journal, object_name
+from statejax.artifact.journal import Journal, checked_reason, object_name
 from statejax.edit_events import commit
 from statejax.layers import slots as layer
 from statejax.ops import slots as sl
@@ -46,6 +46,9 @@ class Receipt:
     reason: what the edit was said to be for.
     before, after: commitments to the slot's row, '' without a journal.
     carriers: where else what was edited may still be.
+    overruled: position of the first token whose event waited to be committed
+      and does not any more, as the edit was later; -1 for none. A rollback
+      does not bring that back.
     mark: what the witness has absorbed of it, 64 hex digits, as an artifact
       lists its edits; '' where nothing was changed.
   """
@@ -65,6 +68,7 @@ class Receipt:
   before: str = ''
   after: str = ''
   carriers: tuple[str, ...] = ()
+  overruled: int = -1
   mark: str = ''
 
   @property
@@ -169,16 +173,16 @@ class Memory:
     if slot_facts.expired(held, int(state.length[row])):
       raise ValueError(f'slot {slot}, row {row}: expected a live one, got one '
                        f'that has expired at {held.expires} tokens.')
-    if held.status == 'empty':
+    if not held.values:
       raise ValueError(f'slot {slot}, row {row}: expected one that holds '
-                       'something, it is empty; see list.')
+                       f'a value, it is {held.status}; see list.')
     ago = 0 if version is None else held.version - integer(
         'version', version, 0)
     if not 0 <= ago < len(held.values):
       raise ValueError(
           f'slot {slot}, row {row}: expected a version of {held.version} down '
-          f'to {held.version - len(held.values) + 1}, got {version}; it is '
-          f'{held.status} and keeps {len(held.values)} of them.')
+          f'to {held.version - len(held.values) + 1}, got {version}; it keeps '
+          f'{len(held.values)} of them.')
     return held.values[ago], bank.value[0, slot, ago]
 
   def _keyed(self, state, row, key):
@@ -343,7 +347,8 @@ class Memory:
 
   def rollback(self, state, slot, steps=1, **where):
     """Puts an earlier value in front; the version goes on counting, and the
-    expiry stays that of the write undone."""
+    expiry stays that of the write undone. What that write had overruled before
+    it was committed does not come back, see `Receipt`."""
     return self._simple(sl.ROLLBACK, state, slot, where,
                         steps=integer('steps', steps, 1))
 
@@ -414,7 +419,7 @@ class Memory:
     for step in plan:
       new, found = slot_merge.taken(self, state, row, step, brought)
       state, receipt = self._noted(state, new, row, 'merge', found,
-                                   _reason(reason))
+                                   checked_reason(reason))
       if receipt.changed and step.new:
         brought.add(receipt.slot)
       receipts[step.theirs] = receipt
@@ -453,7 +458,7 @@ class Memory:
     for row in np.flatnonzero(found.outcome[:, 0] != sl.UNUSED).tolist():
       one = {f.name: int(getattr(found, f.name)[row, 0])
              for f in dataclasses.fields(found)}
-      new, receipt = self._noted(old, new, row, op, one, _reason(reason))
+      new, receipt = self._noted(old, new, row, op, one, checked_reason(reason))
       out.append(receipt)
     return new, out
 
@@ -508,7 +513,7 @@ class Memory:
     given = fields | {
         'slot': -1 if slot is None else self._number(slot),
         'expect': -1 if expect is None else integer('expect', expect, 0)}
-    _reason(reason)
+    checked_reason(reason)
     events = self.events(op, np.arange(st.rows(state)) == row, **given)
     new, receipts = commit(self.model, self.layer, state, events)
     new, (receipt,) = self.noted(state, new, op, receipts, reason)
@@ -519,14 +524,13 @@ class Memory:
     receipt = Receipt(
         row=row, op=op, length=int(old.length[row]), principal=self._actor,
         reason=reason, **found | {'outcome': sl.OUTCOMES[found['outcome']]})
-    if receipt.changed:
-      receipt = dataclasses.replace(receipt, carriers=self._carriers(old))
+    receipt = dataclasses.replace(
+        receipt, carriers=self._carriers(old) if receipt.changed else (),
+        overruled=edit_events.undone_at(self._held(old), self._held(new), row))
     before, after = self._commitments(old, new, receipt)
     receipt = dataclasses.replace(receipt, before=before, after=after)
     entry = dataclasses.asdict(receipt) | {
-        'layer': self.layer, 'host': int(self.host), 'forgets': '',
-        'overruled': edit_events.undone_at(
-            self._held(old), self._held(new), row)}
+        'layer': self.layer, 'host': int(self.host), 'forgets': ''}
     if receipt.changed and op == sl.OPS[sl.PURGE]:
       entry['forgets'] = self._object(row, receipt.oid)
     del entry['mark']
@@ -540,21 +544,21 @@ class Memory:
   def _commitments(self, old, new, receipt):
     if self.journal is None or receipt.slot < 0 or receipt.oid < 0:
       return '', ''
-    rows = [self._row_bank(s, receipt.row) for s in (old, new)]
     # A new object has no before, but the one whose slot it took.
-    names = [receipt.evicted if not receipt.old_version else receipt.oid,
-             receipt.oid]
-    gone = sorted({self._object(receipt.row, oid) for oid in names}
-                  & self.journal.gone)
-    if gone:
+    oids = [receipt.evicted if not receipt.old_version else receipt.oid,
+            receipt.oid]
+    names = [self._object(receipt.row, oid) for oid in oids]
+    # A purge that the disk refused is tried again.
+    if names[1] in self.journal.gone and receipt.op != sl.OPS[sl.PURGE]:
       raise ValueError(
           f'journal: expected one of this state, this one has forgotten '
-          f'{gone[0]}; a journal belongs to one state, begin another one.')
+          f'{names[1]}; purge that, if it has a slot yet. A journal belongs to '
+          'one state: of another one, begin another one.')
     before, after = (
-        self.journal.commitment(
-            self._object(receipt.row, oid),
-            slot_facts.plain(bank, receipt.slot)) if oid >= 0 else ''
-        for oid, bank in zip(names, rows))
+        self.journal.commitment(name, slot_facts.plain(
+            self._row_bank(state, receipt.row), receipt.slot))
+        if oid >= 0 and name not in self.journal.gone else ''
+        for oid, name, state in zip(oids, names, (old, new)))
     return before, after
 
   def _object(self, row, oid):
@@ -587,12 +591,3 @@ def _scratch(model, name, params, tokens, parts, n_valid):
   held = lm.forward(model, params, state, tokens, n_valid,
                     hints=hints)[1].layers[name]
   return {'key': held.want_key[0, 0, 0], 'value': held.want_value[0, 0, 0]}
-
-
-def _reason(text):
-  """A reason as it may stand in a journal."""
-  if not isinstance(text, str) or len(text) > 200 or not (
-      text.isprintable()):
-    raise ValueError('reason: expected one line of at most 200 characters, got '
-                     f'{text!r}.')
-  return text

@@ -43,7 +43,7 @@ def test_what_an_edit_has_overruled_was_said(tmp_path):
   memory = mem.Memory(MODEL, journal=jn.Journal(tmp_path / 'a'), host=True)
   waits = heard(blank(), [9, 10], [], want='write')[1]
   state, receipt = memory.write(params(), waits, [3, 10], key=[10], value=[9])
-  assert receipt.changed and memory.journal.entries[-1]['overruled'] == 1
+  assert receipt.overruled == memory.journal.entries[-1]['overruled'] == 1
   # At once, and also after more: the stream said it before the edit.
   for later in (state, after_all(state)):
     assert forget.plan(memory, later, 0) == forget.Plan(

@@ -318,8 +318,11 @@ def test_slots_of_two_artifacts(saved, run, tmp_path, restored):  # noqa: F811
   mint('plain')
   for source, why in (('secret', "governance.class: expected 'confidential'"),
                       ('plain', 'nothing was changed')):
-    code, _, err = run('memory', 'merge', 'plain', source, *acme)
-    assert code == 2 and why in err, err
+    code, out, err = run('memory', 'merge', 'plain', source, *acme,
+                         f'--journal={tmp_path}/plain')
+    assert code == 2 and why in err and not out, err
+    if source == 'secret':  # so the journal knows nothing of it
+      assert not (tmp_path / 'plain').exists()
   code, _, err = run('memory', 'merge', 'secret', 'plain', *acme)
   assert code == 2 and 'nothing was changed' in err
   # Who may resume the first may not take from another's that binds otherwise.
@@ -460,6 +463,19 @@ def test_a_journal_forgets_what_has_no_slot(saved, run, restored):  # noqa: F811
   code, _, err = run('memory', 'journal', str(saved / 'forgetful'),
                      '--forget=memory/0/7')
   assert code == 2 and 'of an object that this journal knows' in err
+
+
+def test_a_journal_of_another_head_forgets_nothing(saved, run):  # noqa: F811
+  path = saved / 'headed'
+  book = journal.Journal(path)
+  told = {'layer': 'memory', 'row': 0, 'oid': 7, 'outcome': 'committed'}
+  book.append(told | {'after': book.commitment('memory/0/7', {'value': [1]})})
+  forget = lambda head: run('memory', 'journal', str(path),
+                            '--forget=memory/0/7', f'--journal_head={head}')
+  assert forget('0' * 64)[0] == 2
+  assert journal.Journal(path).salt('memory/0/7')
+  assert forget(book.head)[0] == 0
+  assert journal.Journal(path).salt('memory/0/7') is None
 
 
 @pytest.mark.parametrize('have, more, ok', [

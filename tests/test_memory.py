@@ -305,6 +305,40 @@ def test_what_was_pushed_out_can_be_forgotten(tmp_path):
   assert receipt.changed and jn.Journal(tmp_path / 'edits').gone == {name}
 
 
+def test_a_purge_that_the_disk_refused_is_made_again(tmp_path, monkeypatch):
+  book = jn.Journal(tmp_path / 'edits')
+  memory, state = begun(journal=book)
+  memory = dataclasses.replace(memory, host=True)
+  replace = jn.os.replace
+
+  def full(*_):
+    raise OSError(28, 'no space')
+
+  monkeypatch.setattr(jn.os, 'replace', full)
+  with pytest.raises(OSError):
+    memory.purge(state, 0)
+  monkeypatch.setattr(jn.os, 'replace', replace)
+  assert jn.Journal(tmp_path / 'edits').gone == {'memory/0/0'}
+  # The state has it still, and nothing else may be done to it here.
+  with pytest.raises(ValueError, match='has forgotten memory/0/0; purge that'):
+    memory.delete(state, 0)
+  new, receipt = memory.purge(state, 0)
+  assert receipt.changed and receipt.before == receipt.after == ''
+  assert memory.list(new)[0].oid != 0
+  assert b'memory/0/0' not in (tmp_path / 'edits/slots.json').read_bytes()
+  assert jn.Journal(tmp_path / 'edits').entries == book.entries
+
+
+def test_what_was_forgotten_can_still_be_pushed_out(tmp_path):
+  book = jn.Journal(tmp_path / 'edits')
+  memory, state = begun(journal=book)
+  book.forget('memory/0/0')
+  for token in (13, 14):
+    state, receipt = memory.write(
+        params(), state, [3, token], key=[token], value=[token + 10])
+  assert receipt.evicted == 0 and receipt.before == '' != receipt.after
+
+
 def test_what_can_be_seen():
   memory, state = begun()
   new, _ = memory.delete(state, 1)

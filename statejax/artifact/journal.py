@@ -125,9 +125,14 @@ class Journal:
     return {f'{layer}/{oid}': self._salt[name]
             for name, (layer, of, oid) in names.items() if of == str(row)}
 
+  def forgotten(self, row):
+    """Returns the names 'layer/number' of a row's objects that are gone."""
+    names = (name.rsplit('/', 2) for name in self.gone)
+    return {f'{layer}/{oid}' for layer, of, oid in names if of == str(row)}
+
   def adopt(self, row, salts):
     """Takes the salts that an artifact has kept of a row, so that what is
-    written down goes on from there.
+    written down goes on from there; not those of what was forgotten here.
 
     Raises:
       ValueError: the journal has others: it is another state's.
@@ -136,7 +141,9 @@ class Journal:
     for name, salt in salts.items():
       layer, _, oid = name.rpartition('/')
       name = object_name({'layer': layer, 'row': row, 'oid': oid})
-      if self._salt.get(name, salt) != salt or name in self.gone:
+      if name in self.gone:
+        continue
+      if self._salt.get(name, salt) != salt:
         raise ValueError(f'{self.path}: expected a journal of this state, got '
                          f'one that knows {name} otherwise; name that which '
                          'its edits are written down in, or a new one.')
@@ -154,15 +161,16 @@ class Journal:
       reason: what it is for; must not hold content.
 
     Raises:
-      ValueError: no entry is about such an object, or it is forgotten.
+      ValueError: no entry is about such an object, or it is forgotten; see
+        `checked_reason`.
     """
     if name not in self._salt:
       raise ValueError(f'forget: expected LAYER/ROW/OID of an object that this '
                        f'journal knows, got {name!r}.')
     layer, row, oid = name.rsplit('/', 2)
     self.append({'op': 'forget', 'outcome': 'committed', 'layer': layer,
-                 'row': int(row), 'oid': int(oid), 'reason': reason,
-                 'before': '', 'after': '', 'forgets': name})
+                 'row': int(row), 'oid': int(oid), 'before': '', 'after': '',
+                 'reason': checked_reason(reason), 'forgets': name})
 
   def salt(self, name):
     """Returns the salt of an object, 32 hex digits, or None where forgotten."""
@@ -219,6 +227,18 @@ def read(path):
                      'bytes of one behind the last; the next edit that is '
                      'written down cuts them off.')
   return entries, head
+
+
+def checked_reason(text):
+  """Returns a reason as it may stand in a journal.
+
+  Raises:
+    ValueError: it is not one line of at most 200 characters.
+  """
+  if not isinstance(text, str) or len(text) > 200 or not text.isprintable():
+    raise ValueError('reason: expected one line of at most 200 characters, got '
+                     f'{text!r}.')
+  return text
 
 
 def object_name(entry) -> str:

@@ -264,6 +264,30 @@ def mint(shop, state, row: int, host: identity.Host, terms: Terms, *,
         charges={'tokens_absorbed': max(0, tokens)} | (spent or {}))
 
 
+def may_go_on(shop, parent: Parent, terms: Terms, principal: Principal,
+              slots: Parent | None = None):
+  """Raises where rights or terms do not let a child be made, see `mint`.
+
+  For who writes something down elsewhere before a child of it is there.
+
+  Args:
+    shop: `objects.Store`.
+    parent, terms, principal, slots: see `mint`.
+
+  Raises:
+    Refused: E_ACL, E_EXPIRED, E_GRANT, E_REVOKED, E_MANIFEST.
+  """
+  now = shop.catalog.clock()
+  with shop.catalog.refusals(str(principal), 'mint', parent.id):
+    terms.check(now)
+    _may(parent, principal, terms, now)
+    for one in filter(None, (parent, slots)):
+      revoked.refuse(shop, one.id, one.about)
+    if slots is not None:
+      _may_take(slots, principal, now)
+      _as_safe(slots, {'governance': terms.group('')})
+
+
 def _check_spent(spent):
   for unit, n in spent.items():
     if unit not in SPENT or type(n) is not int or not (

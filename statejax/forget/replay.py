@@ -31,7 +31,8 @@ def last_before(snapshots, position, row=0):
   """Returns the last of some snapshots that has seen nothing from a position.
 
   Args:
-    snapshots: states or `statejax.state.snapshot`s, in any order.
+    snapshots: states or `statejax.state.snapshot`s. Of equally long ones the
+      first is taken: an edit makes no state longer, so give the oldest first.
     position: first token that must not be in it.
     row: of them.
 

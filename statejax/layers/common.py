@@ -209,12 +209,13 @@ def lend(module, **arrays):
 def add_loss(module, name, total):
   """Adds a sum over real tokens to the training loss.
 
-  The trainer divides it by the number of real tokens. Where only logits are
-  asked for, XLA computes none of it.
+  The trainer divides it by the number of real tokens, or by those with a label
+  where it is called after that. Where only logits are asked for, XLA computes
+  none of it.
 
   Args:
     module: the mixer.
-    name: of the loss.
+    name: of the loss; 'want_loss' where a hint 'want' is learned.
     total: float32 scalar.
   """
   _sow(module, 'losses', name, total)

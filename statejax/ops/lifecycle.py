@@ -4,10 +4,11 @@ The events of a row are a scan that carries integers and copies of keys; a value
 is then gathered from the event that wrote it last. So the bank after many
 segments of events is the same bits whether they are committed one by one or
 together, and the gradient of a value goes straight to the event it came from.
-No associative scan does that, even where addresses are known: n times WRITE and
-ROLLBACK, of n values, ask of each whether it is what the slot held, since what
-is written again is no new version; so what they do together has no summary of
-bounded size.
+No associative scan does that, even where addresses are known, as what n events
+do together has no summary of bounded size. n times LOCK, of n keys that share
+an address, ask whether what is there is one of them; and where a slot is given
+by its number, n times WRITE and ROLLBACK ask of each of n values whether it is
+what the slot held, since what is written again is no new version.
 
 | event | when | effect |
 |---|---|---|

@@ -10,6 +10,7 @@ import optax
 
 from statejax import model as lm
 from statejax.config import TrainConfig
+from statejax.layers import common
 from statejax.train import optimizer as opt
 
 
@@ -44,6 +45,8 @@ class Sums:
     count: predicted tokens.
     layers: losses of the layers' own, such as an indexer's, over real tokens.
     tokens: real tokens.
+    labels: {name: losses of the layers over tokens that have this label}.
+    labelled: {name: such tokens}.
   """
 
   loss: jax.Array
@@ -52,6 +55,8 @@ class Sums:
   count: jax.Array
   layers: jax.Array
   tokens: jax.Array
+  labels: dict[str, jax.Array]
+  labelled: dict[str, jax.Array]
 
 
 def score(model, params, batch) -> Sums:
@@ -68,8 +73,7 @@ def score(model, params, batch) -> Sums:
     ValueError: something else in the batch, which would be left out.
   """
   targets = batch['targets']
-  hints = {name: x for name, x in batch.items()
-           if name not in ('tokens', 'targets', 'segments')}
+  hints = _labels(batch)
   state = model.init_state(targets.shape[0], 0)
   logits, _, losses = lm.forward(model, params, state, batch['tokens'],
                                  segment_ids=batch['segments'], hints=hints)
@@ -78,11 +82,36 @@ def score(model, params, batch) -> Sums:
   hit = jnp.take_along_axis(
       logits, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
   total = lambda x: jnp.sum(jnp.where(asked, x, 0.0))
+  own, labels = jnp.float32(0), {name: jnp.float32(0) for name in hints}
+  for name, x in ((n, x) for layer in losses.values()
+                  for n, x in layer.items()):
+    label = name.removesuffix('_loss')
+    if label in labels:
+      labels[label] += x
+    else:
+      own += x
   return Sums(loss=total(norm - hit),
               correct=total((jnp.argmax(logits, -1) == targets) * 1.0),
               squares=total(norm * norm), count=total(1.0),
-              layers=sum(jax.tree.leaves(losses), start=jnp.float32(0)),
-              tokens=jnp.sum(batch['segments'] >= 0).astype(jnp.float32))
+              layers=own,
+              tokens=jnp.sum(batch['segments'] >= 0).astype(jnp.float32),
+              labels=labels,
+              labelled={name: jnp.sum((x >= 0) & (batch['segments'] >= 0))
+                        .astype(jnp.float32) for name, x in hints.items()})
+
+
+def _labels(batch):
+  """What of a batch is labels; raises as `score` does."""
+  return common.checked_hints(
+      {name: x for name, x in batch.items()
+       if name not in ('tokens', 'targets', 'segments')}, batch['tokens'].shape)
+
+
+def _own(sums, tokens, labelled):
+  """The layers' own losses: per real token, and per token with the label."""
+  many = lambda count: jnp.maximum(count, 1.0)
+  return sums.layers / many(tokens) + sum(
+      x / many(labelled[name]) for name, x in sums.labels.items())
 
 
 def initial(model, config: TrainConfig) -> TrainState:
@@ -97,12 +126,15 @@ def initial(model, config: TrainConfig) -> TrainState:
 def _gradient(model, config, params, batch):
   """Mean gradient over the batch, summed over `accumulate` micro-batches."""
   many = lambda mask: jnp.maximum(jnp.sum(mask), 1).astype(jnp.float32)
-  count, tokens = many(batch['targets'] >= 0), many(batch['segments'] >= 0)
+  real = batch['segments'] >= 0
+  count, tokens = many(batch['targets'] >= 0), many(real)
+  labelled = {name: many((x >= 0) & real)
+              for name, x in _labels(batch).items()}
 
   def loss(params, piece):
     sums = score(model, params, piece)
     predicted = (sums.loss + config.z_loss * sums.squares) / count
-    return predicted + sums.layers / tokens, sums
+    return predicted + _own(sums, tokens, labelled), sums
 
   grad = jax.grad(loss, has_aux=True)
   if config.accumulate == 1:
@@ -129,15 +161,15 @@ def update(model, config: TrainConfig, state: TrainState, batch):
 
   Returns:
     The next `TrainState` and a dict of float32 scalars: loss (nats per
-    predicted token), accuracy, layers (their own losses per real token),
-    grad_norm, rate.
+    predicted token), accuracy, layers (their own losses per real token, those
+    of labels per token that has one), grad_norm, rate.
   """
   grads, sums = _gradient(model, config, state.params, batch)
   chain = opt.make_optimizer(config, model.axes())
   updates, optimizer = chain.update(grads, state.optimizer, state.params)
   count = jnp.maximum(sums.count, 1.0)
   metrics = {'loss': sums.loss / count, 'accuracy': sums.correct / count,
-             'layers': sums.layers / jnp.maximum(sums.tokens, 1.0),
+             'layers': _own(sums, sums.tokens, sums.labelled),
              'grad_norm': optax.tree.norm(grads),
              'rate': jnp.float32(opt.schedule(config)(state.step))}
   return TrainState(optax.apply_updates(state.params, updates), optimizer,

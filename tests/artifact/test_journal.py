@@ -42,6 +42,19 @@ def test_who_comes_second_brings_no_purged_salt_back(tmp_path):
   assert salts(tmp_path / 'a') == set()
 
 
+def test_a_parent_brings_no_purged_salt_back(tmp_path):
+  """Nor is it a journal of another state for that."""
+  book = jn.Journal(tmp_path / 'a')
+  edit(book, 0)
+  kept = book.salts(0)
+  book.append({'op': 'purge', 'forgets': 'memory/0/0'})
+  book.adopt(0, kept | {'memory/1': '11' * 16})
+  assert salts(tmp_path / 'a') == {'memory/0/1'}
+  assert book.forgotten(0) == {'memory/0'} and not book.forgotten(1)
+  with pytest.raises(ValueError, match='that knows memory/0/1 otherwise'):
+    book.adopt(0, {'memory/1': '22' * 16})
+
+
 def test_salts_of_entries_to_come_stay(tmp_path):
   one, two = jn.Journal(tmp_path / 'a'), jn.Journal(tmp_path / 'a')
   mine = one.commitment('memory/0/0', {'x': 0})

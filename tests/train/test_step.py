@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,6 +7,8 @@ import optax
 import pytest
 import small
 
+from configs import tiny_slots
+from statejax import config as c
 from statejax.model import LanguageModel
 from statejax.train import loop, step
 
@@ -145,3 +149,41 @@ def test_labels_are_learned_or_refused():
       ('want', zero * 1., 'want: expected integers')):
     with pytest.raises(ValueError, match=why):
       step.score(model, params, batch | {name: label})
+
+
+def slots_of(accumulate):
+  """A model of two layers, one of slots, and how it is trained."""
+  config = tiny_slots.get_config()
+  model = dataclasses.replace(config.model, groups=(
+      c.GroupConfig(('memory', 'kda')),))
+  return LanguageModel(model), dataclasses.replace(
+      config.train, accumulate=accumulate, length=16)
+
+
+def labelled_batch():
+  """Four rows of 16 tokens; few have a label, and none in the last row."""
+  rng = np.random.default_rng(0)
+  draw = lambda high: rng.integers(0, high, (4, 16), dtype=np.int32)
+  want = np.where(draw(4) == 0, draw(3), -1)
+  want[3] = -1
+  return {'tokens': draw(64), 'targets': draw(64),
+          'segments': np.zeros((4, 16), np.int32), 'want': want}
+
+
+def test_a_label_counts_per_token_that_has_it():
+  """However few have one, and however the batch is split."""
+  batch, found = labelled_batch(), []
+  for accumulate in (1, 2):
+    model, train = slots_of(accumulate)
+    state = step.initial(model, train)
+    sums = step.evaluate(model, state.params, batch)
+    new, metrics = step.update(model, train, state, batch)
+    found.append(metrics['grad_norm'])
+    np.testing.assert_allclose(
+        metrics['layers'], sums.labels['want'] / (batch['want'] >= 0).sum(),
+        rtol=1e-5)
+  assert 0.3 < float(metrics['layers']) < 5  # nats: of six wants, untrained
+  np.testing.assert_allclose(*found, rtol=1e-4)
+  for _ in range(15):
+    new, after = step.update(model, train, new, batch)
+  assert after['layers'] < 0.8 * metrics['layers']
