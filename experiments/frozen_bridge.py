@@ -19,9 +19,8 @@ sentence encoder (MiniLM). These six are our own, tiny and trained for a minute,
 with Mamba-2 in the place of the encoder. So the figures do not compare.
 
 Expected: with names 57 of 60 or more for each family and seed; without them
-whatever it is. So far four families have run, each seed. What is wrong is
-nearly all of facts in passing, which only the log has and of which a frozen
-model keeps least.
+whatever it is. What is wrong is nearly all of facts in passing, which only the
+log has and of which a frozen model keeps least.
 """
 
 import dataclasses

@@ -64,7 +64,9 @@ def select(lines, question, count, hops):
   weight = {w: math.log(len(lines) / n) for w, n in seen_in.items()}
   asked, chosen = set(question), []
   while len(chosen) < count:
-    score = [sum(weight[w] for w in asked.intersection(line)) for line in lines]
+    # Exact, as a set has no order and the last bit would break ties.
+    score = [math.fsum(weight[w] for w in asked.intersection(line))
+             for line in lines]
     best = sorted((i for i in range(len(lines)) if i not in chosen),
                   key=lambda i: (-score[i], i))
     if not hops:
