@@ -115,7 +115,7 @@ def batches(size, seed, rows):
 
 
 def train(mixers, seed, steps, params=None, *, length=LENGTH, rows=ROWS,
-          rate=RATE, shuffled=False):
+          rate=RATE, shuffled=False, share=None):
   """Trains a model.
 
   Args:
@@ -127,6 +127,7 @@ def train(mixers, seed, steps, params=None, *, length=LENGTH, rows=ROWS,
     rows: of a batch, even.
     rate: the largest of the optimizer.
     shuffled: whether each item has the answer and the labels of another.
+    share: of all items that have labels; None for that of `labelled`.
 
   Returns:
     trained parameters, and the seconds it took.
@@ -140,7 +141,7 @@ def train(mixers, seed, steps, params=None, *, length=LENGTH, rows=ROWS,
   inputs = lambda batch: (batch['events'],)
   return fit(functools.partial(answers, model), params, inputs, seed, steps,
              length=length, rows=rows, rate=rate, shuffled=shuffled,
-             share=labelled(mixers))
+             share=labelled(mixers) if share is None else share)
 
 
 def fit(answers, params, inputs, seed, steps, *, length=LENGTH, rows=ROWS,

@@ -13,7 +13,7 @@ layers of four heads of 16 and of more parameters, each at that of four rates
 (`RATES`) at which seed 0 answers most of 240 items of a split of their own;
 `equal_memories` has wider ones. They have no use for labels, and so see no item
 twice. `shuffled` are slots, of one seed, whose every item has the answer and
-the labels of another. Rules see operations, keys and values; see
+the labels of another, `unlabelled` slots without any. Rules see operations, keys and values; see
 `event_models.rules`. Each question to slots leaves a row, see `probes`; where a
 training has left counts only, its misses are paired as they count worst.
 
@@ -38,7 +38,8 @@ OUT = flags.DEFINE_string('out', 'experiments/results/lifecycle_events.json',
 SEEDS = flags.DEFINE_integer('seeds', 3, 'seeds', lower_bound=1)
 STEPS = flags.DEFINE_integer('steps', 2000, 'updates')
 SYSTEMS = flags.DEFINE_list('systems', ['slots', 'attention', 'delta',
-                                        'shuffled'], 'systems to train')
+                                        'shuffled', 'unlabelled'],
+                            'systems to train')
 SMOKE = flags.DEFINE_bool('smoke', False, 'one seed, a few updates')
 
 TEST = 600
@@ -49,8 +50,8 @@ MIXERS = {
         event_models.HEADS, rope=c.RopeConfig()),) * 2,
     # One event is one token: taps would only mix it with those beside it.
     'delta': (c.DeltaNetConfig(heads=4, key=32, value=32, conv=1),) * 2,
-    'shuffled': (SLOTS,)}
-RIVALS = ('attention', 'delta')
+    'shuffled': (SLOTS,), 'unlabelled': (SLOTS,)}
+RIVALS, ONCE = ('attention', 'delta'), ('shuffled', 'unlabelled')
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 # What one answer given always would get, 75, and some luck.
 LUCK = 90
@@ -90,6 +91,9 @@ def claims(counts, gains):
     rows.append(report.Row('shuffled: right of 600, one seed', f'<= {LUCK}',
                            show(total('shuffled')),
                            max(total('shuffled')) <= LUCK))
+  if 'unlabelled' in counts:
+    rows.append(report.Row('unlabelled: right of 600, one seed', 'reported',
+                           show(total('unlabelled')), True))
   for name in RIVALS:
     if name in counts and 'slots' in counts:
       rows.append(report.Row(
@@ -120,7 +124,8 @@ def study(name, steps, seed, rate):
   from statejax.tasks import lifecycle_events as task
   mixers, seed_of = MIXERS[name], event_models.TEST + seed
   params, took = event_models.train(mixers, seed, steps, rate=rate,
-                                    shuffled=name == 'shuffled')
+                                    shuffled=name == 'shuffled',
+                                    share=0. if name == 'unlabelled' else None)
   found = {name: event_models.asked(mixers, params, seed_of, TEST)}
   out = {'rate': rate, 'seconds': round(took)}
   if name in RIVALS:
@@ -162,7 +167,7 @@ def main(argv):
   for name in SYSTEMS.value:
     for seed, found in enumerate(rates.best(
         record, name, choice if name in RIVALS else (event_models.RATE,),
-        1 if name == 'shuffled' else seeds,
+        1 if name in ONCE else seeds,
         functools.partial(study, name, steps))):
       for which, right in found['right'].items():
         counts.setdefault(which, []).append(right)
