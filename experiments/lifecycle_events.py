@@ -21,7 +21,8 @@ they count worst.
 Expected: 600 of 600 with slots; without fallback what was evicted or never
 written is lost and nothing else, without locks what was protected; with
 shuffled labels no more than one answer given always, nor without labels in as
-many updates; and the best rule is worse, by a paired bootstrap of the items of each seed.
+many updates; and the best rule is worse, by a paired bootstrap of the items of
+each seed.
 """
 
 import dataclasses
