@@ -25,8 +25,8 @@ which lines update and delete, and takes the last. Each question to slots leaves
 a row, see `probes`; where a training has left counts only, its misses are
 paired as they count worst.
 
-Other names are the hardest: at seed 2 two trainings of these settings answered 99
-and 98 of 100, where 99 are wanted.
+Other names are the hardest: at seed 2 two trainings of these settings answered
+99 and 98 of 100, where 99 are wanted.
 
 Also shown: a state saved and restored in mid-log goes on to the same bits; a
 host's edit in mid-log holds until the log says something else, and one between

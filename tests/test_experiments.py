@@ -50,8 +50,9 @@ def test_what_is_recorded_is_of_these_settings(name, tmp_path):
   assert found['rows'] == text['rows']
   wrong = [row['claim'] for row in found['rows'] if not row['ok']]
   # 98 at one seed, where 99 are wanted.
-  assert wrong == (['slots: alias, right of 100, each seed']
-                   if name == 'lifecycle_text' else [])
+  short = {'lifecycle_text': 'slots', 'bridge': 'tokens'}.get(name)
+  assert wrong == (
+      [f'{short}: alias, right of 100, each seed'] if short else [])
 
 
 def alone(program):
