@@ -107,10 +107,11 @@ def front(state, row, slot):
           for x in (held.value, held.span)]
 
 
-def amid(all_, state, at, late, questions, beside):
+def amid(logs, state, at, late, questions, beside):
   """Edits within the log, after which it goes on.
 
   Args:
+    logs: `Texts`.
     state: after the tokens before `at`, [rows].
     late: rows whose log says the first key's value after that.
     questions: the first of each row.
@@ -121,11 +122,11 @@ def amid(all_, state, at, late, questions, beside):
     the second question as without the edit.
   """
   from statejax.memory import Memory
-  editor, value = Memory(all_.model), lambda row: 54321 + row
+  editor, value = Memory(logs.model), lambda row: 54321 + row
   for row, question in enumerate(questions):
-    state, _ = told(editor, all_.params, state, question, value(row), row)
-  state = all_.read(state, at, all_.last)[1]
-  new, after = all_.answer(state)[0], all_.beside(state)
+    state, _ = told(editor, logs.params, state, question, value(row), row)
+  state = logs.read(state, at, logs.last)[1]
+  new, after = logs.answer(state)[0], logs.beside(state)
   want = [question.answer if late[row] else value(row)
           for row, question in enumerate(questions)]
   return sum(words.decode(new[row]) == words.value(want[row])
@@ -133,28 +134,26 @@ def amid(all_, state, at, late, questions, beside):
              for row in range(len(questions)))
 
 
-def edits(all_, state, questions, book, plain, beside):
+def edits(logs, state, questions, book, plain, beside):
   """Edits and undoes, row by row, what the log's end has left; see `study`."""
   from statejax.memory import Memory
-  editor = Memory(all_.model, journal=book)
+  editor = Memory(logs.model, journal=book)
   before, (said, logits) = state, plain
   same = lambda x: (x.view(np.uint32) == logits.view(np.uint32)).all((1, 2))
   found = dict.fromkeys(('edited', 'beside', 'undone', 'waited', 'others'), 0)
   for row, question in enumerate(questions):
     value = 12345 + row
-    state, receipt = told(editor, all_.params, before, question, value, row)
-    waiting = [np.asarray(x.layers['memory'].want)[0, row]
-               for x in (before, state)]
-    found['waited'] += bool((waiting[0] != waiting[1]).any())
-    new, seen = all_.answer(state)
+    state, receipt = told(editor, logs.params, before, question, value, row)
+    found['waited'] += receipt.overruled >= 0
+    new, seen = logs.answer(state)
     rest = np.arange(len(questions)) != row
     found['others'] += bool(same(seen)[rest].all())
     found['edited'] += receipt.changed and (
         words.decode(new[row]) == words.value(value))
-    found['beside'] += bool((all_.beside(state)[row] == beside[row]).all())
+    found['beside'] += bool((logs.beside(state)[row] == beside[row]).all())
     state, _ = editor.rollback(state, receipt.slot, row=row)
     found['undone'] += bool(
-        (all_.answer(state)[0][row] == said[row]).all()
+        (logs.answer(state)[0][row] == said[row]).all()
         and front(state, row, receipt.slot) == front(before, row, receipt.slot))
   return found
 
@@ -186,28 +185,28 @@ def study(model, params, source, room):
      'journal': whether it says these edits and nothing else, in order}.
   """
   from statejax.artifact import journal, serving
-  all_ = texts(model, params, source)
-  rows, questions = len(all_.half), [source.record(i).questions[0]
+  logs = texts(model, params, source)
+  rows, questions = len(logs.half), [source.record(i).questions[0]
                                      for i in range(len(source))]
-  begin = lambda end: all_.read(
+  begin = lambda end: logs.read(
       model.init_state(rows, room), np.zeros_like(end), end)[1]
-  held = begin(all_.half)
+  held = begin(logs.half)
   with tempfile.TemporaryDirectory() as place:
     path = pathlib.Path(place) / 'state'
     serving.save_state(path, model, params, held)
     back = serving.load_state(path, model, params)
     book = journal.Journal(pathlib.Path(place) / 'journal')
-    ends = [all_.read(state, all_.half, all_.last)[1] for state in (held, back)]
-    plain, kept = (all_.answer(state) for state in ends)
-    beside = all_.beside(ends[0])
-    found = edits(all_, ends[0], questions, book, plain, beside)
+    ends = [logs.read(state, logs.half, logs.last)[1] for state in (held, back)]
+    plain, kept = (logs.answer(state) for state in ends)
+    beside = logs.beside(ends[0])
+    found = edits(logs, ends[0], questions, book, plain, beside)
     told_of = [(e['op'], e['row'], e['outcome']) for e in book.entries]
   same = plain[1].view(np.uint32) == kept[1].view(np.uint32)
   return found | {
       'rows': rows, 'restored': int(same.all((1, 2)).sum()),
-      'amid': amid(all_, begin(all_.over), all_.over, np.zeros(rows, bool),
+      'amid': amid(logs, begin(logs.over), logs.over, np.zeros(rows, bool),
                    questions, beside),
-      'again': amid(all_, held, all_.half, all_.late, questions, beside),
-      'late': int(all_.late.sum()),
+      'again': amid(logs, held, logs.half, logs.late, questions, beside),
+      'late': int(logs.late.sum()),
       'journal': told_of == [(op, row, 'committed') for row in range(rows)
                              for op in ('write', 'rollback')]}

@@ -187,16 +187,23 @@ def run(verb: str, *targets: str):
 def _journal(path):
   """Prints a journal whose chain is whole."""
   from statejax.artifact import journal
+  if FORGET.value is not None and (pathlib.Path(path) / journal.LOG).is_file():
+    book = journal.Journal(path)
+    _require_head(path, book.head)  # of before: this moves it
+    book.forget(FORGET.value, REASON.value)
   entries, head = journal.read(path)
-  if HEAD.value not in (None, head):
-    raise ValueError(f'{path}: expected the head {HEAD.value}, got {head}; '
-                     'edits were cut off, or others were added.')
-  if FORGET.value is not None:
-    journal.Journal(path).forget(FORGET.value, REASON.value)
-    entries, head = journal.read(path)
   for entry in entries:
     print(json.dumps(entry))
   print(json.dumps({'edits': len(entries), 'head': head}))
+  if FORGET.value is None:
+    _require_head(path, head)
+
+
+def _require_head(path, head):
+  """Raises where another head than this was kept elsewhere."""
+  if HEAD.value not in (None, head):
+    raise ValueError(f'{path}: expected the head {HEAD.value}, got {head}; '
+                     'edits were cut off, or others were added.')
 
 
 def _look(verb, one, other=None):

@@ -9,11 +9,13 @@ import subprocess
 import sys
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from experiments import event_models, rates
+from experiments import event_models, interrupted, rates
 from experiments.record import Record
 from statejax import config as c
+from statejax.tasks import lifecycle_text, lifecycle_words
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -122,6 +124,37 @@ def test_only_slots_see_labels(monkeypatch):
     with pytest.raises(InterruptedError) as found:
       event_models.train((mixer,), 0, 4)
     assert found.value.args == (share,)
+
+
+def test_slots_may_be_trained_without_labels(monkeypatch):
+  def sources(make, steps, rows, share):
+    raise InterruptedError(share)
+
+  monkeypatch.setattr(event_models.labels, 'sources', sources)
+  with pytest.raises(InterruptedError) as found:
+    event_models.train((event_models.SLOTS,), 0, 4, share=0.)
+  assert found.value.args == (0.,)
+
+
+def test_where_texts_are_interrupted():
+  """An edit at `over` comes after the last word on its key, in mid-log."""
+  source = lifecycle_text.LifecycleTextSource(
+      8, 3000, 'test', length=1280, scenarios=('base',), questions=2)
+  logs = interrupted.texts(None, None, source)
+  within, start = [], np.zeros_like(logs.last)
+  for row in range(len(logs.tokens)):
+    key = lifecycle_words.name(source.record(row).questions[0].key)
+    said = lambda begin, end, row=row: lifecycle_words.decode(
+        logs.tokens[row, begin[row]:end[row]])
+    assert key in said(start, logs.over)
+    assert key not in said(logs.over, logs.last)
+    assert (key in said(logs.half, logs.last)) == logs.late[row]
+    assert key in said(logs.last, logs.ask)
+    assert key not in said(logs.answered, logs.again)
+    assert said(logs.last - 1, logs.last) == lifecycle_words.STOP
+    assert said(logs.ask, logs.ask + 1) == lifecycle_words.COLON
+    within.append(logs.over[row] < logs.last[row])
+  assert any(within) and logs.late.any()
 
 
 def test_only_slots_see_labels_of_text():

@@ -213,6 +213,15 @@ def test_an_artifact_is_edited_into_a_child(saved, run, tmp_path,  # noqa: F811
   code, _, err = run('memory', 'lock', two['id'], *acme, '--slot=0',
                      f'--journal={tmp_path}/other')
   assert code == 2 and 'expected a journal of this state' in err
+  # What the journal has forgotten is in no child, whatever else was edited.
+  shutil.copytree(tmp_path / 'edits', tmp_path / 'short')
+  journal.Journal(tmp_path / 'short').forget('memory/0/0')
+  code, _, err = run('memory', 'write', two['id'], *acme,
+                     '--statement=42 ox', '--key=42', '--value=ox',
+                     f'--journal={tmp_path}/short')
+  assert code == 0, err
+  child = verify.verify(shop.place(kept(err)['id']))
+  assert set(verify.salts(shop.place(child.id), child.about)) == {'memory/1'}
   # A purge, journal or none, leaves no salt in what comes of it.
   code, _, err = run('memory', 'purge', two['id'], *acme, '--slot=0', '--host')
   gone = verify.verify(shop.place(kept(err)['id']))
@@ -236,6 +245,14 @@ def test_an_artifact_is_edited_into_a_child(saved, run, tmp_path,  # noqa: F811
     code, _, err = run('memory', 'lock', 'chat', *acme, '--slot=0',
                        f'--journal={tmp_path}/late')
     assert code == 2 and 'expected at most 2 edits of an artifact' in err
+    assert not (tmp_path / 'late').exists()
+  # So is one that the store has no place for.
+  with pytest.MonkeyPatch.context() as full:
+    full.setattr(objects.shutil, 'disk_usage', lambda _: types.SimpleNamespace(
+        free=0))
+    code, out, err = run('memory', 'lock', 'chat', *acme, '--slot=0',
+                         f'--journal={tmp_path}/late')
+    assert code == 2 and 'E_NOSPACE' in err and not out
     assert not (tmp_path / 'late').exists()
   # What is refused makes nothing, and the name stays.
   code, _, err = run('memory', 'delete', 'chat', *acme, '--slot=0')
@@ -472,8 +489,12 @@ def test_a_journal_of_another_head_forgets_nothing(saved, run):  # noqa: F811
   book.append(told | {'after': book.commitment('memory/0/7', {'value': [1]})})
   forget = lambda head: run('memory', 'journal', str(path),
                             '--forget=memory/0/7', f'--journal_head={head}')
-  assert forget('0' * 64)[0] == 2
+  code, out, err = forget('0' * 64)
+  assert code == 2 and 'edits were cut off' in err and not out
   assert journal.Journal(path).salt('memory/0/7')
+  # What a crash has torn is cut off by the next entry, which this is.
+  with open(path / journal.LOG, 'a') as f:
+    f.write('{"op": ')
   assert forget(book.head)[0] == 0
   assert journal.Journal(path).salt('memory/0/7') is None
 

@@ -222,8 +222,8 @@ def mint(shop, state, row: int, host: identity.Host, terms: Terms, *,
   live = st.live(state, row)
   with decided():
     check(live)
-    terms.check(shop.catalog.clock())
-    _may(parent, principal, terms, shop.catalog.clock())
+    now = shop.catalog.clock()
+    _entitled(shop, parent, terms, principal, slots, now)
     if transcript is not None:
       _check_transcript(live, transcript)
       edited = dataclasses.replace(edited, edits=transcript.edits)
@@ -235,15 +235,10 @@ def mint(shop, state, row: int, host: identity.Host, terms: Terms, *,
     if stands is not None:
       stands.require(live)
     about = _manifest(live, host, terms, transcript, parent, slots, account,
-                      vouch) | {'created': shop.catalog.clock()}
+                      vouch) | {'created': now}
     for one in filter(None, (parent, slots)):
-      # What is revoked while a state lives does not live on in a child.
-      revoked.refuse(shop, one.id, one.about)
       if not access.owns(one.about, principal):
         _keeps(one, about, terms)
-    if slots is not None:
-      _may_take(slots, principal, shop.catalog.clock())
-      _as_safe(slots, about)
     shop.room(about['state']['logical_bytes'])
   with decided(), said(), shop.stage() as folder:
     if terms.sealed or manifest.must_seal(about):
@@ -266,26 +261,32 @@ def mint(shop, state, row: int, host: identity.Host, terms: Terms, *,
 
 def may_go_on(shop, parent: Parent, terms: Terms, principal: Principal,
               slots: Parent | None = None):
-  """Raises where rights or terms do not let a child be made, see `mint`.
+  """Raises where a child as large as its parent may not be made, see `mint`.
 
-  For who writes something down elsewhere before a child of it is there.
+  For who writes something down elsewhere before the child is there.
 
   Args:
     shop: `objects.Store`.
     parent, terms, principal, slots: see `mint`.
 
   Raises:
-    Refused: E_ACL, E_EXPIRED, E_GRANT, E_REVOKED, E_MANIFEST.
+    Refused: E_ACL, E_EXPIRED, E_GRANT, E_REVOKED, E_MANIFEST, E_NOSPACE.
   """
-  now = shop.catalog.clock()
   with shop.catalog.refusals(str(principal), 'mint', parent.id):
-    terms.check(now)
-    _may(parent, principal, terms, now)
-    for one in filter(None, (parent, slots)):
-      revoked.refuse(shop, one.id, one.about)
-    if slots is not None:
-      _may_take(slots, principal, now)
-      _as_safe(slots, {'governance': terms.group('')})
+    _entitled(shop, parent, terms, principal, slots, shop.catalog.clock())
+    shop.room(parent.about['state']['logical_bytes'])
+
+
+def _entitled(shop, parent, terms, principal, slots, now):
+  """Raises unless rights and terms let somebody make a child."""
+  terms.check(now)
+  _may(parent, principal, terms, now)
+  for one in filter(None, (parent, slots)):
+    # What is revoked while a state lives does not live on in a child.
+    revoked.refuse(shop, one.id, one.about)
+  if slots is not None:
+    _may_take(slots, principal, now)
+    _as_safe(slots, {'governance': terms.group('')})
 
 
 def _check_spent(spent):

@@ -83,8 +83,7 @@ def score(model, params, batch) -> Sums:
       logits, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
   total = lambda x: jnp.sum(jnp.where(asked, x, 0.0))
   own, labels = jnp.float32(0), {name: jnp.float32(0) for name in hints}
-  for name, x in ((n, x) for layer in losses.values()
-                  for n, x in layer.items()):
+  for name, x in (pair for layer in losses.values() for pair in layer.items()):
     label = name.removesuffix('_loss')
     if label in labels:
       labels[label] += x
@@ -93,11 +92,7 @@ def score(model, params, batch) -> Sums:
   return Sums(loss=total(norm - hit),
               correct=total((jnp.argmax(logits, -1) == targets) * 1.0),
               squares=total(norm * norm), count=total(1.0),
-              layers=own,
-              tokens=jnp.sum(batch['segments'] >= 0).astype(jnp.float32),
-              labels=labels,
-              labelled={name: jnp.sum((x >= 0) & (batch['segments'] >= 0))
-                        .astype(jnp.float32) for name, x in hints.items()})
+              layers=own, labels=labels, **_real(batch))
 
 
 def _labels(batch):
@@ -105,6 +100,14 @@ def _labels(batch):
   return common.checked_hints(
       {name: x for name, x in batch.items()
        if name not in ('tokens', 'targets', 'segments')}, batch['tokens'].shape)
+
+
+def _real(batch):
+  """Counts of `Sums`: real tokens, and those of them that have a label."""
+  real = batch['segments'] >= 0
+  many = lambda mask: jnp.sum(mask).astype(jnp.float32)
+  return {'tokens': many(real), 'labelled': {
+      name: many((x >= 0) & real) for name, x in _labels(batch).items()}}
 
 
 def _own(sums, tokens, labelled):
@@ -125,16 +128,13 @@ def initial(model, config: TrainConfig) -> TrainState:
 
 def _gradient(model, config, params, batch):
   """Mean gradient over the batch, summed over `accumulate` micro-batches."""
-  many = lambda mask: jnp.maximum(jnp.sum(mask), 1).astype(jnp.float32)
-  real = batch['segments'] >= 0
-  count, tokens = many(batch['targets'] >= 0), many(real)
-  labelled = {name: many((x >= 0) & real)
-              for name, x in _labels(batch).items()}
+  count = jnp.maximum(jnp.sum(batch['targets'] >= 0), 1).astype(jnp.float32)
+  real = _real(batch)
 
   def loss(params, piece):
     sums = score(model, params, piece)
     predicted = (sums.loss + config.z_loss * sums.squares) / count
-    return predicted + _own(sums, tokens, labelled), sums
+    return predicted + _own(sums, **real), sums
 
   grad = jax.grad(loss, has_aux=True)
   if config.accumulate == 1:
