@@ -9,14 +9,14 @@ wants of the memory (nothing, write, lock, delete), which object it is about and
 whether the version before is asked for. Tested on 600 unseen items of each
 seed, 75 of each family. `fallback off` and `lock ignored` are the same trained
 model with that part taken out; attention and the delta state are models of two
-layers of four heads of 16 and of more parameters, each at that of four rates
-(`RATES`) at which seed 0 answers most of 240 items of a split of their own;
-`equal_memories` has wider ones. They have no use for labels, and so see no item
-twice. `shuffled` are slots, of one seed, whose every item has the answer and
-the labels of another, `unlabelled` slots without any. Rules see operations,
-keys and values; see `event_models.rules`. Each question to slots leaves a row,
-see `probes`; where a training has left counts only, its misses are paired as
-they count worst.
+layers of four heads, of 16 and of 32, and of more parameters, each at that of
+four rates (`RATES`) at which seed 0 answers most of 240 items of a split of
+their own; `equal_memories` has wider ones. They have no use for labels, and so
+see no item twice. `shuffled` are slots, of one seed, whose every item has the
+answer and the labels of another, `unlabelled` slots without any. Rules see
+operations, keys and values; see `event_models.rules`. Each question to slots
+leaves a row, see `probes`; where a training has left counts only, its misses
+are paired as they count worst.
 
 Expected: 600 of 600 with slots; without fallback what was evicted or never
 written is lost and nothing else, without locks what was protected; with

@@ -66,8 +66,8 @@ REDACT = flags.DEFINE_bool(
 JOURNAL = flags.DEFINE_string(
     'journal', None, 'memory: directory where edits are written down')
 HEAD = flags.DEFINE_string(
-    'journal_head', None, 'memory journal: the head that its last line must '
-    'say, kept elsewhere')
+    'journal_head', None, 'memory journal: its head as kept elsewhere, which '
+    'the last line must say; with --forget, of before')
 FORGET = flags.DEFINE_string(
     'forget', None, 'memory journal: LAYER/ROW/OID of an object that has no '
     'slot any more, whose salt is destroyed')
@@ -275,6 +275,7 @@ def _edit(verb, target):
   # What can refuse the child does so before the journal says that it is there.
   _require_room(target, 2 if LOCK.value else 1)
   target.may(None)
+  Memory(target.model, LAYER.value).list(target.state, ROW.value)  # is there
   book = Journal(JOURNAL.value) if JOURNAL.value else None
   if book is not None:
     book.adopt(ROW.value, target.edited.salts)

@@ -410,6 +410,10 @@ class Memory:
       ValueError: a memory of other shapes.
     """
     row, other_row = self._row(state, row), self._row(other, other_row)
+    if self.journal is not None:  # what it cannot take is told before the first
+      alone = dataclasses.replace(self, journal=None)
+      for receipt in alone.merge(state, other, row, other_row)[1].values():
+        self._require_known(receipt)
     plan = slot_merge.steps(
         self.config.rules, self._row_bank(state, row),
         self._row_bank(other, other_row), principal=self._actor, host=self.host,
@@ -548,18 +552,21 @@ class Memory:
     oids = [receipt.evicted if not receipt.old_version else receipt.oid,
             receipt.oid]
     names = [self._object(receipt.row, oid) for oid in oids]
-    # A purge that the disk refused is tried again.
-    if names[1] in self.journal.gone and receipt.op != sl.OPS[sl.PURGE]:
-      raise ValueError(
-          f'journal: expected one of this state, this one has forgotten '
-          f'{names[1]}; purge that, if it has a slot yet. A journal belongs to '
-          'one state: of another one, begin another one.')
+    self._require_known(receipt)
     before, after = (
         self.journal.commitment(name, slot_facts.plain(
             self._row_bank(state, receipt.row), receipt.slot))
         if oid >= 0 and name not in self.journal.gone else ''
         for oid, name, state in zip(oids, names, (old, new)))
     return before, after
+
+  def _require_known(self, receipt):
+    name = self._object(receipt.row, receipt.oid)
+    # A purge that the disk refused is tried again.
+    if self.journal and name in self.journal.gone and receipt.op != 'purge':
+      raise ValueError(
+          f'journal: expected one of this state, this one has forgotten {name};'
+          ' purge that, if it has a slot yet, or begin another journal.')
 
   def _object(self, row, oid):
     return object_name({'layer': self.layer, 'row': row, 'oid': oid})

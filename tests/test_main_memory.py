@@ -275,10 +275,12 @@ def test_an_artifact_is_edited_into_a_child(saved, run, tmp_path,  # noqa: F811
       (one['id'], ['--ref=locked', '--slot=0'], 'expected a free name'),
       (saved / 's0', ['--slot=0', '--save=x'], 'is a saved state, of no store'),
       (saved, ['--slot=0'], 'expected a saved state or an artifact, got some'),
-      (one['id'], ['--slot=0', '--row=1'], 'row: expected 0 to 0, got 1'),
+      (one['id'], ['--slot=0', '--row=1', f'--journal={tmp_path}/none'],
+       'row: expected 0 to 0, got 1'),
       ('chatty', ['--slot=0'], 'refused(E_ACL)')):
     code, _, err = run('memory', 'delete', target, *acme, *more)
     assert code == 2 and why in err, err
+  assert not (tmp_path / 'none').exists()
   code, _, err = run('memory', 'list', place, f'--store={tmp_path}/no')
   assert code == 2 and 'there is no store at' in err
 
@@ -343,9 +345,11 @@ def test_slots_of_two_artifacts(saved, run, tmp_path, restored):  # noqa: F811
   code, _, err = run('memory', 'merge', 'secret', 'plain', *acme)
   assert code == 2 and 'nothing was changed' in err
   # Who may resume the first may not take from another's that binds otherwise.
-  code, _, err = run('memory', 'merge', 'plain', 'chat', *acme,
-                     '--principal=bob')
-  assert code == 2 and 'E_ACL' in err
+  mint('lent', '--acl=bob:resume,fork')
+  code, out, err = run('memory', 'merge', 'lent', 'chat', *acme,
+                       '--principal=bob', f'--journal={tmp_path}/lent')
+  assert code == 2 and 'E_ACL: governance.acl' in err and not out, err
+  assert not (tmp_path / 'lent').exists()
   # Whatever it comes from is revoked, and it with that.
   assert run('state', 'revoke', ref('other'), *store, '--org=acme',
              '--by=descendants')[0] == 0

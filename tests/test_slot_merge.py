@@ -262,6 +262,12 @@ def test_it_is_written_down(tmp_path):
   memory.merge(locked, write(write(theirs, 11, [5]), 11, [6]))
   memory.merge(locked, theirs)
   assert [e['outcome'] for e in book.entries[-2:]] == ['committed', 'locked']
+  # What the journal has forgotten is told before anything is written down.
+  book.forget('memory/0/1')
+  entries, newer = [*book.entries], write(write(base(), 10, [2]), 11, [3])
+  with pytest.raises(ValueError, match='has forgotten memory/0/1;'):
+    memory.merge(ours, newer)
+  assert book.entries == entries
 
 
 @pytest.mark.slow

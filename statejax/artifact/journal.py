@@ -81,12 +81,15 @@ class Journal:
 
   def append(self, entry):
     """Adds an entry of integers, strings and dicts of them; on disk when it
-    returns. Where it has a name `forgets`, that object's salt is destroyed.
+    returns. Where it has a name `forgets`, that object's salt is destroyed, and
+    the entry says which one it was, as `forgot`, a hash.
 
     Raises:
       ValueError: another process has appended since this one opened it.
     """
     entry = json.loads(digest.canonical(entry))
+    if entry.get('forgets') in self._salt:
+      entry['forgot'] = _told_apart(self._salt[entry['forgets']])
     with self._alone() as f:
       link = _link(self._head, entry)
       line = json.dumps(entry | {'hash': link}, sort_keys=True) + '\n'
@@ -141,13 +144,15 @@ class Journal:
     for name, salt in salts.items():
       layer, _, oid = name.rpartition('/')
       name = object_name({'layer': layer, 'row': row, 'oid': oid})
-      if name in self.gone:
-        continue
-      if self._salt.get(name, salt) != salt:
+      # Entries of before 2026-11-29 do not say which salt it was.
+      forgot = {e['forgot'] for e in self.entries
+                if 'forgot' in e and e['forgets'] == name}
+      if self._salt.get(name, salt) != salt or forgot - {_told_apart(salt)}:
         raise ValueError(f'{self.path}: expected a journal of this state, got '
                          f'one that knows {name} otherwise; name that which '
                          'its edits are written down in, or a new one.')
-      theirs[name] = salt
+      if name not in self.gone:
+        theirs[name] = salt
     if theirs.keys() - self._salt:
       with self._alone():
         self._write_salts(theirs)
@@ -254,6 +259,12 @@ def commitment(salt, row):
   """
   return hashlib.sha256(b'statejax.slot.v1\0' + bytes.fromhex(salt)
                         + digest.canonical(row)).hexdigest()
+
+
+def _told_apart(salt):
+  """16 hex digits by which a salt is known again, and not found."""
+  return hashlib.sha256(
+      b'statejax.salt.v1\0' + bytes.fromhex(salt)).hexdigest()[:16]
 
 
 def _chain(log, text):

@@ -236,9 +236,6 @@ def mint(shop, state, row: int, host: identity.Host, terms: Terms, *,
       stands.require(live)
     about = _manifest(live, host, terms, transcript, parent, slots, account,
                       vouch) | {'created': now}
-    for one in filter(None, (parent, slots)):
-      if not access.owns(one.about, principal):
-        _keeps(one, about, terms)
     shop.room(about['state']['logical_bytes'])
   with decided(), said(), shop.stage() as folder:
     if terms.sealed or manifest.must_seal(about):
@@ -284,9 +281,13 @@ def _entitled(shop, parent, terms, principal, slots, now):
   for one in filter(None, (parent, slots)):
     # What is revoked while a state lives does not live on in a child.
     revoked.refuse(shop, one.id, one.about)
+  about = {'governance': terms.group('')}
   if slots is not None:
     _may_take(slots, principal, now)
-    _as_safe(slots, {'governance': terms.group('')})
+    _as_safe(slots, about)
+  for one in filter(None, (parent, slots)):
+    if not access.owns(one.about, principal):
+      _keeps(one, about, terms)
 
 
 def _check_spent(spent):
