@@ -407,7 +407,7 @@ def draw(path, table, shares):
 def main(_):
   """Measures, prints tables and claims, writes numbers and the figure."""
   logging.set_verbosity(logging.WARNING)
-  out = pathlib.Path('runs/forgetting' if SMOKE.value else OUT.value)
+  out = pathlib.Path('runs' if SMOKE.value else OUT.value)
   out.mkdir(parents=True, exist_ok=True)
   table, rest = attack(100 if SMOKE.value else 2000)
   shares, same, harm = layers(*((1, 2) if SMOKE.value else (3, 8)))
