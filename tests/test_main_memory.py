@@ -141,7 +141,7 @@ def test_what_else_there_is_to_say(saved, run, restored):  # noqa: F811
   assert receipt['principal'] == 7
   code, _, err = memory('rekey', 't5', '--slot=0', '--statement=sea',
                         '--key=sea', after='t6')
-  assert code == 2 and 'forbidden; nothing was changed' in err
+  assert code == 2 and 'forbidden, it wants --host; nothing' in err
   assert memory('rekey', 't5', '--slot=0', '--statement=sea', '--key=sea',
                 '--host', after='t6')[0] == 0
   assert memory('read', 't6', '--key=sea')[1][0]['text'] == 'blue'
