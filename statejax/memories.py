@@ -275,7 +275,8 @@ def _edit(verb, target):
   # What can refuse the child does so before the journal says that it is there.
   _require_room(target, 2 if LOCK.value else 1)
   target.may(None)
-  Memory(target.model, LAYER.value).list(target.state, ROW.value)  # is there
+  # So does a row that is not there, or the journal would have its salts.
+  Memory(target.model, LAYER.value).list(target.state, ROW.value)
   book = Journal(JOURNAL.value) if JOURNAL.value else None
   if book is not None:
     book.adopt(ROW.value, target.edited.salts)

@@ -140,14 +140,14 @@ class Journal:
     Raises:
       ValueError: the journal has others: it is another state's.
     """
-    theirs = {}
+    # Entries of before 2026-11-29 do not say which salt it was.
+    theirs, forgot = {}, {e['forgets']: e['forgot'] for e in self.entries
+                          if 'forgot' in e}
     for name, salt in salts.items():
       layer, _, oid = name.rpartition('/')
       name = object_name({'layer': layer, 'row': row, 'oid': oid})
-      # Entries of before 2026-11-29 do not say which salt it was.
-      forgot = {e['forgot'] for e in self.entries
-                if 'forgot' in e and e['forgets'] == name}
-      if self._salt.get(name, salt) != salt or forgot - {_told_apart(salt)}:
+      mark = _told_apart(salt)
+      if self._salt.get(name, salt) != salt or forgot.get(name, mark) != mark:
         raise ValueError(f'{self.path}: expected a journal of this state, got '
                          f'one that knows {name} otherwise; name that which '
                          'its edits are written down in, or a new one.')
